@@ -1,0 +1,2 @@
+//! Image formats.
+#![forbid(unsafe_code)]
