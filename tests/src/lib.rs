@@ -1,1 +1,4 @@
 //! Tests.
+
+pub mod frontend;
+pub mod model;
