@@ -5,5 +5,9 @@
 #![forbid(unsafe_code)]
 
 pub mod error;
+pub mod extent;
+pub mod format;
 
 pub use error::{ErrorKind, ImageError};
+pub use extent::{Extent, ExtentKind};
+pub use format::Format;
