@@ -72,13 +72,18 @@ struct Flight {
     retries: u32,
 }
 
-/// Woken tasks raise a flag; [`Io::poll`] runs them. Tasks are only ever woken by their own
-/// thread: other threads leave a message and use the engine's waker.
-struct Woken(AtomicBool);
+/// A woken task raises a flag, for [`Io::poll`] to run it, and ends the engine's sleep: it may
+/// have been woken by another thread.
+struct Woken {
+    flag: AtomicBool,
+    engine: Waker,
+}
 
 impl Wake for Woken {
     fn wake(self: Arc<Self>) {
-        self.0.store(true, Ordering::Release);
+        if !self.flag.swap(true, Ordering::AcqRel) {
+            self.engine.wake_by_ref();
+        }
     }
 }
 
@@ -104,6 +109,7 @@ impl<E: Engine> Clone for Io<E> {
 impl<E: Engine> Io<E> {
     /// A reactor over `engine`.
     pub fn new(engine: E) -> Self {
+        let woken = Arc::new(Woken { flag: AtomicBool::new(false), engine: engine.waker() });
         Self(Rc::new(Reactor {
             engine: RefCell::new(engine),
             flights: RefCell::default(),
@@ -111,7 +117,7 @@ impl<E: Engine> Io<E> {
             tasks: RefCell::default(),
             spawned: RefCell::default(),
             timers: RefCell::default(),
-            woken: Arc::new(Woken(AtomicBool::new(false))),
+            woken,
         }))
     }
 
@@ -130,7 +136,7 @@ impl<E: Engine> Io<E> {
     /// Runs a future beside the caller, on this thread, within [`Io::poll`].
     pub fn spawn(&self, future: impl Future<Output = ()> + 'static) {
         self.0.spawned.borrow_mut().push(Box::pin(future));
-        self.0.woken.0.store(true, Ordering::Release);
+        self.0.woken.flag.store(true, Ordering::Release);
     }
 
     /// Waits until `deadline`.
@@ -157,7 +163,7 @@ impl<E: Engine> Io<E> {
             self.0.completions.set(completions);
             let now = self.now();
             self.0.timers.borrow_mut().fire(now);
-            if !self.0.woken.0.swap(false, Ordering::AcqRel) {
+            if !self.0.woken.flag.swap(false, Ordering::AcqRel) {
                 return;
             }
             self.run_tasks();
@@ -166,7 +172,7 @@ impl<E: Engine> Io<E> {
 
     /// Blocks until polling may bring something new, or `deadline`.
     pub fn wait(&self, deadline: Option<Time>) {
-        if self.0.woken.0.load(Ordering::Acquire) {
+        if self.0.woken.flag.load(Ordering::Acquire) {
             return;
         }
         let timer = self.0.timers.borrow().next();
