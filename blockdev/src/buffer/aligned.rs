@@ -46,6 +46,12 @@ impl AlignedBuf {
         buf
     }
 
+    /// The address of the first byte, also for writing: the kernel fills buffers that are lent
+    /// to it, which a pointer taken from a shared slice would not allow.
+    pub(super) fn address(&self) -> *mut u8 {
+        self.start.as_ptr()
+    }
+
     fn layout(len: usize) -> Layout {
         Layout::from_size_align(len, BUFFER_ALIGNMENT).expect("a length below isize::MAX")
     }

@@ -37,7 +37,7 @@ impl Piece {
     /// The address of the first byte, for the kernel and for alignment checks.
     pub fn address(&self) -> *mut u8 {
         match self {
-            Self::Owned(buf) => buf.as_ptr().cast_mut(),
+            Self::Owned(buf) => buf.address(),
             Self::Shared(buf) => buf.address(),
         }
     }

@@ -4,10 +4,23 @@
 //! [`Engine::collect`], and come back with what they borrowed. An engine may return short
 //! transfers, EINTR and EAGAIN as the kernel does: [`Io`](crate::io::Io) deals with them in one
 //! place for all engines.
+//!
+//! Two engines work on the host's files: [`UringEngine`] and, where the kernel has no io_uring
+//! or does not let us use it, [`BlockingEngine`]. They pass the same contract tests
+//! (`tests/engine_contract.rs`). The simulated one lives with the simulator.
 
+mod blocking;
 mod op;
+mod perform;
+mod probe;
+mod uring;
+mod wake;
 
+pub use blocking::BlockingEngine;
 pub use op::{Op, Transfer};
+pub use probe::Features;
+pub use uring::{UringEngine, UringOptions};
+pub(crate) use wake::Notify;
 
 use std::time::Duration;
 
@@ -16,6 +29,21 @@ use crate::storage::StorageFile;
 
 /// Time since an arbitrary start that does not change while the process lives.
 pub type Time = Duration;
+
+/// How long a thread rests when the kernel is short of memory for the next operation.
+const STALL_PAUSE: Duration = Duration::from_millis(1);
+
+/// What a host engine has done since it was made: tests assert efficiency by these numbers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EngineStats {
+    /// System calls made: io_uring_enter(2), or the blocking engine's calls. Registrations and
+    /// wakes by other threads are not counted.
+    pub enters: u64,
+    /// Operations submitted.
+    pub submitted: u64,
+    /// Operations collected.
+    pub completed: u64,
+}
 
 /// A finished operation.
 #[derive(Debug)]
@@ -61,4 +89,10 @@ pub trait WatchFd: Engine {
     /// From now on [`Engine::wait`] also returns while `fd` is readable; the caller empties it.
     /// Replaces the descriptor watched before; `None` ends the watch.
     fn watch(&mut self, fd: Option<std::sync::Arc<std::os::fd::OwnedFd>>);
+}
+
+/// CLOCK_MONOTONIC.
+fn monotonic_now() -> Time {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs().try_into().unwrap_or(0))
 }

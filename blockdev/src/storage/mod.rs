@@ -3,6 +3,12 @@
 //! Set-up work only: every byte read or written afterwards goes through an
 //! [`Engine`](crate::engine::Engine). Simulations implement both traits over files in memory.
 
+mod host;
+mod lock;
+
+pub(crate) use host::WeakHostFile;
+pub use host::{HostFile, HostStorage};
+
 use std::fmt;
 use std::io;
 use std::ops::Range;
