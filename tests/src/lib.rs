@@ -1,1 +1,3 @@
-//! Tests.
+//! Test support: the simulated world.
+
+pub mod sim;

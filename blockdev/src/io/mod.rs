@@ -93,8 +93,7 @@ impl Wake for Woken {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        self.flag.store(true, Ordering::Release);
-        if thread::current().id() != self.home {
+        if !self.flag.swap(true, Ordering::AcqRel) && thread::current().id() != self.home {
             self.engine.wake_by_ref();
         }
     }
