@@ -116,7 +116,14 @@ pub(super) struct Core {
 
 impl Core {
     /// The state of a layer just recovered up to `head`, of which `durable` is known to be safe.
-    pub(super) fn new(tuning: Tuning, size: u64, map: Map, segments: Segments, log: Log, durable: u64) -> Self {
+    pub(super) fn new(
+        tuning: Tuning,
+        size: u64,
+        map: Map,
+        segments: Segments,
+        log: Log,
+        durable: u64,
+    ) -> Self {
         Self {
             tuning,
             size,

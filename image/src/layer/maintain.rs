@@ -55,7 +55,8 @@ impl Core {
             sync: self.unsynced_since().is_some_and(|since| now >= since + self.tuning.sync_interval),
             checkpoint: self.is_log_long() || (old && self.is_checkpoint_wanted()),
             clean: self.is_over_space()
-                && (self.segments.has_retired() || self.segments.victim(self.log.published.sequence).is_some()),
+                && (self.segments.has_retired()
+                    || self.segments.victim(self.log.published.sequence).is_some()),
         }
     }
 
@@ -226,11 +227,9 @@ impl<E: Engine> Driver<E> {
     }
 
     async fn close(&self) -> Result {
+        // What the first one retires the second one frees; then both slots name the same map.
         self.checkpoint(None, true).await?;
-        // What the first one retired the second one frees.
-        if self.layer.core().segments.has_retired() {
-            self.checkpoint(None, true).await?;
-        }
+        self.checkpoint(None, true).await?;
         self.give_back().await?;
         self.layer.core().latched.get_or_insert(DeviceError::Latched);
         Ok(())
