@@ -57,7 +57,7 @@ struct Sync {
     running: Option<(Vec<Waiter>, u64)>,
     /// Everything up to this sequence is durable.
     durable: u64,
-    /// When the oldest record that is not durable was published.
+    /// When the oldest record that no sync covers yet was published.
     unsynced_since: Option<Time>,
 }
 
@@ -215,6 +215,7 @@ impl Core {
         if self.sync.running.is_none() && !self.sync.waiting.is_empty() {
             let waiters = std::mem::take(&mut self.sync.waiting);
             self.sync.running = Some((waiters, self.log.published.sequence));
+            self.sync.unsynced_since = None;
             return Some(Job::Sync);
         }
         let segment_blocks = self.segments.segment_blocks();
@@ -391,9 +392,6 @@ impl Core {
             return;
         }
         self.sync.durable = self.sync.durable.max(covers);
-        if self.sync.durable >= self.log.published.sequence {
-            self.sync.unsynced_since = None;
-        }
         waiters.into_iter().for_each(|waiter| self.end(waiter, Ok(()), 0));
     }
 
