@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -244,6 +245,24 @@ impl StorageFile for HostFile {
             return self.size();
         }
         Ok(u64::try_from(self.stat()?.st_blocks).unwrap_or(0) * STAT_BLOCK_SIZE)
+    }
+
+    fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        if self.0.is_device {
+            return Ok(Some(range));
+        }
+        // Nothing here uses the file position that this moves.
+        let seek = |to| match rustix::fs::seek(&self.0.fd, to) {
+            Ok(at) => Ok(Some(at)),
+            Err(Errno::NXIO) => Ok(None),
+            Err(error) => Err(io::Error::from(error)),
+        };
+        let start = match seek(SeekFrom::Data(range.start))? {
+            Some(start) if start < range.end => start,
+            _ => return Ok(None),
+        };
+        let end = seek(SeekFrom::Hole(start))?.unwrap_or(range.end);
+        Ok(Some(start..end.min(range.end)))
     }
 
     fn identity(&self) -> io::Result<FileIdentity> {
