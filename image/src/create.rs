@@ -25,7 +25,7 @@ impl CreateDisk {
     pub fn empty(format: Format, size: u64) -> Self {
         match format {
             Format::Raw => Self::Raw(CreateRaw { size, allocate: false }),
-            Format::Layer => Self::Layer(CreateLayer { size: Some(size), base: None }),
+            Format::Layer => Self::Layer(CreateLayer { size: Some(size), ..CreateLayer::default() }),
         }
     }
 }

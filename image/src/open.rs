@@ -69,7 +69,7 @@ impl<E: Engine> Disk<E> {
         let read_only = options.read_only;
         Ok(Arc::new(match format {
             Format::Raw => Self::Raw(RawDevice::open(storage, path, read_only)?),
-            Format::Layer => Self::Layer(Layer::open(storage, io, path, &OpenLayer { read_only }).await?),
+            Format::Layer => Self::Layer(Layer::open(storage, io, path, &OpenLayer { read_only, ..OpenLayer::default() }).await?),
         }))
     }
 
@@ -123,7 +123,7 @@ impl<E: Engine> Disk<E> {
         let range = range.start..range.end.min(self.geometry().size);
         match self {
             Self::Raw(raw) => raw.extents(range),
-            Self::Layer(layer) => Ok(layer.extents(range)),
+            Self::Layer(layer) => layer.extents(range),
         }
     }
 

@@ -12,7 +12,7 @@
 
 mod create;
 mod device;
-mod map;
+pub(crate) mod map;
 mod queue;
 mod ranges;
 mod slow;

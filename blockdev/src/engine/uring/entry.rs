@@ -47,6 +47,11 @@ impl Pool {
         }
     }
 
+    #[cfg(test)]
+    pub(super) fn idle(&self) -> usize {
+        self.idle.len()
+    }
+
     /// For the blocking fall-backs.
     pub(super) fn scratch(&mut self) -> &mut Vec<iovec> {
         &mut self.scratch
