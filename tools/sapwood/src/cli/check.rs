@@ -83,6 +83,7 @@ impl Check {
             "errors": report.errors,
             "warnings": report.warnings,
             "allocated-clusters": report.mapped_blocks,
+            "verified-clusters": report.verified_blocks,
         })
     }
 }
@@ -100,6 +101,7 @@ fn text(report: &CheckReport) -> String {
         0 => "No errors were found on the image.\n".to_owned(),
         n => format!("{n} errors were found on the image: copy what can be read with sapwood convert.\n"),
     });
-    let _ = writeln!(text, "{} blocks mapped", report.mapped_blocks);
+    let CheckReport { mapped_blocks, verified_blocks, .. } = report;
+    let _ = writeln!(text, "{verified_blocks} of {mapped_blocks} mapped blocks verified");
     text
 }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use clap::Args;
 use sapwood_image::layer::{BaseSpec, CreateLayer};
-use sapwood_image::probe::probe;
+use sapwood_image::probe::{Guess, probe};
 use sapwood_image::raw::CreateRaw;
 use sapwood_image::{CreateDisk, Format};
 
@@ -37,8 +37,8 @@ pub struct Create {
     #[arg(short = 'F', long, value_name = "FORMAT")]
     backing_format: Option<Format>,
 
-    /// Options of the format, as NAME=VALUE,...; layer: size, backing_file, backing_fmt; raw: size,
-    /// preallocation (off, falloc)
+    /// Options of the format, as NAME=VALUE,...; layer: size, backing_file, backing_fmt,
+    /// segment_size; raw: size, preallocation (off, falloc)
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
 
@@ -61,6 +61,8 @@ impl Create {
         let size = self.size.map(|Size(n)| n).or(options.size);
         let backing = self.backing.clone().or(options.backing_file);
         let backing_format = self.backing_format.or(options.backing_format);
+        let mut layer = CreateLayer { size, ..CreateLayer::default() };
+        layer.segment_size = options.segment_size.unwrap_or(layer.segment_size);
         let disk = match (self.format, backing) {
             (Format::Raw, Some(_)) => bail!("a raw disk has no base: use -f layer"),
             (Format::Raw, None) => {
@@ -73,13 +75,13 @@ impl Create {
             (Format::Layer, None) if backing_format.is_some() => {
                 bail!("-F is the format of a base: give one with -b")
             }
-            (Format::Layer, None) => CreateDisk::Layer(CreateLayer { size, base: None }),
+            (Format::Layer, None) => CreateDisk::Layer(layer),
             (Format::Layer, Some(base)) => {
                 let format = match backing_format {
                     Some(format) => format,
                     None => probe_base(host, &self.path, &base)?,
                 };
-                CreateDisk::Layer(CreateLayer { size, base: Some(BaseSpec { path: base, format }) })
+                CreateDisk::Layer(CreateLayer { base: Some(BaseSpec { path: base, format }), ..layer })
             }
         };
         let said = self.describe(&disk);
@@ -103,6 +105,8 @@ impl Create {
 fn probe_base(host: &Host, layer: &Path, base: &Path) -> anyhow::Result<Format> {
     let path = layer.parent().unwrap_or(Path::new("")).join(base);
     let storage = host.storage();
-    let guess = host.block_on(move |io| async move { probe(&storage, &io, &path).await?.format(&path) });
-    guess.context("the format of the base is not known: give it with -F (for example -F raw)")
+    match host.block_on(move |io| async move { probe(&storage, &io, &path).await })? {
+        Guess::Layer => Ok(Format::Layer),
+        _ => bail!("{}: not a layer: give the format of the base, for example -F raw", base.display()),
+    }
 }

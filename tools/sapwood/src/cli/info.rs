@@ -1,7 +1,7 @@
 //! `sapwood info`.
 
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use clap::Args;
 use sapwood_blockdev::units::BLOCK_SIZE;
@@ -44,11 +44,6 @@ impl Info {
     }
 }
 
-/// The base's path from here, rather than from the layer's folder.
-fn full_path(info: &DiskInfo, base: &Path) -> PathBuf {
-    info.path.parent().unwrap_or(Path::new("")).join(base)
-}
-
 fn text(info: &DiskInfo) -> String {
     let mut text = format!(
         "image: {}\nfile format: {}\nvirtual size: {}\ndisk size: {}\n",
@@ -59,16 +54,15 @@ fn text(info: &DiskInfo) -> String {
     );
     if let Some(layer) = &info.layer {
         // Writing to a string does not fail.
-        let _ = write_layer(&mut text, info, layer);
+        let _ = write_layer(&mut text, layer);
     }
     text
 }
 
-fn write_layer(text: &mut String, info: &DiskInfo, layer: &LayerInfo) -> std::fmt::Result {
+fn write_layer(text: &mut String, layer: &LayerInfo) -> std::fmt::Result {
     if let Some(base) = &layer.base {
         write!(text, "backing file: {}", base.path.display())?;
-        let full = full_path(info, &base.path);
-        if full != base.path {
+        if let Some(full) = layer.base_path.as_ref().filter(|full| **full != base.path) {
             write!(text, " (actual path: {})", full.display())?;
         }
         writeln!(text, "\nbacking file format: {}", base.format)?;
@@ -107,7 +101,7 @@ fn json(info: &DiskInfo) -> Value {
     });
     if let Some(base) = &layer.base {
         value["backing-filename"] = json!(base.path);
-        value["full-backing-filename"] = json!(full_path(info, &base.path));
+        value["full-backing-filename"] = json!(layer.base_path);
         value["backing-filename-format"] = base.format.name().into();
     }
     value

@@ -16,6 +16,8 @@ pub struct FormatOptions {
     pub backing_file: Option<PathBuf>,
     /// `backing_fmt`.
     pub backing_format: Option<Format>,
+    /// `segment_size`.
+    pub segment_size: Option<u32>,
     /// `preallocation` is `falloc`.
     pub allocate: bool,
 }
@@ -33,14 +35,20 @@ impl FormatOptions {
     }
 
     fn set(&mut self, name: &str, value: &str, format: Format) -> anyhow::Result<()> {
+        let bytes = || value.parse().map(|Size(n)| n).map_err(anyhow::Error::msg);
         match (format, name, value) {
-            (_, "size", _) => self.size = Some(value.parse::<Size>().map_err(anyhow::Error::msg)?.0),
+            (_, "size", _) => self.size = Some(bytes()?),
+            (Format::Layer, "segment_size", _) => {
+                self.segment_size = Some(u32::try_from(bytes()?).context("too large")?);
+            }
             (Format::Layer, "backing_file", _) => self.backing_file = Some(value.into()),
             (Format::Layer, "backing_fmt", _) => self.backing_format = Some(value.parse()?),
             (Format::Raw, "preallocation", "off") => self.allocate = false,
             (Format::Raw, "preallocation", "falloc") => self.allocate = true,
             (Format::Raw, "preallocation", _) => bail!("preallocation is off or falloc"),
-            (Format::Layer, ..) => bail!("a layer has the options size, backing_file, backing_fmt"),
+            (Format::Layer, ..) => {
+                bail!("a layer has the options size, backing_file, backing_fmt, segment_size")
+            }
             (Format::Raw, ..) => bail!("a raw disk has the options size, preallocation"),
         }
         Ok(())

@@ -4,11 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use sapwood_image::{Format, OpenDisk};
+use sapwood_image::{Format, OpenDisk, Side};
 
 use super::output;
 use super::size::{self, NewSize};
-use crate::host::Host;
+use crate::host::{Host, HostEngine};
 
 /// Change the size of a disk that nobody uses
 ///
@@ -44,6 +44,21 @@ impl Resize {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
         let side = host.side(&self.path, OpenDisk { format: self.format, read_only: false })?;
         let old = side.size();
+        let resized = self.resize(&side, old);
+        // Also when nothing was done: a layer that is not closed has to be recovered.
+        side.close()?;
+        let new = resized?;
+        let said = format!(
+            "Resized {} from {} to {}\n",
+            self.path.display(),
+            size::display(old),
+            size::display(new)
+        );
+        if self.quiet { Ok(()) } else { output::print(&said) }
+    }
+
+    /// Changes the size from `old`; to what.
+    fn resize(&self, side: &Side<HostEngine>, old: u64) -> anyhow::Result<u64> {
         let new = self.size.from(old).with_context(|| format!("the disk has {}", size::display(old)))?;
         if new < old && !self.shrink {
             bail!(
@@ -53,13 +68,6 @@ impl Resize {
             );
         }
         side.resize(new)?;
-        side.close()?;
-        let said = format!(
-            "Resized {} from {} to {}\n",
-            self.path.display(),
-            size::display(old),
-            size::display(new)
-        );
-        if self.quiet { Ok(()) } else { output::print(&said) }
+        Ok(new)
     }
 }
