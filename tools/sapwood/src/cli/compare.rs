@@ -67,7 +67,7 @@ impl Compare {
         a.close()?;
         b.close()?;
         if size_a != size_b && !self.quiet {
-            eprintln!("Warning: Image size mismatch!");
+            output::print("Warning: Image size mismatch!\n")?;
         }
         match difference {
             None => self.answer(0, "Images are identical.\n"),

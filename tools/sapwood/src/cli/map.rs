@@ -89,11 +89,17 @@ impl Map {
 fn table(extents: &[Extent]) -> anyhow::Result<String> {
     let mut text = format!("{:<16}{:<16}{:<16}File\n", "Offset", "Length", "Mapped to");
     for extent in extents.iter().filter(|extent| extent.kind == ExtentKind::Data) {
-        let mapped = extent.offset.map(|offset| format!("{offset:#x}")).unwrap_or_default();
+        let (start, len) = (hex(extent.start), hex(extent.len));
+        let mapped = extent.offset.map(hex).unwrap_or_default();
         let file = extent.file.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
-        writeln!(text, "{:<#16x}{:<#16x}{mapped:<16}{file}", extent.start, extent.len)?;
+        writeln!(text, "{start:<16}{len:<16}{mapped:<16}{file}")?;
     }
     Ok(text)
+}
+
+/// A number as C's `%#x` prints it, and so qemu-img: 0 has no prefix.
+fn hex(n: u64) -> String {
+    if n == 0 { "0".to_owned() } else { format!("{n:#x}") }
 }
 
 fn json(extents: &[Extent]) -> anyhow::Result<String> {

@@ -24,10 +24,10 @@ impl FromStr for Size {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
-        let suffix = text[digits.len()..].to_ascii_uppercase();
-        let shift = match suffix.trim_end_matches("IB") {
-            "" | "B" => Some(0),
+        let (digits, suffix) = text.split_at(text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len()));
+        let suffix = suffix.to_ascii_uppercase();
+        let shift = match suffix.strip_suffix("IB").unwrap_or(&suffix) {
+            "" | "B" if !suffix.ends_with("IB") => Some(0),
             letter if letter.len() == 1 => SUFFIXES.find(letter).map(|i| 10 * (i as u32 + 1)),
             _ => None,
         };
@@ -100,7 +100,9 @@ mod tests {
         assert_eq!(bytes("10G"), Some(10 << 30));
         assert_eq!(bytes("10GiB"), Some(10 << 30));
         assert_eq!(bytes("7E"), Some(7 << 60));
-        for bad in ["", "G", "-1", "+1", "1.5G", "1X", "1GB", "8E", "99999999999999999999", "1é"] {
+        for bad in
+            ["", "G", "-1", "+1", "1.5G", "1X", "1GB", "1IB", "1G1", "8E", "99999999999999999999", "1é"]
+        {
             assert_eq!(bytes(bad), None, "{bad:?}");
         }
     }
