@@ -1,1 +1,3 @@
-//! Tests.
+//! Tests that need more than one crate, and the tools they share.
+
+pub mod guest;
