@@ -24,6 +24,8 @@ const LISTENING: u64 = 1 << 16;
 pub enum BackendSpec {
     /// `sapwood serve`.
     Sapwood {
+        /// The program; `None` finds it (see [`sapwood_program`]).
+        program: Option<PathBuf>,
         /// The image.
         disk: PathBuf,
         /// The value of `-f`; `None` lets sapwood find out.
@@ -50,6 +52,7 @@ impl BackendSpec {
     /// `sapwood serve` of a layer, writable, with `queues` queues.
     pub fn layer(disk: impl Into<PathBuf>, queues: u16) -> Self {
         Self::Sapwood {
+            program: None,
             disk: disk.into(),
             format: None,
             readonly: false,
@@ -57,9 +60,19 @@ impl BackendSpec {
         }
     }
 
+    /// The same with a certain `sapwood` program; changes nothing of another backend.
+    #[must_use]
+    pub fn with_program(mut self, sapwood: &Path) -> Self {
+        if let Self::Sapwood { program, .. } = &mut self {
+            *program = Some(sapwood.to_owned());
+        }
+        self
+    }
+
     fn command(&self, socket: &Path) -> Result<(String, Vec<String>)> {
         match self {
             Self::Sapwood {
+                program,
                 disk,
                 format,
                 readonly,
@@ -75,7 +88,8 @@ impl BackendSpec {
                 if *readonly {
                     words.push("--readonly".to_owned());
                 }
-                Ok((sapwood_program()?.display().to_string(), words))
+                let program = program.clone().map_or_else(sapwood_program, Ok)?;
+                Ok((program.display().to_string(), words))
             }
             Self::Qemu {
                 disk,
