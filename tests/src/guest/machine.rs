@@ -191,7 +191,12 @@ impl Guest {
     /// # Errors
     /// It takes longer than its script may, or ended before its script did; the message holds its
     /// output. A failing script is no error here: see [`Guest::succeed`].
-    pub fn finish(mut self) -> Result<GuestReport> {
+    pub fn finish(self) -> Result<GuestReport> {
+        Ok(self.end()?.0)
+    }
+
+    /// The report, and what QEMU and the kernel wrote.
+    fn end(mut self) -> Result<(GuestReport, String)> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         if let Err(error) = self.qemu.wait(left) {
             bail!("{error:#}\n{}", self.state());
@@ -204,7 +209,7 @@ impl Guest {
                 report.tail(TAIL_LINES)
             );
         }
-        Ok(report)
+        Ok((report, context))
     }
 
     /// Like [`Guest::finish`], but the script must also succeed.
@@ -212,11 +217,14 @@ impl Guest {
     /// # Errors
     /// As for [`Guest::finish`], and when the script's status is not 0.
     pub fn succeed(self) -> Result<GuestReport> {
-        let report = self.finish()?;
-        match report.status() {
-            Some(0) => Ok(report),
-            _ => bail!("the guest's script failed: {}", report.tail(TAIL_LINES)),
+        let (report, context) = self.end()?;
+        if report.status() != Some(0) {
+            bail!(
+                "the guest's script failed: {}\n{context}",
+                report.tail(TAIL_LINES)
+            );
         }
+        Ok(report)
     }
 
     /// The last lines of the kernel's console.

@@ -12,6 +12,7 @@ pub mod accelerator;
 pub mod backend;
 pub mod child;
 pub mod cpio;
+pub mod lab;
 pub mod machine;
 pub mod report;
 

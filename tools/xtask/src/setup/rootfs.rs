@@ -18,6 +18,7 @@ const PACKAGES: &[&str] = &[
     "e2fsprogs",
     "xfsprogs",
     "util-linux",
+    "mount",
     "coreutils",
     "procps",
     "diffutils",

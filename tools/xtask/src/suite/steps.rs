@@ -93,6 +93,8 @@ impl<'a> Suite<'a> {
         command
             .env("SAPWOOD_BIN", self.program())
             .env("SAPWOOD_GUEST_DIR", self.workspace.guest());
+        // An error's message says what happened; where it was wrapped does not.
+        command.env("RUST_LIB_BACKTRACE", "0");
         if let Some(seeds) = self.effort.soak_seeds {
             command
                 .env("SAPWOOD_SOAK", "1")
