@@ -19,6 +19,7 @@ const DATA_MIB: u32 = 256;
 
 /// Fills a file system, has fio write and verify it and a part without a file system, trims.
 const FILL: &str = r#"
+value cache $(cat /sys/block/vdb/queue/write_cache)
 mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0 /dev/vdb 160m
 mount /dev/vdb /mnt
 for i in 1 2 3 4 5 6 7 8; do
@@ -71,6 +72,7 @@ quietly fio --name=sizes --filename=/dev/vdb --ioengine=libaio --iodepth=16 --di
 /// Two writers that report each file once it is durable, a third that overwrites in place, and
 /// load without any order beside them. Ends with the guest.
 const WRITE_UNTIL_KILLED: &str = r#"
+value cache $(cat /sys/block/vdb/queue/write_cache)
 mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0 /dev/vdb
 mount /dev/vdb /mnt
 writer() {
@@ -132,6 +134,11 @@ fn device_sum(report: &GuestReport) -> &str {
     value.split_whitespace().next().expect("a sum has one word")
 }
 
+/// A guest that believes in a write-through disk never flushes: a disk that caches must say so.
+fn assert_flushes(report: &GuestReport) {
+    assert_eq!(report.value("cache"), Some("write back"));
+}
+
 /// Runs the writers, lets `crash` end what it wants (it gets the running guest and the backends,
 /// and gives back what the guest said), boots again and looks.
 fn survives(
@@ -145,6 +152,7 @@ fn survives(
     }
     thread::sleep(Duration::from_millis(700));
     let (before, served) = crash(guest, served, &lab)?;
+    assert_flushes(&before);
     let durable = before.values("durable").len();
     assert!(
         durable >= 30,
@@ -177,6 +185,7 @@ fn filled_verified_and_there_after_a_restart() -> Result<()> {
     let lab = Lab::new(DATA_MIB)?;
     let served = lab.serve()?;
     let first = lab.boot(served.disks(), FILL)?.succeed()?;
+    assert_flushes(&first);
     assert_eq!(first.values("fio"), ["files", "sizes", "trims"]);
     served.stop()?;
     lab.check()?;
@@ -194,7 +203,7 @@ fn filled_verified_and_there_after_a_restart() -> Result<()> {
     let peer = Backend::start(&peer, &lab.path("peer.sock"))?;
     let served = lab.serve()?;
     let mut disks = served.disks();
-    disks.push(Disk::new(peer.socket()));
+    disks.push(Disk::of_qemu(peer.socket()));
     let second = lab.boot(disks, LOOK_AND_COPY)?.succeed()?;
     served.stop()?;
     peer.stop()?;

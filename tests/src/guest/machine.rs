@@ -41,6 +41,8 @@ pub struct Disk {
     pub socket: PathBuf,
     /// The number of virtqueues.
     pub queues: u16,
+    /// Whether the guest may see and switch the backend's write cache (`CONFIG_WCE`).
+    pub config_wce: bool,
 }
 
 impl Disk {
@@ -49,6 +51,17 @@ impl Disk {
         Self {
             socket: socket.into(),
             queues: 1,
+            config_wce: true,
+        }
+    }
+
+    /// A disk with one queue of `qemu-storage-daemon`. Its configuration space (10.0) says
+    /// "write through" although it caches, so that a guest that may look never flushes; one that
+    /// may not look flushes.
+    pub fn of_qemu(socket: impl Into<PathBuf>) -> Self {
+        Self {
+            config_wce: false,
+            ..Self::new(socket)
         }
     }
 
@@ -297,8 +310,9 @@ fn machine_arguments(spec: &GuestSpec, accelerator: Accelerator) -> Vec<String> 
 fn disk_arguments(index: usize, disk: &Disk) -> Vec<String> {
     let chardev = format!("socket,id=disk{index},path={}", disk.socket.display());
     let device = format!(
-        "vhost-user-blk-pci,id=vd{index},chardev=disk{index},num-queues={},addr={:#x}",
+        "vhost-user-blk-pci,id=vd{index},chardev=disk{index},num-queues={},config-wce={},addr={:#x}",
         disk.queues,
+        if disk.config_wce { "on" } else { "off" },
         FIRST_SLOT + index
     );
     words(&["-chardev", &chardev, "-device", &device])
