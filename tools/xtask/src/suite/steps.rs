@@ -103,8 +103,10 @@ impl<'a> Suite<'a> {
         command
     }
 
+    /// The `sapwood` under test: another one can be named in the environment.
     fn program(&self) -> PathBuf {
-        self.workspace.target.join("release/sapwood")
+        let named = std::env::var_os("SAPWOOD_BIN").map(PathBuf::from);
+        named.unwrap_or_else(|| self.workspace.target.join("release/sapwood"))
     }
 
     fn format(&self) -> Result<Verdict> {
