@@ -1,0 +1,338 @@
+//! One thread's reactor over an engine.
+//!
+//! - Transfers are finished here: short reads and writes, EINTR and EAGAIN are retried for every
+//!   engine in this one place.
+//! - [`Io::start`] is the fast path: a token in, a token out, no task.
+//! - [`Io::run`] and [`Io::spawn`] are the slow path: futures on a small executor whose only
+//!   source of events is this engine.
+//!
+//! An [`Io`] is a handle; clones share the reactor. It never leaves its thread.
+
+mod timer;
+
+use std::cell::{Cell, RefCell};
+use std::future::Future;
+use std::pin::Pin;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+
+use futures_util::stream::{FuturesUnordered, Stream};
+use slab::Slab;
+
+use crate::Errno;
+use crate::buffer::Memory;
+use crate::engine::{Completion, Engine, Op, Time};
+use timer::Timers;
+
+/// EINTR and EAGAIN in a row after which an operation fails: a bound, not a policy.
+const RETRIES_MAX: u32 = 1000;
+
+/// What became of an operation started with [`Io::start`] or [`Io::run`].
+#[derive(Debug)]
+pub struct Outcome {
+    /// Bytes moved, or the error. A read is short only at the end of the file; a write is never
+    /// short.
+    pub result: Result<usize, Errno>,
+    /// The memory that was lent.
+    pub memory: Option<Memory>,
+}
+
+impl Outcome {
+    /// The result and memory of a read, with everything past the end of the file set to zero.
+    pub fn zero_filled(self) -> Result<Memory, Errno> {
+        let done = self.result?;
+        let mut memory = self.memory.unwrap_or_default();
+        let rest = memory.len() - done;
+        memory.zero_at(done, rest);
+        Ok(memory)
+    }
+}
+
+/// A future run by the reactor.
+type Task = Pin<Box<dyn Future<Output = ()>>>;
+
+enum Target {
+    /// Reported by [`Io::poll`] under this token.
+    Fast(u64),
+    /// Awaited by a future.
+    Future(FutureState),
+    /// The future was dropped; the outcome is thrown away.
+    Abandoned,
+}
+
+enum FutureState {
+    Waiting(Option<Waker>),
+    Ready(Outcome),
+}
+
+struct Flight {
+    target: Target,
+    retries: u32,
+}
+
+/// A woken task raises a flag, for [`Io::poll`] to run it, and ends the engine's sleep: it may
+/// have been woken by another thread.
+struct Woken {
+    flag: AtomicBool,
+    engine: Waker,
+}
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        if !self.flag.swap(true, Ordering::AcqRel) {
+            self.engine.wake_by_ref();
+        }
+    }
+}
+
+struct Reactor<E: Engine> {
+    engine: RefCell<E>,
+    flights: RefCell<Slab<Flight>>,
+    completions: Cell<Vec<Completion<E::File>>>,
+    tasks: RefCell<FuturesUnordered<Task>>,
+    spawned: RefCell<Vec<Task>>,
+    timers: RefCell<Timers>,
+    woken: Arc<Woken>,
+}
+
+/// A handle on a thread's reactor.
+pub struct Io<E: Engine>(Rc<Reactor<E>>);
+
+impl<E: Engine> Clone for Io<E> {
+    fn clone(&self) -> Self {
+        Self(Rc::clone(&self.0))
+    }
+}
+
+impl<E: Engine> Io<E> {
+    /// A reactor over `engine`.
+    pub fn new(engine: E) -> Self {
+        let woken = Arc::new(Woken { flag: AtomicBool::new(false), engine: engine.waker() });
+        Self(Rc::new(Reactor {
+            engine: RefCell::new(engine),
+            flights: RefCell::default(),
+            completions: Cell::default(),
+            tasks: RefCell::default(),
+            spawned: RefCell::default(),
+            timers: RefCell::default(),
+            woken,
+        }))
+    }
+
+    /// Starts an operation whose outcome [`Io::poll`] reports under `token`.
+    pub fn start(&self, token: u64, op: Op<E::File>) {
+        self.launch(Target::Fast(token), op);
+    }
+
+    /// Performs an operation. It is submitted at once; dropping the future abandons the outcome,
+    /// not the operation.
+    pub fn run(&self, op: Op<E::File>) -> impl Future<Output = Outcome> + use<E> {
+        let key = self.launch(Target::Future(FutureState::Waiting(None)), op);
+        Running { io: self.clone(), key: Some(key) }
+    }
+
+    /// Runs a future beside the caller, on this thread, within [`Io::poll`].
+    pub fn spawn(&self, future: impl Future<Output = ()> + 'static) {
+        self.0.spawned.borrow_mut().push(Box::pin(future));
+        self.0.woken.flag.store(true, Ordering::Release);
+    }
+
+    /// Waits until `deadline`.
+    pub fn sleep_until(&self, deadline: Time) -> impl Future<Output = ()> + use<E> {
+        let io = self.clone();
+        std::future::poll_fn(move |cx| {
+            if io.now() >= deadline {
+                return Poll::Ready(());
+            }
+            io.0.timers.borrow_mut().add(deadline, cx.waker().clone());
+            Poll::Pending
+        })
+    }
+
+    /// Moves everything that can move: starts submitted operations, collects finished ones, runs
+    /// woken tasks. Outcomes of [`Io::start`] are appended to `finished`.
+    pub fn poll(&self, finished: &mut Vec<(u64, Outcome)>) {
+        loop {
+            let mut completions = self.0.completions.take();
+            self.0.engine.borrow_mut().collect(&mut completions);
+            for completion in completions.drain(..) {
+                self.complete(completion, finished);
+            }
+            self.0.completions.set(completions);
+            let now = self.now();
+            self.0.timers.borrow_mut().fire(now);
+            if !self.0.woken.flag.swap(false, Ordering::AcqRel) {
+                return;
+            }
+            self.run_tasks();
+        }
+    }
+
+    /// Blocks until polling may bring something new, or `deadline`.
+    pub fn wait(&self, deadline: Option<Time>) {
+        if self.0.woken.flag.load(Ordering::Acquire) {
+            return;
+        }
+        let timer = self.0.timers.borrow().next();
+        let until = match (deadline, timer) {
+            (Some(a), Some(b)) => Some(a.min(b)),
+            (a, b) => a.or(b),
+        };
+        self.0.engine.borrow_mut().wait(until);
+    }
+
+    /// Now, by the engine's clock.
+    pub fn now(&self) -> Time {
+        self.0.engine.borrow().now()
+    }
+
+    /// Operations not yet finished.
+    pub fn in_flight(&self) -> usize {
+        self.0.flights.borrow().len()
+    }
+
+    /// Futures not yet finished.
+    pub fn tasks(&self) -> usize {
+        self.0.tasks.borrow().len() + self.0.spawned.borrow().len()
+    }
+
+    /// Access to the engine.
+    pub fn with_engine<R>(&self, f: impl FnOnce(&mut E) -> R) -> R {
+        f(&mut self.0.engine.borrow_mut())
+    }
+
+    fn launch(&self, target: Target, op: Op<E::File>) -> usize {
+        let key = self.0.flights.borrow_mut().insert(Flight { target, retries: 0 });
+        self.0.engine.borrow_mut().submit(key as u64, op);
+        key
+    }
+
+    fn complete(&self, completion: Completion<E::File>, finished: &mut Vec<(u64, Outcome)>) {
+        let Completion { token, mut result, mut op } = completion;
+        let key = token as usize;
+        let mut flights = self.0.flights.borrow_mut();
+        if must_go_on(&mut op, &mut result, &mut flights[key].retries) {
+            self.0.engine.borrow_mut().submit(token, op);
+            return;
+        }
+        let outcome = Outcome { result, memory: op.into_memory() };
+        match &mut flights[key].target {
+            Target::Fast(token) => {
+                finished.push((*token, outcome));
+                flights.remove(key);
+            }
+            Target::Future(state) => {
+                let waiting = std::mem::replace(state, FutureState::Ready(outcome));
+                drop(flights);
+                if let FutureState::Waiting(Some(waker)) = waiting {
+                    waker.wake();
+                }
+            }
+            Target::Abandoned => {
+                flights.remove(key);
+            }
+        }
+    }
+
+    fn run_tasks(&self) {
+        let waker = Waker::from(Arc::clone(&self.0.woken));
+        let mut cx = Context::from_waker(&waker);
+        let mut tasks = self.0.tasks.take();
+        loop {
+            tasks.extend(self.0.spawned.take());
+            match Pin::new(&mut tasks).poll_next(&mut cx) {
+                Poll::Ready(Some(())) => {}
+                Poll::Ready(None) | Poll::Pending => break,
+            }
+        }
+        debug_assert!(self.0.tasks.borrow().is_empty(), "poll is not reentrant");
+        *self.0.tasks.borrow_mut() = tasks;
+    }
+}
+
+/// Whether `op` must be submitted again because it was interrupted or moved only a part;
+/// otherwise `result` is final.
+fn must_go_on<F>(op: &mut Op<F>, result: &mut Result<usize, Errno>, retries: &mut u32) -> bool {
+    match *result {
+        Err(Errno::INTR | Errno::AGAIN) if *retries < RETRIES_MAX => {
+            *retries += 1;
+            true
+        }
+        Err(_) => false,
+        Ok(moved) => {
+            let (transfer, is_write) = match op {
+                Op::Read(transfer) => (transfer, false),
+                Op::Write(transfer) => (transfer, true),
+                _ => return false,
+            };
+            transfer.done += moved;
+            assert!(transfer.done <= transfer.memory.len(), "an engine moved more than it was given");
+            if transfer.done < transfer.memory.len() && moved > 0 {
+                return true;
+            }
+            *result = if is_write && transfer.done < transfer.memory.len() {
+                Err(Errno::IO)
+            } else {
+                Ok(transfer.done)
+            };
+            false
+        }
+    }
+}
+
+/// The future of an operation.
+struct Running<E: Engine> {
+    io: Io<E>,
+    key: Option<usize>,
+}
+
+impl<E: Engine> Future for Running<E> {
+    type Output = Outcome;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
+        let key = self.key.expect("polled after completion");
+        let mut flights = self.io.0.flights.borrow_mut();
+        let Target::Future(state) = &mut flights[key].target else { unreachable!("a future's flight") };
+        match std::mem::replace(state, FutureState::Waiting(Some(cx.waker().clone()))) {
+            FutureState::Waiting(_) => Poll::Pending,
+            FutureState::Ready(outcome) => {
+                flights.remove(key);
+                drop(flights);
+                self.key = None;
+                Poll::Ready(outcome)
+            }
+        }
+    }
+}
+
+impl<E: Engine> Drop for Running<E> {
+    fn drop(&mut self) {
+        let Some(key) = self.key else { return };
+        let mut flights = self.io.0.flights.borrow_mut();
+        match &flights[key].target {
+            Target::Future(FutureState::Ready(_)) => {
+                flights.remove(key);
+            }
+            _ => flights[key].target = Target::Abandoned,
+        }
+    }
+}
+
+/// Runs `future` on this thread, polling and waiting on `io`, until it has finished: for set-up
+/// and for tools.
+pub fn block_on<E: Engine, T: 'static>(io: &Io<E>, future: impl Future<Output = T> + 'static) -> T {
+    let slot = Rc::new(Cell::new(None));
+    let result = Rc::clone(&slot);
+    io.spawn(async move { result.set(Some(future.await)) });
+    let mut finished = Vec::new();
+    loop {
+        io.poll(&mut finished);
+        assert!(finished.is_empty(), "block_on does not serve Io::start");
+        if let Some(value) = slot.take() {
+            return value;
+        }
+        io.wait(None);
+    }
+}
