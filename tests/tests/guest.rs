@@ -111,10 +111,7 @@ done
 fn look_after_the_crash(before: &GuestReport) -> String {
     let sums: Vec<&str> = before.values("durable");
     let counted = before.value("counter").expect("the counter was reported");
-    let lines: String = sums
-        .iter()
-        .map(|line| line.replacen(' ', "  ", 1) + "\n")
-        .collect();
+    let lines: String = sums.iter().map(|line| line.replacen(' ', "  ", 1) + "\n").collect();
     format!(
         "mount /dev/vdb /mnt\n\
          cat >/tmp/sums <<'END'\n{lines}END\n\
@@ -141,9 +138,7 @@ fn assert_flushes(report: &GuestReport) {
 
 /// Runs the writers, lets `crash` end what it wants (it gets the running guest and the backends,
 /// and gives back what the guest said), boots again and looks.
-fn survives(
-    crash: impl FnOnce(Guest, Served, &Lab) -> Result<(GuestReport, Served)>,
-) -> Result<()> {
+fn survives(crash: impl FnOnce(Guest, Served, &Lab) -> Result<(GuestReport, Served)>) -> Result<()> {
     let lab = Lab::new(DATA_MIB)?;
     let served = lab.serve()?;
     let guest = lab.boot(served.disks(), WRITE_UNTIL_KILLED)?;
@@ -154,15 +149,8 @@ fn survives(
     let (before, served) = crash(guest, served, &lab)?;
     assert_flushes(&before);
     let durable = before.values("durable").len();
-    assert!(
-        durable >= 30,
-        "two writers reported 15 files each, at least"
-    );
-    assert_eq!(
-        before.status(),
-        None,
-        "the script runs until the guest's end"
-    );
+    assert!(durable >= 30, "two writers reported 15 files each, at least");
+    assert_eq!(before.status(), None, "the script runs until the guest's end");
 
     let guest = lab.boot(served.disks(), look_after_the_crash(&before))?;
     let after = guest.succeed()?;
@@ -194,12 +182,7 @@ fn filled_verified_and_there_after_a_restart() -> Result<()> {
     let copy = lab.path("copy.raw");
     std::fs::File::create(&copy)?.set_len(u64::from(DATA_MIB) << 20)?;
     let format = "raw".to_owned();
-    let peer = BackendSpec::Qemu {
-        disk: copy.clone(),
-        format,
-        readonly: false,
-        queues: 1,
-    };
+    let peer = BackendSpec::Qemu { disk: copy.clone(), format, readonly: false, queues: 1 };
     let peer = Backend::start(&peer, &lab.path("peer.sock"))?;
     let served = lab.serve()?;
     let mut disks = served.disks();
@@ -207,25 +190,14 @@ fn filled_verified_and_there_after_a_restart() -> Result<()> {
     let second = lab.boot(disks, LOOK_AND_COPY)?.succeed()?;
     served.stop()?;
     peer.stop()?;
-    assert_eq!(
-        device_sum(&second),
-        device_sum(&first),
-        "the disk changed over a restart"
-    );
+    assert_eq!(device_sum(&second), device_sum(&first), "the disk changed over a restart");
 
     assert_eq!(device_sum(&first), lab.convert_data("data.raw")?);
     let mut compare = Command::new("qemu-img");
-    compare
-        .args(["compare", "-f", "raw", "-F", "raw"])
-        .arg(lab.path("data.raw"))
-        .arg(&copy);
+    compare.args(["compare", "-f", "raw", "-F", "raw"]).arg(lab.path("data.raw")).arg(&copy);
     let said = output(&mut compare)?;
     assert_eq!(said.trim(), "Images are identical.");
-    println!(
-        "first guest {:.1} s, second {:.1} s",
-        seconds(&first),
-        seconds(&second)
-    );
+    println!("first guest {:.1} s, second {:.1} s", seconds(&first), seconds(&second));
     Ok(())
 }
 

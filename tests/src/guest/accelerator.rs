@@ -40,11 +40,7 @@ impl Accelerator {
         if let Some(known) = recall(&assets.accelerator, &key) {
             return Ok(known);
         }
-        let found = if kvm_boots(assets) {
-            Self::Kvm
-        } else {
-            Self::Tcg
-        };
+        let found = if kvm_boots(assets) { Self::Kvm } else { Self::Tcg };
         remember(&assets.accelerator, &key, found)?;
         Ok(found)
     }
@@ -58,9 +54,7 @@ impl Accelerator {
     }
 
     fn parse(name: &str) -> Option<Self> {
-        [Self::Kvm, Self::Tcg]
-            .into_iter()
-            .find(|accelerator| accelerator.name() == name)
+        [Self::Kvm, Self::Tcg].into_iter().find(|accelerator| accelerator.name() == name)
     }
 
     pub(super) fn arguments(self) -> Vec<String> {
@@ -73,11 +67,7 @@ impl Accelerator {
 }
 
 fn kvm_boots(assets: &Assets) -> bool {
-    let usable = fs::OpenOptions::new()
-        .read(true)
-        .write(true)
-        .open("/dev/kvm")
-        .is_ok();
+    let usable = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
     if !usable {
         return false;
     }
@@ -96,21 +86,13 @@ fn machine_key() -> Result<String> {
         bail!("qemu-system-x86_64 --version ended with {}", output.status);
     }
     let version = String::from_utf8_lossy(&output.stdout);
-    Ok(format!(
-        "{} {}",
-        release.trim(),
-        version.lines().next().unwrap_or_default()
-    ))
+    Ok(format!("{} {}", release.trim(), version.lines().next().unwrap_or_default()))
 }
 
 fn recall(file: &Path, key: &str) -> Option<Accelerator> {
     let text = fs::read_to_string(file).ok()?;
     let (kept_key, name) = text.trim_end().split_once('\n')?;
-    if kept_key == key {
-        Accelerator::parse(name)
-    } else {
-        None
-    }
+    if kept_key == key { Accelerator::parse(name) } else { None }
 }
 
 fn remember(file: &Path, key: &str, found: Accelerator) -> Result<()> {

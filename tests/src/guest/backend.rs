@@ -51,13 +51,7 @@ pub enum BackendSpec {
 impl BackendSpec {
     /// `sapwood serve` of a layer, writable, with `queues` queues.
     pub fn layer(disk: impl Into<PathBuf>, queues: u16) -> Self {
-        Self::Sapwood {
-            program: None,
-            disk: disk.into(),
-            format: None,
-            readonly: false,
-            queues,
-        }
+        Self::Sapwood { program: None, disk: disk.into(), format: None, readonly: false, queues }
     }
 
     /// The same with a certain `sapwood` program; changes nothing of another backend.
@@ -71,13 +65,7 @@ impl BackendSpec {
 
     fn command(&self, socket: &Path) -> Result<(String, Vec<String>)> {
         match self {
-            Self::Sapwood {
-                program,
-                disk,
-                format,
-                readonly,
-                queues,
-            } => {
+            Self::Sapwood { program, disk, format, readonly, queues } => {
                 let mut words = vec!["serve".to_owned()];
                 if let Some(format) = format {
                     words.extend(["-f".to_owned(), format.clone()]);
@@ -91,12 +79,7 @@ impl BackendSpec {
                 let program = program.clone().map_or_else(sapwood_program, Ok)?;
                 Ok((program.display().to_string(), words))
             }
-            Self::Qemu {
-                disk,
-                format,
-                readonly,
-                queues,
-            } => {
+            Self::Qemu { disk, format, readonly, queues } => {
                 let onoff = if *readonly { "on" } else { "off" };
                 let writable = if *readonly { "off" } else { "on" };
                 let disk = disk.display();
@@ -134,30 +117,19 @@ impl Backend {
     /// wrote.
     pub fn start(spec: &BackendSpec, socket: &Path) -> Result<Self> {
         if socket.exists() {
-            ensure!(
-                !is_listening(socket),
-                "another backend listens on {}",
-                socket.display()
-            );
+            ensure!(!is_listening(socket), "another backend listens on {}", socket.display());
             fs::remove_file(socket)?;
         }
         let (program, arguments) = spec.command(socket)?;
         let child = OwnedChild::start(&program, &arguments, Stdio::null())?;
-        let mut backend = Self {
-            child,
-            socket: socket.to_owned(),
-        };
+        let mut backend = Self { child, socket: socket.to_owned() };
         let deadline = Instant::now() + READY_LIMIT;
         while !is_listening(socket) {
             if let Some(status) = backend.child.try_status()? {
                 bail!("{program} ended with {status}: {}", backend.stderr());
             }
             if Instant::now() >= deadline {
-                bail!(
-                    "{program} does not listen on {}: {}",
-                    socket.display(),
-                    backend.stderr()
-                );
+                bail!("{program} does not listen on {}: {}", socket.display(), backend.stderr());
             }
             thread::sleep(POLL);
         }
@@ -197,11 +169,7 @@ impl Backend {
     pub fn stop(mut self) -> Result<()> {
         self.child.signal(Signal::TERM)?;
         let status = self.child.wait(READY_LIMIT)?;
-        ensure!(
-            status.success(),
-            "the backend ended with {status}: {}",
-            self.stderr()
-        );
+        ensure!(status.success(), "the backend ended with {status}: {}", self.stderr());
         Ok(())
     }
 
@@ -221,9 +189,7 @@ fn is_listening(path: &Path) -> bool {
     let wanted = path.to_string_lossy();
     table.lines().any(|line| {
         let fields: Vec<&str> = line.split_whitespace().collect();
-        let flags = fields
-            .get(3)
-            .and_then(|flags| u64::from_str_radix(flags, 16).ok());
+        let flags = fields.get(3).and_then(|flags| u64::from_str_radix(flags, 16).ok());
         fields.get(7) == Some(&wanted.as_ref()) && flags.is_some_and(|f| f & LISTENING != 0)
     })
 }

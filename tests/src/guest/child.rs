@@ -41,12 +41,7 @@ impl OwnedChild {
             .stderr(errors.try_clone()?)
             .spawn()
             .with_context(|| format!("starting {program}"))?;
-        Ok(Self {
-            name: program.to_owned(),
-            child,
-            errors,
-            status: None,
-        })
+        Ok(Self { name: program.to_owned(), child, errors, status: None })
     }
 
     /// The process's id.
@@ -62,10 +57,7 @@ impl OwnedChild {
     /// What the program wrote on standard error so far.
     pub fn stderr(&self) -> String {
         // Read by position: the file's own position belongs to the writer.
-        let length = self
-            .errors
-            .metadata()
-            .map_or(0, |metadata| metadata.len().min(STDERR_MAX));
+        let length = self.errors.metadata().map_or(0, |metadata| metadata.len().min(STDERR_MAX));
         let mut text = vec![0; usize::try_from(length).unwrap_or(0)];
         match self.errors.read_exact_at(&mut text, 0) {
             Ok(()) => String::from_utf8_lossy(&text).into_owned(),
@@ -95,12 +87,7 @@ impl OwnedChild {
                 return Ok(status);
             }
             if Instant::now() >= deadline {
-                bail!(
-                    "{} still runs after {} s: {}",
-                    self.name,
-                    limit.as_secs(),
-                    self.stderr()
-                );
+                bail!("{} still runs after {} s: {}", self.name, limit.as_secs(), self.stderr());
             }
             thread::sleep(POLL);
         }
@@ -112,11 +99,7 @@ impl OwnedChild {
     /// The process has ended already.
     pub fn signal(&mut self, signal: Signal) -> Result<()> {
         if let Some(status) = self.try_status()? {
-            bail!(
-                "{} ended before the signal with {status}: {}",
-                self.name,
-                self.stderr()
-            );
+            bail!("{} ended before the signal with {status}: {}", self.name, self.stderr());
         }
         let pid = i32::try_from(self.child.id()).ok().and_then(Pid::from_raw);
         kill_process(pid.context("a process id is a positive i32")?, signal)?;
@@ -131,11 +114,7 @@ impl OwnedChild {
         self.signal(Signal::KILL)?;
         let status = self.wait(KILL_LIMIT)?;
         if status.signal() != Some(Signal::KILL.as_raw()) {
-            bail!(
-                "{} ended with {status} before it was killed: {}",
-                self.name,
-                self.stderr()
-            );
+            bail!("{} ended with {status} before it was killed: {}", self.name, self.stderr());
         }
         Ok(())
     }

@@ -46,8 +46,7 @@ impl Archive {
         let fields = [self.inode, mode, 0, 0, 1, 0, size, 0, 0, 0, 0, name_size, 0];
         self.bytes.extend_from_slice(b"070701");
         for field in fields {
-            self.bytes
-                .extend_from_slice(format!("{field:08X}").as_bytes());
+            self.bytes.extend_from_slice(format!("{field:08X}").as_bytes());
         }
         self.bytes.extend_from_slice(path.as_bytes());
         self.bytes.push(0);
@@ -57,8 +56,7 @@ impl Archive {
     }
 
     fn pad(&mut self) {
-        self.bytes
-            .resize(self.bytes.len().next_multiple_of(ALIGN), 0);
+        self.bytes.resize(self.bytes.len().next_multiple_of(ALIGN), 0);
     }
 }
 

@@ -50,9 +50,7 @@ impl Served {
 
     /// The disks as a guest gets them: root first.
     pub fn disks(&self) -> Vec<Disk> {
-        [&self.root, &self.data]
-            .map(|backend| Disk::new(backend.socket()).queues(QUEUES))
-            .into()
+        [&self.root, &self.data].map(|backend| Disk::new(backend.socket()).queues(QUEUES)).into()
     }
 }
 
@@ -63,11 +61,7 @@ impl Lab {
     /// The guest's files or the `sapwood` program are missing, or a layer cannot be made.
     pub fn new(data_mib: u32) -> Result<Self> {
         let work = tempfile::Builder::new().prefix("sapwood-lab-").tempdir()?;
-        let lab = Self {
-            assets: Assets::locate()?,
-            program: sapwood_program()?,
-            work,
-        };
+        let lab = Self { assets: Assets::locate()?, program: sapwood_program()?, work };
         let base = lab.assets.root_image.display().to_string();
         let root = lab.root().display().to_string();
         lab.sapwood(&["create", "-f", "layer", "-b", &base, "-F", "raw", &root])?;
@@ -100,10 +94,7 @@ impl Lab {
             let spec = BackendSpec::layer(disk, QUEUES).with_program(&self.program);
             Backend::start(&spec, &self.path(socket))
         };
-        Ok(Served {
-            root: start(&self.root(), "root.sock")?,
-            data: start(&self.data(), "data.sock")?,
-        })
+        Ok(Served { root: start(&self.root(), "root.sock")?, data: start(&self.data(), "data.sock")? })
     }
 
     /// Boots a guest from `disks`, the first being its root, and runs `script`.
@@ -130,10 +121,7 @@ impl Lab {
     /// # Errors
     /// A program fails; the message holds what it wrote.
     pub fn convert_data(&self, name: &str) -> Result<String> {
-        let (from, to) = (
-            self.data().display().to_string(),
-            self.path(name).display().to_string(),
-        );
+        let (from, to) = (self.data().display().to_string(), self.path(name).display().to_string());
         self.sapwood(&["convert", "-f", "layer", "-O", "raw", &from, &to])?;
         let sum = output(Command::new("sha256sum").arg(&to))?;
         Ok(sum.split_whitespace().next().unwrap_or_default().to_owned())
@@ -153,15 +141,9 @@ impl Lab {
 /// # Errors
 /// It cannot be started or fails; the message holds what it wrote.
 pub fn output(command: &mut Command) -> Result<String> {
-    let output = command
-        .output()
-        .with_context(|| format!("starting {command:?}"))?;
+    let output = command.output().with_context(|| format!("starting {command:?}"))?;
     let text = String::from_utf8_lossy(&output.stdout).into_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
-    ensure!(
-        output.status.success(),
-        "{command:?} ended with {}: {errors}{text}",
-        output.status
-    );
+    ensure!(output.status.success(), "{command:?} ended with {}: {errors}{text}", output.status);
     Ok(text)
 }

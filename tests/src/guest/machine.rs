@@ -48,21 +48,14 @@ pub struct Disk {
 impl Disk {
     /// A disk with one queue.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self {
-            socket: socket.into(),
-            queues: 1,
-            config_wce: true,
-        }
+        Self { socket: socket.into(), queues: 1, config_wce: true }
     }
 
     /// A disk with one queue of `qemu-storage-daemon`. Its configuration space (10.0) says
     /// "write through" although it caches, so that a guest that may look never flushes; one that
     /// may not look flushes.
     pub fn of_qemu(socket: impl Into<PathBuf>) -> Self {
-        Self {
-            config_wce: false,
-            ..Self::new(socket)
-        }
+        Self { config_wce: false, ..Self::new(socket) }
     }
 
     /// The same disk with `queues` queues.
@@ -106,10 +99,7 @@ impl GuestSpec {
 
     /// A guest without disks that runs `script` in the initial file system.
     pub fn diskless(script: impl Into<String>) -> Self {
-        Self {
-            root: Root::Initramfs,
-            ..Self::new(Vec::new(), script)
-        }
+        Self { root: Root::Initramfs, ..Self::new(Vec::new(), script) }
     }
 }
 
@@ -138,8 +128,8 @@ impl Guest {
     /// QEMU cannot be started.
     pub fn boot_with(spec: &GuestSpec, assets: &Assets, accelerator: Accelerator) -> Result<Self> {
         let work = tempfile::tempdir().context("making a directory for the guest")?;
-        let mut initramfs = fs::read(&assets.initramfs)
-            .with_context(|| format!("reading {}", assets.initramfs.display()))?;
+        let mut initramfs =
+            fs::read(&assets.initramfs).with_context(|| format!("reading {}", assets.initramfs.display()))?;
         initramfs.extend(scripts(&spec.script));
         fs::write(work.path().join("initramfs"), initramfs)?;
         let mut arguments = machine_arguments(spec, accelerator);
@@ -150,12 +140,7 @@ impl Guest {
             arguments.extend(words(&[option, &format!("{prefix}{}", path.display())]));
         }
         // The second serial port: what the script writes.
-        arguments.extend(words(&[
-            "-chardev",
-            "stdio,id=out,signal=off",
-            "-serial",
-            "chardev:out",
-        ]));
+        arguments.extend(words(&["-chardev", "stdio,id=out,signal=off", "-serial", "chardev:out"]));
         for (index, disk) in spec.disks.iter().enumerate() {
             arguments.extend(disk_arguments(index, disk));
         }
@@ -163,13 +148,7 @@ impl Guest {
         let mut qemu = OwnedChild::start(QEMU, &arguments, Stdio::piped())?;
         let pipe = qemu.take_stdout().context("QEMU's output is a pipe")?;
         let lines = Lines::collect(pipe);
-        Ok(Self {
-            qemu,
-            lines,
-            started,
-            deadline: started + spec.limit + BOOT_ALLOWANCE,
-            work,
-        })
+        Ok(Self { qemu, lines, started, deadline: started + spec.limit + BOOT_ALLOWANCE, work })
     }
 
     /// Waits until the script said `mark NAME`, at most `limit`.
@@ -181,11 +160,7 @@ impl Guest {
             Waited::Found => Ok(()),
             Waited::Ended => bail!("the guest ended before mark {name}: {}", self.state()),
             Waited::TimedOut => {
-                bail!(
-                    "no mark {name} after {} s: {}",
-                    limit.as_secs(),
-                    self.state()
-                )
+                bail!("no mark {name} after {} s: {}", limit.as_secs(), self.state())
             }
         }
     }
@@ -217,10 +192,7 @@ impl Guest {
         let context = format!("{}\n{}", self.qemu.stderr(), self.console());
         let report = self.lines.finish(self.started);
         if report.timed_out() || report.status().is_none() {
-            bail!(
-                "the guest ended before its script: {}\n{context}",
-                report.tail(TAIL_LINES)
-            );
+            bail!("the guest ended before its script: {}\n{context}", report.tail(TAIL_LINES));
         }
         Ok((report, context))
     }
@@ -232,10 +204,7 @@ impl Guest {
     pub fn succeed(self) -> Result<GuestReport> {
         let (report, context) = self.end()?;
         if report.status() != Some(0) {
-            bail!(
-                "the guest's script failed: {}\n{context}",
-                report.tail(TAIL_LINES)
-            );
+            bail!("the guest's script failed: {}\n{context}", report.tail(TAIL_LINES));
         }
         Ok(report)
     }
@@ -251,11 +220,7 @@ impl Guest {
     fn state(&self) -> String {
         let lines = self.lines.so_far();
         let tail = lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n");
-        format!(
-            "{}\n{tail}\nconsole:\n{}",
-            self.qemu.stderr(),
-            self.console()
-        )
+        format!("{}\n{tail}\nconsole:\n{}", self.qemu.stderr(), self.console())
     }
 }
 
@@ -286,23 +251,12 @@ fn machine_arguments(spec: &GuestSpec, accelerator: Accelerator) -> Vec<String> 
         spec.disks.len(),
         spec.limit.as_secs()
     );
-    let mut arguments = words(&[
-        "-nodefaults",
-        "-no-user-config",
-        "-display",
-        "none",
-        "-no-reboot",
-    ]);
+    let mut arguments = words(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
     arguments.extend(words(&["-machine", "q35,memory-backend=memory"]));
     // Shared memory: the backend reads and writes the guest's buffers itself.
     let object = format!("memory-backend-memfd,id=memory,size={memory}M,share=on");
     arguments.extend(words(&["-object", &object, "-m", &format!("{memory}M")]));
-    arguments.extend(words(&[
-        "-smp",
-        &spec.cpus.to_string(),
-        "-append",
-        &command_line,
-    ]));
+    arguments.extend(words(&["-smp", &spec.cpus.to_string(), "-append", &command_line]));
     arguments.extend(accelerator.arguments());
     arguments
 }

@@ -55,11 +55,7 @@ impl Assets {
             accelerator: guest.join("accelerator"),
         };
         for file in [&assets.kernel, &assets.initramfs, &assets.root_image] {
-            ensure!(
-                file.is_file(),
-                "{} is missing: run `cargo xtask setup`",
-                file.display()
-            );
+            ensure!(file.is_file(), "{} is missing: run `cargo xtask setup`", file.display());
         }
         Ok(assets)
     }
@@ -82,9 +78,7 @@ pub fn sapwood_program() -> Result<PathBuf> {
 /// The cargo target directory that this program lies in.
 fn target_directory() -> Result<PathBuf> {
     let program = std::env::current_exe().context("finding this program's own file")?;
-    let profile = program
-        .ancestors()
-        .find(|path| path.ends_with("release") || path.ends_with("debug"));
+    let profile = program.ancestors().find(|path| path.ends_with("release") || path.ends_with("debug"));
     let target = profile.and_then(Path::parent).map(Path::to_owned);
     target.with_context(|| format!("{} is in no cargo target directory", program.display()))
 }

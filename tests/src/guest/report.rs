@@ -27,9 +27,7 @@ pub struct GuestReport {
 impl GuestReport {
     /// The script's exit status; `None` when the guest ended before its script did.
     pub fn status(&self) -> Option<i32> {
-        self.lines
-            .iter()
-            .find_map(|line| line.strip_prefix(RESULT)?.trim().parse().ok())
+        self.lines.iter().find_map(|line| line.strip_prefix(RESULT)?.trim().parse().ok())
     }
 
     /// Whether the guest switched itself off because the script took too long.
@@ -43,10 +41,7 @@ impl GuestReport {
             let rest = line.strip_prefix(VALUE)?.strip_prefix(key)?;
             rest.starts_with(' ').then(|| line.len() - rest.len() + 1)
         };
-        self.lines
-            .iter()
-            .filter_map(|line| words(line).map(|at| &line[at..]))
-            .collect()
+        self.lines.iter().filter_map(|line| words(line).map(|at| &line[at..])).collect()
     }
 
     /// The last of [`Self::values`].
@@ -93,10 +88,7 @@ impl Lines {
             let shared = Arc::clone(&shared);
             move || read_lines(BufReader::new(pipe), &shared)
         });
-        Self {
-            shared,
-            reader: Some(reader),
-        }
+        Self { shared, reader: Some(reader) }
     }
 
     /// Waits until the script said `mark NAME`, at most `limit`.
@@ -182,8 +174,7 @@ mod tests {
 
     #[test]
     fn values_and_the_result() {
-        let report =
-            report("x\nSAPWOOD-VALUE sum 1 2\r\nSAPWOOD-VALUE summary 3\nSAPWOOD-RESULT 7\n");
+        let report = report("x\nSAPWOOD-VALUE sum 1 2\r\nSAPWOOD-VALUE summary 3\nSAPWOOD-RESULT 7\n");
         assert_eq!(report.values("sum"), ["1 2"]);
         assert_eq!(report.value("summary"), Some("3"));
         assert_eq!(report.status(), Some(7));

@@ -38,23 +38,14 @@ pub fn run(workspace: &Workspace) -> Result<bool> {
     for layer in &demo.layers {
         demo.create(layer)?;
     }
-    println!(
-        "\nboth guests boot at once, each from its layer ({})",
-        demo.accelerator.name()
-    );
+    println!("\nboth guests boot at once, each from its layer ({})", demo.accelerator.name());
     demo.round(1, &write_script)?;
     println!("\nthey boot again and look");
     demo.round(2, &look_script)?;
     demo.print_layers()?;
     let after = checksum(&demo.assets.root_image)?;
-    ensure!(
-        before == after,
-        "the base has changed: {before} before, {after} after"
-    );
-    println!(
-        "\nthe base is untouched: sha256 {} as before",
-        short(&after)
-    );
+    ensure!(before == after, "the base has changed: {before} before, {after} after");
+    println!("\nthe base is untouched: sha256 {} as before", short(&after));
     println!("neither guest saw the other's change; each saw its own after a restart");
     println!("the layers stay in {}", demo.directory.display());
     Ok(true)
@@ -84,17 +75,9 @@ impl Demo {
             fs::remove_dir_all(&directory)?;
         }
         fs::create_dir_all(&directory)?;
-        let layers = NAMES
-            .map(|name| directory.join(format!("{name}.layer")))
-            .into();
+        let layers = NAMES.map(|name| directory.join(format!("{name}.layer"))).into();
         let accelerator = Accelerator::detect(&assets)?;
-        Ok(Self {
-            program,
-            assets,
-            accelerator,
-            directory,
-            layers,
-        })
+        Ok(Self { program, assets, accelerator, directory, layers })
     }
 
     fn sapwood(&self, arguments: &[&str], disk: &Path) -> Result<String> {
@@ -134,9 +117,7 @@ impl Demo {
     fn virtual_size(&self, layer: &Path) -> Result<u64> {
         let text = self.sapwood(&["info", "--output=json"], layer)?;
         let info: serde_json::Value = serde_json::from_str(&text)?;
-        info["virtual-size"]
-            .as_u64()
-            .with_context(|| format!("no virtual-size in {text}"))
+        info["virtual-size"].as_u64().with_context(|| format!("no virtual-size in {text}"))
     }
 
     /// Boots a guest from each layer at the same time and prints what each says.
@@ -147,17 +128,12 @@ impl Demo {
             let socket = sockets.path().join(NAMES[index]);
             let backend = Backend::start(&self.serve(layer), &socket)?;
             let script = script(NAMES[index], NAMES[1 - index]);
-            let spec = GuestSpec {
-                cpus: 1,
-                ..GuestSpec::new(vec![Disk::new(&socket)], script)
-            };
+            let spec = GuestSpec { cpus: 1, ..GuestSpec::new(vec![Disk::new(&socket)], script) };
             let guest = Guest::boot_with(&spec, &self.assets, self.accelerator)?;
             running.push((NAMES[index], backend, guest));
         }
         for (name, backend, guest) in running {
-            let report = guest
-                .succeed()
-                .with_context(|| format!("guest {name}, boot {round}"))?;
+            let report = guest.succeed().with_context(|| format!("guest {name}, boot {round}"))?;
             print_guest(name, &report);
             backend.stop()?;
         }
@@ -214,11 +190,7 @@ fn print_guest(name: &str, report: &GuestReport) {
 
 fn checksum(file: &Path) -> Result<String> {
     let text = process::output(Command::new("sha256sum").arg(file), COMMAND_LIMIT)?;
-    Ok(text
-        .split_whitespace()
-        .next()
-        .unwrap_or_default()
-        .to_owned())
+    Ok(text.split_whitespace().next().unwrap_or_default().to_owned())
 }
 
 fn short(sum: &str) -> &str {
@@ -226,10 +198,7 @@ fn short(sum: &str) -> &str {
 }
 
 fn file_name(path: &Path) -> String {
-    path.file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .into_owned()
+    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
 }
 
 /// `bytes` with a binary unit and three or four digits.

@@ -70,29 +70,11 @@ fn perform(task: &Task) -> Result<bool> {
         Task::Demo => demo::run(&workspace),
         Task::Test { only, fuzz_seconds } => {
             let fuzz = Duration::from_secs(*fuzz_seconds);
-            run_suite(
-                &workspace,
-                Effort {
-                    soak_seeds: None,
-                    fuzz,
-                },
-                only,
-            )
+            run_suite(&workspace, Effort { soak_seeds: None, fuzz }, only)
         }
-        Task::Soak {
-            only,
-            seeds,
-            fuzz_seconds,
-        } => {
+        Task::Soak { only, seeds, fuzz_seconds } => {
             let fuzz = Duration::from_secs(*fuzz_seconds);
-            run_suite(
-                &workspace,
-                Effort {
-                    soak_seeds: Some(*seeds),
-                    fuzz,
-                },
-                only,
-            )
+            run_suite(&workspace, Effort { soak_seeds: Some(*seeds), fuzz }, only)
         }
     }
 }
@@ -105,11 +87,7 @@ fn run_suite(workspace: &Workspace, effort: Effort, only: &[String]) -> Result<b
 fn set_up(workspace: &Workspace) -> Result<bool> {
     match setup::ensure(&workspace.guest())? {
         setup::Outcome::Ready(assets) => {
-            println!(
-                "ready: {} and {}",
-                assets.kernel.display(),
-                assets.root_image.display()
-            );
+            println!("ready: {} and {}", assets.kernel.display(), assets.root_image.display());
             Ok(true)
         }
         setup::Outcome::Unable(reason) => {

@@ -9,7 +9,10 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
 
-const POLL: Duration = Duration::from_millis(20);
+/// How often a running program is looked at: at first, so that short ones are timed well, and in
+/// the end.
+const POLL_MIN: Duration = Duration::from_micros(100);
+const POLL_MAX: Duration = Duration::from_millis(50);
 
 /// Runs `command` with this process's output and waits at most `limit`.
 ///
@@ -17,11 +20,7 @@ const POLL: Duration = Duration::from_millis(20);
 /// The program cannot be started, fails, or does not end in time.
 pub fn run(command: &mut Command, limit: Duration) -> Result<()> {
     let status = run_status(command, limit)?;
-    ensure!(
-        status.success(),
-        "{} ended with {status}",
-        describe(command)
-    );
+    ensure!(status.success(), "{} ended with {status}", describe(command));
     Ok(())
 }
 
@@ -30,10 +29,8 @@ pub fn run(command: &mut Command, limit: Duration) -> Result<()> {
 /// # Errors
 /// The program cannot be started or does not end in time.
 pub fn run_status(command: &mut Command, limit: Duration) -> Result<ExitStatus> {
-    let child = command
-        .stdin(Stdio::null())
-        .spawn()
-        .with_context(|| format!("starting {}", describe(command)))?;
+    let child =
+        command.stdin(Stdio::null()).spawn().with_context(|| format!("starting {}", describe(command)))?;
     wait_bounded(child, limit).with_context(|| format!("waiting for {}", describe(command)))
 }
 
@@ -48,11 +45,7 @@ pub fn output(command: &mut Command, limit: Duration) -> Result<String> {
     let status = run_status(command, limit)?;
     let text = read_back(out)?;
     if !status.success() {
-        bail!(
-            "{} ended with {status}: {}{text}",
-            describe(command),
-            read_back(errors)?
-        );
+        bail!("{} ended with {status}: {}{text}", describe(command), read_back(errors)?);
     }
     Ok(text)
 }
@@ -86,6 +79,7 @@ pub fn find(program: &str) -> Option<std::path::PathBuf> {
 
 fn wait_bounded(mut child: Child, limit: Duration) -> Result<ExitStatus> {
     let deadline = Instant::now() + limit;
+    let mut poll = POLL_MIN;
     loop {
         if let Some(status) = child.try_wait()? {
             return Ok(status);
@@ -98,7 +92,8 @@ fn wait_bounded(mut child: Child, limit: Duration) -> Result<ExitStatus> {
             child.wait()?;
             bail!("not finished after {} s, ended", limit.as_secs());
         }
-        thread::sleep(POLL);
+        thread::sleep(poll);
+        poll = (poll + poll / 8).min(POLL_MAX);
     }
 }
 
@@ -116,12 +111,7 @@ fn descendants(root: u32) -> Vec<u32> {
     let mut next = 0;
     while next < found.len() {
         let parent = found[next];
-        found.extend(
-            pairs
-                .iter()
-                .filter(|pair| pair.1 == parent)
-                .map(|pair| pair.0),
-        );
+        found.extend(pairs.iter().filter(|pair| pair.1 == parent).map(|pair| pair.0));
         next += 1;
     }
     found.split_off(1)
@@ -130,12 +120,7 @@ fn descendants(root: u32) -> Vec<u32> {
 fn parent_of(pid: u32) -> Option<u32> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name in parentheses may hold spaces; state and parent follow the last parenthesis.
-    stat.rsplit_once(')')?
-        .1
-        .split_whitespace()
-        .nth(1)?
-        .parse()
-        .ok()
+    stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
 }
 
 #[cfg(test)]
@@ -154,14 +139,8 @@ mod tests {
     #[test]
     fn output_is_read_and_failures_carry_the_message() {
         let limit = Duration::from_secs(10);
-        assert_eq!(
-            output(Command::new("echo").arg("hi"), limit).unwrap(),
-            "hi\n"
-        );
-        let error = output(
-            Command::new("sh").args(["-c", "echo no >&2; exit 3"]),
-            limit,
-        );
+        assert_eq!(output(Command::new("echo").arg("hi"), limit).unwrap(), "hi\n");
+        let error = output(Command::new("sh").args(["-c", "echo no >&2; exit 3"]), limit);
         assert!(format!("{:#}", error.unwrap_err()).contains("no"));
     }
 }

@@ -30,10 +30,7 @@ impl Workspace {
             let value = metadata[name].as_str().map(PathBuf::from);
             value.with_context(|| format!("cargo metadata has no {name}"))
         };
-        Ok(Self {
-            root: path("workspace_root")?,
-            target: path("target_directory")?,
-        })
+        Ok(Self { root: path("workspace_root")?, target: path("target_directory")? })
     }
 
     /// Where the guest's files are kept.
@@ -52,9 +49,7 @@ impl Workspace {
 /// This package's manifest: as cargo says when it runs this program, else as it was built.
 fn own_manifest() -> PathBuf {
     let directory = std::env::var_os("CARGO_MANIFEST_DIR").map(PathBuf::from);
-    directory
-        .unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into())
-        .join("Cargo.toml")
+    directory.unwrap_or_else(|| env!("CARGO_MANIFEST_DIR").into()).join("Cargo.toml")
 }
 
 fn cargo() -> Command {
@@ -67,14 +62,7 @@ fn cargo() -> Command {
 /// cargo fails, or writes no JSON.
 pub fn metadata(manifest: &Path) -> Result<Value> {
     let mut command = cargo();
-    command
-        .args([
-            "metadata",
-            "--no-deps",
-            "--format-version=1",
-            "--manifest-path",
-        ])
-        .arg(manifest);
+    command.args(["metadata", "--no-deps", "--format-version=1", "--manifest-path"]).arg(manifest);
     let text = process::output(&mut command, METADATA_LIMIT)?;
     serde_json::from_str(&text).context("reading the answer of cargo metadata")
 }

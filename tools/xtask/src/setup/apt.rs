@@ -29,11 +29,7 @@ struct Needed {
 }
 
 const fn needed(program: &'static str, package: &'static str, backports: bool) -> Needed {
-    Needed {
-        program,
-        package,
-        backports,
-    }
+    Needed { program, package, backports }
 }
 
 const NEEDED: &[Needed] = &[
@@ -54,11 +50,7 @@ const NEEDED: &[Needed] = &[
 /// The programs that are not on this machine.
 pub fn missing() -> Vec<&'static str> {
     let absent = |needed: &&Needed| process::find(needed.program).is_none();
-    NEEDED
-        .iter()
-        .filter(absent)
-        .map(|needed| needed.program)
-        .collect()
+    NEEDED.iter().filter(absent).map(|needed| needed.program).collect()
 }
 
 /// Why this machine cannot install packages by itself, if it cannot.
@@ -98,10 +90,8 @@ pub fn install_missing() -> Result<()> {
     let backports = backports_suite()?;
     update()?;
     let absent = |needed: &&Needed| process::find(needed.program).is_none();
-    let (newer, stable): (Vec<&Needed>, Vec<&Needed>) = NEEDED
-        .iter()
-        .filter(absent)
-        .partition(|needed| needed.backports && backports.is_some());
+    let (newer, stable): (Vec<&Needed>, Vec<&Needed>) =
+        NEEDED.iter().filter(absent).partition(|needed| needed.backports && backports.is_some());
     // The newer ones go first: an old QEMU must never be pulled in by the others.
     if !newer.is_empty() {
         let mut packages = vec!["qemu-system-x86", "qemu-utils", "seabios"];
@@ -109,20 +99,10 @@ pub fn install_missing() -> Result<()> {
         install(&packages, backports.as_deref())?;
     }
     if !stable.is_empty() {
-        install(
-            &stable
-                .iter()
-                .map(|needed| needed.package)
-                .collect::<Vec<_>>(),
-            None,
-        )?;
+        install(&stable.iter().map(|needed| needed.package).collect::<Vec<_>>(), None)?;
     }
     let left = missing();
-    ensure!(
-        left.is_empty(),
-        "apt installed its packages, yet these are missing: {}",
-        left.join(", ")
-    );
+    ensure!(left.is_empty(), "apt installed its packages, yet these are missing: {}", left.join(", "));
     Ok(())
 }
 
@@ -133,19 +113,8 @@ fn install(packages: &[&str], suite: Option<&str>) -> Result<()> {
     println!("  installing {}", packages.join(" "));
     // `env` and not an environment variable of ours: sudo drops those.
     let mut command = privileged("env");
-    command.args([
-        "DEBIAN_FRONTEND=noninteractive",
-        "apt-get",
-        "-qq",
-        "install",
-        "-y",
-    ]);
-    command.args([
-        "--no-install-recommends",
-        "--no-remove",
-        "-o",
-        "DPkg::Lock::Timeout=300",
-    ]);
+    command.args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-qq", "install", "-y"]);
+    command.args(["--no-install-recommends", "--no-remove", "-o", "DPkg::Lock::Timeout=300"]);
     if let Some(suite) = suite {
         command.args(["-t", suite]);
     }
@@ -176,9 +145,7 @@ pub fn update() -> Result<()> {
 /// `/etc/os-release` does not say.
 pub fn codename() -> Result<String> {
     let text = fs::read_to_string("/etc/os-release").context("reading /etc/os-release")?;
-    let line = text
-        .lines()
-        .find_map(|line| line.strip_prefix("VERSION_CODENAME="));
+    let line = text.lines().find_map(|line| line.strip_prefix("VERSION_CODENAME="));
     let name = line.context("/etc/os-release names no VERSION_CODENAME")?;
     Ok(name.trim_matches('"').to_owned())
 }
@@ -204,16 +171,11 @@ pub fn backports_suite() -> Result<Option<String>> {
     let suite = format!("{codename}-backports");
     let all = sources::configured(Path::new(ETC_APT))?;
     if sources::release(&all, &suite).is_err() {
-        let stanza = sources::release(&all, &codename)?
-            .with_suite(&suite)
-            .to_deb822();
+        let stanza = sources::release(&all, &codename)?.with_suite(&suite).to_deb822();
         let mut staged = tempfile::NamedTempFile::new().context("making a temporary file")?;
         std::io::Write::write_all(&mut staged, stanza.as_bytes())?;
         let mut command = privileged("install");
-        command
-            .args(["-m", "644"])
-            .arg(staged.path())
-            .arg(BACKPORTS_FILE);
+        command.args(["-m", "644"]).arg(staged.path()).arg(BACKPORTS_FILE);
         process::output(&mut command, QUERY_LIMIT)?;
         println!("  wrote {BACKPORTS_FILE}");
     }
@@ -227,9 +189,7 @@ pub fn backports_suite() -> Result<Option<String>> {
 pub fn unpack(package: &str, suite: Option<&str>, into: &Path) -> Result<()> {
     let download = tempfile::tempdir().context("making a temporary directory")?;
     let mut command = Command::new("apt-get");
-    command
-        .args(["-qq", "download", package])
-        .current_dir(download.path());
+    command.args(["-qq", "download", package]).current_dir(download.path());
     if let Some(suite) = suite {
         command.args(["-t", suite]);
     }
@@ -266,9 +226,7 @@ pub fn depends(package: &str, suite: Option<&str>) -> Result<String> {
     }
     let text = process::output(&mut command, QUERY_LIMIT)?;
     let field = text.lines().find_map(|line| line.strip_prefix("Depends: "));
-    Ok(field
-        .with_context(|| format!("package {package} depends on nothing"))?
-        .to_owned())
+    Ok(field.with_context(|| format!("package {package} depends on nothing"))?.to_owned())
 }
 
 /// The proxy options of the host's apt, for an apt that runs with its own configuration.
@@ -277,8 +235,6 @@ pub fn proxy_options() -> Vec<String> {
     command.args(["dump", "--format", "%F \"%v\";%n"]);
     let text = process::output(&mut command, QUERY_LIMIT).unwrap_or_default();
     let wanted = ["Acquire::http::Proxy", "Acquire::https::Proxy"];
-    let proxies = text
-        .lines()
-        .filter(|line| wanted.iter().any(|name| line.starts_with(name)));
+    let proxies = text.lines().filter(|line| wanted.iter().any(|name| line.starts_with(name)));
     proxies.map(str::to_owned).collect()
 }

@@ -35,9 +35,7 @@ pub fn directory(
     println!("  making {name}");
     fs::create_dir_all(cache).with_context(|| format!("making {}", cache.display()))?;
     remove_left_over(cache, name)?;
-    let staged = tempfile::Builder::new()
-        .prefix(&staged_prefix(name))
-        .tempdir_in(cache)?;
+    let staged = tempfile::Builder::new().prefix(&staged_prefix(name)).tempdir_in(cache)?;
     make(staged.path()).with_context(|| format!("making {}", finished.display()))?;
     fs::write(staged.path().join(RECIPE), recipe)?;
     if finished.exists() {

@@ -21,22 +21,12 @@ const BUSYBOX_PACKAGE: &str = "busybox-static";
 const UNPACK_LIMIT: Duration = Duration::from_secs(60);
 
 /// The modules a guest may need, dependencies aside, in the order of loading.
-const MODULES: &[&str] = &[
-    "crc32c_generic",
-    "virtio_pci",
-    "virtio_mmio",
-    "virtio_blk",
-    "virtio_console",
-    "ext4",
-    "xfs",
-];
+const MODULES: &[&str] =
+    &["crc32c_generic", "virtio_pci", "virtio_mmio", "virtio_blk", "virtio_console", "ext4", "xfs"];
 
 /// Describes what [`make`] makes.
 pub fn recipe() -> String {
-    format!(
-        "{VERSION} {META_PACKAGE} {BUSYBOX_PACKAGE} {}\n",
-        MODULES.join(" ")
-    )
+    format!("{VERSION} {META_PACKAGE} {BUSYBOX_PACKAGE} {}\n", MODULES.join(" "))
 }
 
 /// Makes `vmlinuz`, `initramfs.cpio` and `release` (the kernel's version) in `into`.
@@ -48,9 +38,7 @@ pub fn make(into: &Path) -> Result<()> {
     apt::update()?;
     let unpacked = into.join("unpacked");
     let depends = apt::depends(META_PACKAGE, suite.as_deref())?;
-    let package = depends
-        .split([' ', ','])
-        .find(|word| word.starts_with("linux-image-"));
+    let package = depends.split([' ', ',']).find(|word| word.starts_with("linux-image-"));
     let package = package.with_context(|| format!("{META_PACKAGE} names no kernel: {depends}"))?;
     println!("  kernel package {package}");
     apt::unpack(package, suite.as_deref(), &unpacked)?;
@@ -59,11 +47,7 @@ pub fn make(into: &Path) -> Result<()> {
     let boot = unpacked.join("boot");
     let image = find_below(&boot, |name| name.starts_with("vmlinuz-"))?;
     fs::copy(&image, into.join("vmlinuz"))?;
-    let release = image
-        .file_name()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .replace("vmlinuz-", "");
+    let release = image.file_name().unwrap_or_default().to_string_lossy().replace("vmlinuz-", "");
     fs::write(into.join("release"), &release)?;
 
     let library = ["lib/modules", "usr/lib/modules"]
@@ -73,14 +57,8 @@ pub fn make(into: &Path) -> Result<()> {
         .with_context(|| format!("package {package} has no modules"))?;
     let modules = Modules::open(&library)?;
     let busybox = ["bin/busybox", "usr/bin/busybox"].map(|path| unpacked.join(path));
-    let busybox = busybox
-        .iter()
-        .find(|path| path.is_file())
-        .context("no busybox in its package")?;
-    fs::write(
-        into.join("initramfs.cpio"),
-        initial_file_system(&fs::read(busybox)?, &modules)?,
-    )?;
+    let busybox = busybox.iter().find(|path| path.is_file()).context("no busybox in its package")?;
+    fs::write(into.join("initramfs.cpio"), initial_file_system(&fs::read(busybox)?, &modules)?)?;
     fs::remove_dir_all(&unpacked)?;
     Ok(())
 }
@@ -118,11 +96,7 @@ impl Modules {
         while let Some(directory) = left.pop() {
             for entry in fs::read_dir(&directory)? {
                 let path = entry?.path();
-                let name = path
-                    .file_name()
-                    .unwrap_or_default()
-                    .to_string_lossy()
-                    .into_owned();
+                let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
                 if path.is_dir() && !path.is_symlink() {
                     left.push(path);
                 } else if let Some((stem, _)) = name.split_once(".ko") {
@@ -131,10 +105,7 @@ impl Modules {
             }
         }
         let builtin = fs::read_to_string(library.join("modules.builtin")).unwrap_or_default();
-        Ok(Self {
-            files,
-            builtin: builtin.replace('-', "_"),
-        })
+        Ok(Self { files, builtin: builtin.replace('-', "_") })
     }
 
     /// Appends the module `name` to `order`, what it depends on before it.
@@ -177,16 +148,9 @@ fn dependencies(module: &[u8]) -> Vec<String> {
         return Vec::new();
     };
     let value = &module[found + KEY.len()..];
-    let end = value
-        .iter()
-        .position(|&byte| byte == 0)
-        .unwrap_or(value.len());
+    let end = value.iter().position(|&byte| byte == 0).unwrap_or(value.len());
     let value = String::from_utf8_lossy(&value[..end]);
-    value
-        .split(',')
-        .filter(|name| !name.is_empty())
-        .map(str::to_owned)
-        .collect()
+    value.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect()
 }
 
 fn find_below(directory: &Path, wanted: impl Fn(&str) -> bool) -> Result<PathBuf> {

@@ -35,11 +35,7 @@ pub fn ensure(guest: &Path) -> Result<Outcome> {
         || !cache::is_fresh(guest, "root", &rootfs::recipe());
     if !missing.is_empty() || stale {
         if let Some(reason) = apt::unable() {
-            let wanted = if missing.is_empty() {
-                "the guest's files"
-            } else {
-                &missing.join(", ")
-            };
+            let wanted = if missing.is_empty() { "the guest's files" } else { &missing.join(", ") };
             return Ok(Outcome::Unable(format!("{wanted} missing, and {reason}")));
         }
         apt::install_missing()?;

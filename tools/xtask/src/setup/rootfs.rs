@@ -13,16 +13,8 @@ use crate::process;
 const VERSION: u32 = 1;
 const SUITE: &str = "bookworm";
 const SIZE_MIB: u32 = 1024;
-const PACKAGES: &[&str] = &[
-    "fio",
-    "e2fsprogs",
-    "xfsprogs",
-    "util-linux",
-    "mount",
-    "coreutils",
-    "procps",
-    "diffutils",
-];
+const PACKAGES: &[&str] =
+    &["fio", "e2fsprogs", "xfsprogs", "util-linux", "mount", "coreutils", "procps", "diffutils"];
 const BOOTSTRAP_LIMIT: Duration = Duration::from_secs(900);
 const FORMAT_LIMIT: Duration = Duration::from_secs(300);
 
@@ -56,22 +48,13 @@ fn bootstrap(tree: &Path, sources: &Path) -> Result<()> {
     let source = apt::release_source()?.with_suite(SUITE);
     fs::write(sources, source.to_deb822())?;
     let mut command = apt::privileged("mmdebstrap");
-    command.args([
-        "--quiet",
-        "--mode=root",
-        "--format=directory",
-        "--variant=essential",
-    ]);
+    command.args(["--quiet", "--mode=root", "--format=directory", "--variant=essential"]);
     command.arg(format!("--include={}", PACKAGES.join(",")));
     command.arg("--aptopt=APT::Install-Recommends \"false\";");
     for option in apt::proxy_options() {
         command.arg(format!("--aptopt={option}"));
     }
-    for path in [
-        "/usr/share/doc/*",
-        "/usr/share/man/*",
-        "/usr/share/locale/*",
-    ] {
+    for path in ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"] {
         command.arg(format!("--dpkgopt=path-exclude={path}"));
     }
     command.arg(SUITE).arg(tree).arg(sources);

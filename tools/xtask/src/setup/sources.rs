@@ -28,11 +28,7 @@ impl Source {
     /// The same archive and key with another suite, component `main` only.
     pub fn with_suite(&self, suite: &str) -> Self {
         let components = vec!["main".to_owned()];
-        Self {
-            suite: suite.to_owned(),
-            components,
-            ..self.clone()
-        }
+        Self { suite: suite.to_owned(), components, ..self.clone() }
     }
 
     /// The source as a deb822 stanza.
@@ -69,8 +65,7 @@ pub fn configured(etc_apt: &Path) -> Result<Vec<Source>> {
     }
     let mut sources = Vec::new();
     for file in files.iter().filter(|file| file.is_file()) {
-        let text =
-            || fs::read_to_string(file).with_context(|| format!("reading {}", file.display()));
+        let text = || fs::read_to_string(file).with_context(|| format!("reading {}", file.display()));
         match file.extension().and_then(|extension| extension.to_str()) {
             Some("list") => sources.extend(parse_list(&text()?)),
             Some("sources") => sources.extend(parse_deb822(&text()?)),
@@ -156,12 +151,7 @@ fn parse_deb822(text: &str) -> Vec<Source> {
 }
 
 fn stanza_sources(stanza: &[(String, String)]) -> Vec<Source> {
-    let field = |name: &str| {
-        stanza
-            .iter()
-            .find(|(field, _)| field == name)
-            .map(|(_, value)| value.clone())
-    };
+    let field = |name: &str| stanza.iter().find(|(field, _)| field == name).map(|(_, value)| value.clone());
     let list = |name: &str| words(&field(name).unwrap_or_default());
     let enabled = field("enabled").is_none_or(|value| value != "no");
     if !enabled || !list("types").iter().any(|kind| kind == "deb") {

@@ -50,9 +50,7 @@ pub fn steps<'a>(workspace: &'a Workspace, effort: Effort) -> Result<Vec<Step<'a
         steps.push(Step::new("fuzz/targets", reason));
     }
     for target in targets {
-        steps.push(Step::new(format!("fuzz/{target}"), move || {
-            fuzz.run(&target)
-        }));
+        steps.push(Step::new(format!("fuzz/{target}"), move || fuzz.run(&target)));
     }
     Ok(steps)
 }
@@ -74,17 +72,10 @@ impl Fuzz<'_> {
 
     fn targets(&self) -> Result<Vec<String>> {
         let metadata = workspace::metadata(&self.manifest())?;
-        let packages = metadata["packages"]
-            .as_array()
-            .context("cargo metadata has no packages")?;
-        let all = packages
-            .iter()
-            .filter_map(|package| package["targets"].as_array())
-            .flatten();
+        let packages = metadata["packages"].as_array().context("cargo metadata has no packages")?;
+        let all = packages.iter().filter_map(|package| package["targets"].as_array()).flatten();
         let is_program = |target: &&serde_json::Value| target["kind"][0] == "bin";
-        let names = all
-            .filter(is_program)
-            .filter_map(|target| target["name"].as_str());
+        let names = all.filter(is_program).filter_map(|target| target["name"].as_str());
         let mut names: Vec<String> = names.map(str::to_owned).collect();
         names.sort();
         Ok(names)
@@ -93,20 +84,14 @@ impl Fuzz<'_> {
     /// cargo on the fuzz crate, which is a workspace of its own.
     fn cargo(&self, arguments: &[&str]) -> Command {
         let mut command = self.workspace.cargo();
-        command
-            .args(arguments)
-            .arg("--manifest-path")
-            .arg(self.manifest());
+        command.args(arguments).arg("--manifest-path").arg(self.manifest());
         command.env("CARGO_TARGET_DIR", self.work());
         command
     }
 
     fn lint(&self) -> Result<Verdict> {
         process::run(self.cargo(&["fmt"]).args(["--", "--check"]), QUERY_LIMIT)?;
-        process::run(
-            self.cargo(&["clippy"]).args(["--", "-D", "warnings"]),
-            BUILD_LIMIT,
-        )?;
+        process::run(self.cargo(&["clippy"]).args(["--", "-D", "warnings"]), BUILD_LIMIT)?;
         Ok(Verdict::Passed)
     }
 
@@ -137,12 +122,7 @@ impl Fuzz<'_> {
         let mut command = Command::new(program);
         command.arg(format!("-max_total_time={}", self.effort.fuzz.as_secs()));
         command.arg(format!("-artifact_prefix={}/", artifacts.display()));
-        command.args([
-            "-timeout=20",
-            "-rss_limit_mb=2048",
-            "-print_final_stats=1",
-            "-verbosity=0",
-        ]);
+        command.args(["-timeout=20", "-rss_limit_mb=2048", "-print_final_stats=1", "-verbosity=0"]);
         // New inputs go into the first directory; the tree's own corpus is only read.
         command.arg(&grown);
         let corpus = self.workspace.root.join("fuzz/corpus").join(target);
@@ -160,10 +140,7 @@ impl Fuzz<'_> {
             println!("the planted bug was found, as it must");
         } else {
             let place = artifacts.display();
-            ensure!(
-                status.success(),
-                "{target} ended with {status}; the input is in {place}"
-            );
+            ensure!(status.success(), "{target} ended with {status}; the input is in {place}");
         }
         Ok(Verdict::Passed)
     }

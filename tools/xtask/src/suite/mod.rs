@@ -26,10 +26,7 @@ pub struct Step<'a> {
 impl<'a> Step<'a> {
     /// A step that does `run`.
     pub fn new(name: impl Into<String>, run: impl Fn() -> Result<Verdict> + 'a) -> Self {
-        Self {
-            name: name.into(),
-            run: Box::new(run),
-        }
+        Self { name: name.into(), run: Box::new(run) }
     }
 }
 
@@ -46,11 +43,7 @@ enum Ending {
 /// A name fits no step; the message lists the names.
 pub fn select<'a>(steps: Vec<Step<'a>>, only: &[String]) -> Result<Vec<Step<'a>>> {
     let fits = |step: &Step, name: &str| {
-        step.name == name
-            || step
-                .name
-                .split_once('/')
-                .is_some_and(|(group, _)| group == name)
+        step.name == name || step.name.split_once('/').is_some_and(|(group, _)| group == name)
     };
     for name in only {
         if !steps.iter().any(|step| fits(step, name)) {
@@ -127,18 +120,12 @@ mod tests {
 
     fn steps() -> Vec<Step<'static>> {
         let names = ["fmt", "fuzz/header", "fuzz/request"];
-        names
-            .map(|name| Step::new(name, || Ok(Verdict::Passed)))
-            .into()
+        names.map(|name| Step::new(name, || Ok(Verdict::Passed))).into()
     }
 
     fn names(only: &[&str]) -> Vec<String> {
         let only: Vec<String> = only.iter().map(|&name| name.to_owned()).collect();
-        select(steps(), &only)
-            .unwrap()
-            .into_iter()
-            .map(|step| step.name)
-            .collect()
+        select(steps(), &only).unwrap().into_iter().map(|step| step.name).collect()
     }
 
     #[test]
@@ -151,9 +138,7 @@ mod tests {
 
     #[test]
     fn one_failure_fails_the_run() {
-        assert!(run(&[Step::new("a", || Ok(Verdict::Skipped(
-            "no".to_owned()
-        )))]));
+        assert!(run(&[Step::new("a", || Ok(Verdict::Skipped("no".to_owned())))]));
         let failing = Step::new("b", || bail!("broken"));
         assert!(!run(&[Step::new("a", || Ok(Verdict::Passed)), failing]));
     }

@@ -38,11 +38,7 @@ pub struct Suite<'a> {
 impl<'a> Suite<'a> {
     /// A suite over `workspace`.
     pub fn new(workspace: &'a Workspace, effort: Effort) -> Self {
-        Self {
-            workspace,
-            effort,
-            unable: OnceCell::new(),
-        }
+        Self { workspace, effort, unable: OnceCell::new() }
     }
 
     /// The steps, in order.
@@ -90,15 +86,11 @@ impl<'a> Suite<'a> {
     fn command(&self, arguments: &[&str]) -> Command {
         let mut command = self.workspace.cargo();
         command.args(arguments);
-        command
-            .env("SAPWOOD_BIN", self.program())
-            .env("SAPWOOD_GUEST_DIR", self.workspace.guest());
+        command.env("SAPWOOD_BIN", self.program()).env("SAPWOOD_GUEST_DIR", self.workspace.guest());
         // An error's message says what happened; where it was wrapped does not.
         command.env("RUST_LIB_BACKTRACE", "0");
         if let Some(seeds) = self.effort.soak_seeds {
-            command
-                .env("SAPWOOD_SOAK", "1")
-                .env("SAPWOOD_SIM_SEEDS", seeds.to_string());
+            command.env("SAPWOOD_SOAK", "1").env("SAPWOOD_SIM_SEEDS", seeds.to_string());
         }
         command
     }
@@ -114,14 +106,7 @@ impl<'a> Suite<'a> {
     }
 
     fn clippy(&self) -> Result<Verdict> {
-        let arguments = [
-            "clippy",
-            "--workspace",
-            "--all-targets",
-            "--",
-            "-D",
-            "warnings",
-        ];
+        let arguments = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
         self.cargo(&arguments, minutes(20))
     }
 
@@ -136,19 +121,8 @@ impl<'a> Suite<'a> {
     }
 
     fn tests(&self) -> Result<Verdict> {
-        let arguments = [
-            "test",
-            "--workspace",
-            "--lib",
-            "--bins",
-            "--tests",
-            "--no-fail-fast",
-        ];
-        let limit = if self.effort.soak_seeds.is_some() {
-            minutes(24 * 60)
-        } else {
-            minutes(30)
-        };
+        let arguments = ["test", "--workspace", "--lib", "--bins", "--tests", "--no-fail-fast"];
+        let limit = if self.effort.soak_seeds.is_some() { minutes(24 * 60) } else { minutes(30) };
         self.cargo(&arguments, limit)
     }
 
@@ -164,14 +138,7 @@ impl<'a> Suite<'a> {
             self.build()?;
         }
         // One guest at a time: under TCG each takes as many host threads as it has processors.
-        let arguments = [
-            "test",
-            "--package",
-            "sapwood-tests",
-            "--test",
-            "guest",
-            "--",
-        ];
+        let arguments = ["test", "--package", "sapwood-tests", "--test", "guest", "--"];
         let mut command = self.command(&arguments);
         command.args(["--ignored", "--test-threads=1", "--show-output"]);
         process::run(&mut command, minutes(30)).map(|()| Verdict::Passed)
