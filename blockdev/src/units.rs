@@ -68,6 +68,13 @@ impl BlockSpan {
         Self { touched, whole }
     }
 
+    /// The blocks that the range covers in part: none, one or two, in order.
+    pub fn cut(&self) -> Vec<u64> {
+        let (first, last) = (self.touched.start, self.touched.end.saturating_sub(1));
+        let edges = if first == last { vec![first] } else { vec![first, last] };
+        edges.into_iter().filter(|b| self.touched.contains(b) && !self.whole.contains(b)).collect()
+    }
+
     /// Whether both edges fall on block boundaries.
     pub fn is_aligned(&self) -> bool {
         self.touched == self.whole
@@ -102,7 +109,7 @@ mod tests {
     #[test]
     fn span_splits_edges() {
         let span = BlockSpan::of(GuestOffset(4095), 4098);
-        assert_eq!((span.touched, span.whole), (0..3, 1..2));
+        assert_eq!((span.cut(), span.touched, span.whole), (vec![0, 2], 0..3, 1..2));
         let inside = BlockSpan::of(GuestOffset(512), 512);
         assert_eq!(inside.touched, 0..1);
         assert!(inside.whole.is_empty());

@@ -4,6 +4,22 @@
 //! engine seam of `sapwood-blockdev`.
 #![forbid(unsafe_code)]
 
+pub mod compare;
+pub mod convert;
+pub mod create;
 pub mod error;
+pub mod extent;
+pub mod format;
+pub mod info;
+pub mod layer;
+pub mod open;
+pub mod probe;
+pub mod raw;
+pub mod side;
 
+pub use create::{CreateDisk, create};
 pub use error::{ErrorKind, ImageError};
+pub use extent::{Extent, ExtentKind};
+pub use format::Format;
+pub use open::{Disk, DiskQueue, OpenDisk};
+pub use side::Side;

@@ -11,6 +11,7 @@ pub use host::{HostFile, HostStorage};
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 
 /// How a file is opened.
@@ -118,6 +119,15 @@ pub trait StorageFile: Clone + Send + Sync + fmt::Debug + 'static {
     /// # Errors
     /// What fstat(2) says.
     fn allocated(&self) -> io::Result<u64>;
+
+    /// The first stretch of `range` that may hold data, by what the file system knows; `None` when
+    /// it is all holes, which read as zeroes. May answer with everything.
+    ///
+    /// # Errors
+    /// What lseek(2) says.
+    fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        Ok(Some(range))
+    }
 
     /// What makes the file recognisable.
     ///

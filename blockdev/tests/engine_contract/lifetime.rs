@@ -1,7 +1,7 @@
 //! Who owns what, until when.
 
 use sapwood_blockdev::buffer::AlignedBuf;
-use sapwood_blockdev::engine::{Engine, Op};
+use sapwood_blockdev::engine::Op;
 use sapwood_blockdev::storage::{HostStorage, Lock, LockError, OpenOptions, Storage, StorageFile};
 use sapwood_blockdev::units::FileOffset;
 

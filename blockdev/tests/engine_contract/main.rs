@@ -1,5 +1,6 @@
 //! What every engine on host files promises: the same tests over io_uring, with and without what
 //! newer kernels offer and with queues that are far too small, and over the blocking engine.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 mod engines;
 mod lifetime;

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 
 use sapwood_blockdev::Errno;
 use sapwood_blockdev::buffer::{AlignedBuf, Memory, Piece, SharedBuf};
-use sapwood_blockdev::engine::{Engine, Op, Transfer};
+use sapwood_blockdev::engine::{Op, Transfer};
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::{Alignment, HostStorage, OpenOptions, Storage, StorageFile};
 use sapwood_blockdev::units::FileOffset;

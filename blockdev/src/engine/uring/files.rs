@@ -68,4 +68,9 @@ impl FileTable {
             }
         }
     }
+
+    #[cfg(test)]
+    pub(super) fn registered(&self) -> usize {
+        self.entries.iter().flatten().count()
+    }
 }

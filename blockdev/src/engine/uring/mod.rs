@@ -16,6 +16,8 @@
 mod drain;
 mod entry;
 mod files;
+#[cfg(test)]
+mod tests;
 
 use std::collections::VecDeque;
 use std::fmt;

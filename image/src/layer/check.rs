@@ -1,0 +1,168 @@
+//! Judges a layer without changing it.
+//!
+//! Everything that opening checks, and: no two entries share a block, no entry points at what the
+//! log has not written, every mapped block lies in a record and has the checksum stated there.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use super::OpenLayer;
+use super::device::Layer;
+use super::load::Reader;
+use super::record::{Index, Run};
+use crate::error::{ErrorKind, ImageError};
+use sapwood_blockdev::engine::Engine;
+use sapwood_blockdev::io::Io;
+use sapwood_blockdev::storage::Storage;
+use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE};
+
+/// Findings listed in full; more are only counted.
+const LISTED_MAX: usize = 100;
+
+/// What a check found.
+#[derive(Clone, Debug, Default)]
+pub struct CheckReport {
+    /// What is wrong: data is lost or would read wrong.
+    pub errors: Vec<String>,
+    /// What is odd and does no harm.
+    pub warnings: Vec<String>,
+    /// Mapped blocks of 4 KiB.
+    pub mapped_blocks: u64,
+    /// Mapped blocks whose checksum was verified.
+    pub verified_blocks: u64,
+}
+
+impl CheckReport {
+    fn error(&mut self, text: String) {
+        match self.errors.len() {
+            0..LISTED_MAX => self.errors.push(text),
+            LISTED_MAX => self.errors.push("more errors follow that are not listed".to_owned()),
+            _ => {}
+        }
+    }
+}
+
+/// Checks the layer at `path`, its data included. Damage that keeps it from being opened is an
+/// entry of the report, too.
+///
+/// # Errors
+/// When the file cannot be read, is in use for writing, or is no layer at all.
+pub async fn check<S: Storage, E: Engine<File = S::File>>(
+    storage: &S,
+    io: &Io<E>,
+    path: &Path,
+) -> Result<CheckReport, ImageError> {
+    let mut report = CheckReport::default();
+    let options = OpenLayer { read_only: true, ..OpenLayer::default() };
+    let layer = match Layer::open(storage, io, path, &options).await {
+        Ok(layer) => layer,
+        Err(ImageError { kind: kind @ (ErrorKind::Corrupt { .. } | ErrorKind::Base(_)), .. }) => {
+            report.error(kind.to_string());
+            return Ok(report);
+        }
+        Err(error) => return Err(error),
+    };
+    if !layer.core().was_clean {
+        report.warnings.push("it was not closed properly; opening it for writing recovers it".to_owned());
+    }
+    let mut places = mapped_places(&layer, &mut report);
+    let file = layer.file();
+    let reader = Reader { io, file: &file, path };
+    let count = layer.core().segments.count();
+    for segment in 0..count {
+        if let Some(mapped) = places.remove(&segment) {
+            check_segment(&layer, &reader, segment, mapped, &mut report).await?;
+        }
+    }
+    Ok(report)
+}
+
+/// The mapped blocks of each segment: place in the segment and guest block.
+type Mapped = HashMap<u32, Vec<(u32, u64)>>;
+
+fn mapped_places<E: Engine>(layer: &Layer<E>, report: &mut CheckReport) -> Mapped {
+    let mut places = Mapped::new();
+    let core = layer.core();
+    let end = super::SIZE_MAX / BLOCK_SIZE;
+    core.map.for_each_run(0..end, |start, count, entry| {
+        let Some(first) = entry.place() else { return };
+        for i in 0..count as u32 {
+            let segment = core.segments.of_place(first + i);
+            let inside = first + i - core.segments.first_block(segment);
+            places.entry(segment).or_default().push((inside, start + u64::from(i)));
+            report.mapped_blocks += 1;
+        }
+    });
+    let head = core.log.head;
+    for (segment, limit) in [(head.segment, head.block), (head.next_segment, 0)] {
+        for (inside, block) in places.get(&segment).into_iter().flatten() {
+            if *inside >= limit {
+                report.error(format!("guest block {block} is mapped to segment {segment}, block {inside}, which the log has not written"));
+            }
+        }
+    }
+    places
+}
+
+async fn check_segment<E: Engine>(
+    layer: &Layer<E>,
+    reader: &Reader<'_, E>,
+    segment: u32,
+    mut mapped: Vec<(u32, u64)>,
+    report: &mut CheckReport,
+) -> Result<(), ImageError> {
+    mapped.sort_unstable();
+    for pair in mapped.windows(2).filter(|pair| pair[0].0 == pair[1].0) {
+        let (a, b) = (pair[0].1, pair[1].1);
+        report.error(format!("guest blocks {a} and {b} are mapped to the same block of segment {segment}"));
+    }
+    let (offset, bytes) = {
+        let core = layer.core();
+        (core.segments.offset(segment).0, core.segments.bytes())
+    };
+    let contents = reader.read(offset, bytes).await?;
+    let sums = checksums(&contents);
+    for (inside, block) in mapped {
+        let at = inside as usize * BLOCK_BYTES;
+        let place = offset + at as u64;
+        match sums.get(&inside) {
+            None => report.error(format!("guest block {block}: no record covers offset {place:#x}")),
+            Some((_, stated)) if *stated != block => {
+                report.error(format!(
+                    "guest block {block}: the record at offset {place:#x} is of block {stated}"
+                ));
+            }
+            Some((sum, _)) if *sum != crc32fast::hash(&contents[at..at + BLOCK_BYTES]) => {
+                report.error(format!(
+                    "guest block {block}: the data at offset {place:#x} has another checksum"
+                ));
+            }
+            Some(_) => report.verified_blocks += 1,
+        }
+    }
+    Ok(())
+}
+
+/// For each data block of a segment, by the records in it: checksum and guest block.
+fn checksums(contents: &[u8]) -> HashMap<u32, (u32, u64)> {
+    let mut sums = HashMap::new();
+    let mut at = 0;
+    let blocks = (contents.len() / BLOCK_BYTES) as u32;
+    while at < blocks {
+        let index_at = at as usize * BLOCK_BYTES;
+        let Ok((index, _)) = Index::decode(&contents[index_at..index_at + BLOCK_BYTES]) else { break };
+        let mut rest = index.checksums.iter();
+        let mut inside = at + 1;
+        for run in &index.runs {
+            for i in 0..run.data_blocks() {
+                let Some(&sum) = rest.next() else { break };
+                if let Run::Data { start, .. } = *run {
+                    sums.insert(inside + i, (sum, start + u64::from(i)));
+                }
+            }
+            inside += run.data_blocks();
+        }
+        at += 1 + index.data_blocks;
+    }
+    sums
+}

@@ -1,0 +1,108 @@
+//! The cleaner: moves what is live out of a segment, so that the segment can be used again.
+//!
+//! A block is appended again like a write, but only if nobody has written it or is about to: the
+//! check and the append happen under one lock, so that an old content never follows a new one in
+//! the log. The segment is let go by the checkpoints that follow, as any dead one.
+
+use std::sync::Arc;
+
+use super::driver::Driver;
+use super::log::Part;
+use super::record::{Index, Run};
+use super::waiter::{Result, Ticket, Waiter};
+use sapwood_blockdev::buffer::AlignedBuf;
+use sapwood_blockdev::engine::{Engine, Op};
+use sapwood_blockdev::units::BLOCK_BYTES;
+
+/// Parts appended before waiting for them: bounds what the cleaner puts before a guest's write.
+const BATCH_PARTS: usize = 8;
+
+/// A live block in the segment being cleaned.
+#[derive(Clone, Copy)]
+struct Live {
+    block: u64,
+    place: u32,
+}
+
+impl<E: Engine> Driver<E> {
+    /// Empties the used segment with the least in it; `false` when none is worth it.
+    pub(super) async fn clean_segment(&self) -> Result<bool> {
+        let (segment, epoch) = {
+            let mut core = self.layer.core();
+            let Some(segment) = core.segments.victim(core.log.published.sequence) else { return Ok(false) };
+            (segment, core.segments.enter())
+        };
+        let result = self.empty_segment(segment).await;
+        self.layer.core().segments.leave(epoch);
+        result.map(|()| true)
+    }
+
+    async fn empty_segment(&self, segment: u32) -> Result {
+        let (start, bytes, first) = {
+            let core = self.layer.core();
+            (core.segments.offset(segment), core.segments.bytes(), core.segments.first_block(segment))
+        };
+        let buf = AlignedBuf::zeroed(bytes as usize);
+        let outcome = self.io.run(Op::read(self.layer.file(), start, buf)).await;
+        let contents = outcome.zero_filled()?.into_buf();
+        let mut live = self.live_blocks(&contents, first);
+        live.sort_unstable_by_key(|live| live.block);
+        let unit = self.layer.part_blocks_max() as usize;
+        let neighbours = |a: &Live, b: &Live| a.block + 1 == b.block;
+        let groups: Vec<&[Live]> = live.chunk_by(neighbours).flat_map(|group| group.chunks(unit)).collect();
+        for batch in groups.chunks(BATCH_PARTS) {
+            self.move_groups(batch, &contents, first).await?;
+        }
+        let core = &mut *self.layer.core();
+        let range = start.0..start.0 + bytes;
+        core.map.dirty_nodes_in(|offset| range.contains(&offset));
+        if range.contains(&core.root.offset.0) {
+            core.map.dirty_root();
+        }
+        Ok(())
+    }
+
+    /// The blocks of a segment that the map refers to, by the records in it.
+    fn live_blocks(&self, contents: &[u8], first: u32) -> Vec<Live> {
+        let mut live = Vec::new();
+        let mut at = 0;
+        let blocks = contents.len() / BLOCK_BYTES;
+        let core = self.layer.core();
+        while at < blocks {
+            let Ok((index, _)) = Index::decode(&contents[at * BLOCK_BYTES..(at + 1) * BLOCK_BYTES]) else {
+                break;
+            };
+            let mut place = first + at as u32 + 1;
+            for run in &index.runs {
+                if let Run::Data { start, count } = *run {
+                    let each = (0..count).map(|i| Live { block: start + u64::from(i), place: place + i });
+                    live.extend(each.filter(|l| core.map.lookup(l.block).place() == Some(l.place)));
+                }
+                place += run.data_blocks();
+            }
+            at += 1 + index.data_blocks as usize;
+        }
+        live
+    }
+
+    /// Appends groups of neighbouring blocks again, but for those that a writer is at.
+    async fn move_groups(&self, groups: &[&[Live]], contents: &[u8], first: u32) -> Result {
+        let ticket = Arc::new(Ticket::default());
+        for group in groups {
+            let mut buf = self.staging(group.len());
+            for (target, live) in buf.chunks_exact_mut(BLOCK_BYTES).zip(*group) {
+                let at = (live.place - first) as usize * BLOCK_BYTES;
+                target.copy_from_slice(&contents[at..at + BLOCK_BYTES]);
+            }
+            let run = Run::Data { start: group[0].block, count: group.len() as u32 };
+            let part = Part::data(run, buf, Waiter::Ticket(Arc::clone(&ticket)));
+            let blocks = group[0].block..group[0].block + group.len() as u64;
+            let mut core = self.layer.core();
+            let unchanged = group.iter().all(|l| core.map.lookup(l.block).place() == Some(l.place));
+            if unchanged && !core.log.is_writing(&blocks) && !core.is_merging(&blocks) {
+                core.append(part);
+            }
+        }
+        self.wait(&ticket).await.map(drop)
+    }
+}

@@ -1,0 +1,478 @@
+//! The state of an open layer, shared by its threads under one lock, and its next steps.
+//!
+//! Nothing here does I/O. [`Core::next_job`] says what has to be done next; whoever polls does it
+//! and reports back with one of the `*_done` functions. Readers look the map up here and read the
+//! file without the lock.
+//!
+//! Rules kept here (docs/format-layer.md, "Commit protocol"): records are published in sequence;
+//! a flush joins only a sync not yet submitted; a failed record is voided before any later one is
+//! reported; a failed sync latches.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+use std::task::Waker;
+
+use super::layout::LogPosition;
+use super::log::{FlightState, Log, Part, RecordWrite};
+use super::map::Map;
+use super::node::Entry;
+use super::record::Run;
+use super::segments::Segments;
+use super::tuning::{Tuning, breaks};
+use super::waiter::{Result, Waiter};
+use sapwood_blockdev::Errno;
+use sapwood_blockdev::device::DeviceError;
+use sapwood_blockdev::engine::Time;
+use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
+
+/// Data that may wait for a record, in bytes: more is left with the guest.
+const PENDING_BYTES_MAX: usize = 64 << 20;
+
+/// Something to do for the layer, by whoever asks.
+#[derive(Debug)]
+pub(super) enum Job {
+    /// Write a record; then [`Core::record_done`].
+    Record(RecordWrite),
+    /// Write a void record; then [`Core::void_done`].
+    Void(RecordWrite),
+    /// Sync the file; then [`Core::sync_done`].
+    Sync,
+    /// Give these ranges of the file their space; then [`Core::reserve_done`].
+    Reserve(Vec<Range<u64>>),
+}
+
+/// A queue's mailbox.
+struct Port {
+    /// Ended parts and flushes of requests: the request's key, and how it ended.
+    inbox: Vec<(usize, Result)>,
+    waker: Waker,
+}
+
+/// Flushes and the syncs that serve them.
+#[derive(Default)]
+struct Sync {
+    /// For the next sync.
+    waiting: Vec<Waiter>,
+    /// For the one that is running, and the sequence that it covers.
+    running: Option<(Vec<Waiter>, u64)>,
+    /// Everything up to this sequence is durable.
+    durable: u64,
+    /// When the oldest record that no sync covers yet was published.
+    unsynced_since: Option<Time>,
+}
+
+/// What the reservation of space is at.
+#[derive(Default)]
+struct Reserve {
+    /// The segments that space is being found for, the spare last.
+    running: Option<Vec<u32>>,
+    /// The last attempt failed: try again only when nothing can be written without.
+    failed: bool,
+}
+
+/// Where the root node of the map is stored; a length of 0 when nothing is mapped.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Root {
+    pub(super) offset: FileOffset,
+    /// Length in bytes.
+    pub(super) len: u32,
+}
+
+/// See the module's documentation.
+pub(super) struct Core {
+    pub(super) tuning: Tuning,
+    /// Guest-visible size in bytes.
+    pub(super) size: u64,
+    pub(super) map: Map,
+    pub(super) segments: Segments,
+    pub(super) log: Log,
+    /// Queues by number; a number is never used again.
+    ports: BTreeMap<usize, Port>,
+    ports_added: usize,
+    /// Blocks under merge: see `merge`.
+    pub(super) merging: Vec<Range<u64>>,
+    /// Tasks that wait for a merge to end or a record to be published.
+    pub(super) merge_wakers: Vec<Waker>,
+    /// Writes may be reported before they are durable.
+    pub(super) write_cache: bool,
+    /// The first failure that made the layer read-only.
+    pub(super) latched: Option<DeviceError>,
+    /// The newest durable checkpoint.
+    pub(super) generation: u64,
+    /// The newest record that it includes.
+    pub(super) checkpoint_sequence: u64,
+    pub(super) root: Root,
+    pub(super) checkpointing: bool,
+    pub(super) checkpointed_at: Time,
+    pub(super) closing: bool,
+    /// The layer had been closed properly before it was opened.
+    pub(super) was_clean: bool,
+    pub(super) maintainers: usize,
+    /// The maintenance sleeps without a deadline: anything written must wake it.
+    pub(super) maintenance_idle: bool,
+    /// Tasks that wait for background work to become due or to end.
+    pub(super) maintenance_wakers: Vec<Waker>,
+    sync: Sync,
+    reserve: Reserve,
+}
+
+impl Core {
+    /// The state of a layer just recovered up to `head`, of which `durable` is known to be safe.
+    pub(super) fn new(
+        tuning: Tuning,
+        size: u64,
+        map: Map,
+        segments: Segments,
+        log: Log,
+        durable: u64,
+    ) -> Self {
+        Self {
+            tuning,
+            size,
+            map,
+            segments,
+            log,
+            ports: BTreeMap::new(),
+            ports_added: 0,
+            merging: Vec::new(),
+            merge_wakers: Vec::new(),
+            write_cache: true,
+            latched: None,
+            generation: 0,
+            checkpoint_sequence: durable,
+            root: Root::default(),
+            checkpointing: false,
+            checkpointed_at: Time::ZERO,
+            closing: false,
+            was_clean: false,
+            maintainers: 0,
+            maintenance_idle: false,
+            maintenance_wakers: Vec::new(),
+            sync: Sync { durable, ..Sync::default() },
+            reserve: Reserve::default(),
+        }
+    }
+
+    /// Adds a queue that is woken by `waker`.
+    pub(super) fn add_port(&mut self, waker: Waker) -> usize {
+        self.ports_added += 1;
+        self.ports.insert(self.ports_added, Port { inbox: Vec::new(), waker });
+        self.ports_added
+    }
+
+    /// Removes a queue; how its outstanding requests end is no longer told.
+    pub(super) fn close_port(&mut self, port: usize) {
+        self.ports.remove(&port);
+    }
+
+    /// Swaps a queue's messages for `empty`.
+    pub(super) fn swap_inbox(&mut self, port: usize, empty: &mut Vec<(usize, Result)>) {
+        if let Some(port) = self.ports.get_mut(&port) {
+            std::mem::swap(&mut port.inbox, empty);
+        }
+    }
+
+    /// Appends a part to the log; its waiter hears of it exactly once.
+    pub(super) fn append(&mut self, part: Part) {
+        if let Waiter::Ticket(ticket) = &part.waiter {
+            ticket.add();
+        }
+        match self.latched {
+            Some(_) => self.end(part.waiter, Err(DeviceError::Latched), 0),
+            None => self.log.push(part),
+        }
+    }
+
+    /// Whether guest writes should wait for staging memory.
+    pub(super) fn is_congested(&self) -> bool {
+        self.log.pending_bytes > PENDING_BYTES_MAX
+    }
+
+    /// Makes all that is published durable, and tells `waiter`.
+    pub(super) fn flush(&mut self, waiter: Waiter) {
+        if let Waiter::Ticket(ticket) = &waiter {
+            ticket.add();
+        }
+        if self.latched.is_some() {
+            return self.end(waiter, Err(DeviceError::Latched), 0);
+        }
+        if self.sync.durable >= self.log.published.sequence || breaks!(self.tuning, FlushWithoutSync) {
+            return self.end(waiter, Ok(()), 0);
+        }
+        match &mut self.sync.running {
+            Some((waiters, _)) if breaks!(self.tuning, FlushJoinsSubmittedSync) => waiters.push(waiter),
+            _ => self.sync.waiting.push(waiter),
+        }
+    }
+
+    /// Syncs the file whether or not a record wants it, and tells `waiter`.
+    pub(super) fn sync_file(&mut self, waiter: Waiter) {
+        if let Waiter::Ticket(ticket) = &waiter {
+            ticket.add();
+        }
+        match self.latched {
+            Some(_) => self.end(waiter, Err(DeviceError::Latched), 0),
+            None => self.sync.waiting.push(waiter),
+        }
+    }
+
+    /// What to do next, if anything can be done now.
+    pub(super) fn next_job(&mut self) -> Option<Job> {
+        if self.latched.is_some() {
+            return None;
+        }
+        if let Some(void) = self.log.form_void() {
+            return Some(Job::Void(void));
+        }
+        if self.sync.running.is_none() && !self.sync.waiting.is_empty() {
+            let waiters = std::mem::take(&mut self.sync.waiting);
+            self.sync.running = Some((waiters, self.log.published.sequence));
+            self.sync.unsynced_since = None;
+            return Some(Job::Sync);
+        }
+        let segment_blocks = self.segments.segment_blocks();
+        if self.reserve.running.is_none()
+            && self.log.wants_space()
+            && (!self.reserve.failed || self.log.is_out_of_space(segment_blocks))
+        {
+            return Some(Job::Reserve(self.start_reserve()?));
+        }
+        self.log.form(&mut self.segments).map(Job::Record)
+    }
+
+    /// Whether there is work that [`next_job`](Self::next_job) would hand out to some queue: then
+    /// one of those who wait for it is woken.
+    pub(super) fn nudge(&self) {
+        let failed = self.log.flights.iter().find(|f| matches!(f.state, FlightState::Failed(_)));
+        let waiter = failed
+            .and_then(|flight| flight.waiters.first().map(|(waiter, _)| waiter))
+            .or_else(|| self.log.pending.front().map(|part| &part.waiter))
+            .or_else(|| self.sync.waiting.first());
+        match waiter {
+            Some(Waiter::Request { port, .. }) => {
+                self.ports.get(port).into_iter().for_each(|port| port.waker.wake_by_ref());
+            }
+            Some(Waiter::Ticket(ticket)) => ticket.nudge(),
+            None => {}
+        }
+    }
+
+    /// Chooses segments and says which ranges of the file need space for them.
+    fn start_reserve(&mut self) -> Option<Vec<Range<u64>>> {
+        let mut ranges = Vec::new();
+        let mut segments = Vec::new();
+        if !self.log.opened {
+            let head = self.log.head;
+            let skip = u64::from(head.block) * BLOCK_SIZE;
+            let start = self.segments.offset(head.segment).0;
+            ranges.push(start + skip..start + self.segments.bytes());
+            segments.push(head.next_segment);
+        }
+        match self.segments.choose() {
+            Some(spare) => segments.push(spare),
+            None => {
+                self.fail_pending(DeviceError::NoSpace);
+                return None;
+            }
+        }
+        for &segment in segments.iter().filter(|&&s| !self.segments.is_allocated(s)) {
+            let start = self.segments.offset(segment).0;
+            ranges.push(start..start + self.segments.bytes());
+        }
+        ranges.retain(|range| !range.is_empty());
+        self.reserve.running = Some(segments);
+        Some(ranges)
+    }
+
+    /// The space asked for is there, or is not.
+    pub(super) fn reserve_done(&mut self, result: std::result::Result<(), Errno>) {
+        let segments = self.reserve.running.take().expect("a reservation was running");
+        let spare = *segments.last().expect("a spare was chosen");
+        self.reserve.failed = result.is_err();
+        match result {
+            Ok(()) => {
+                segments.iter().for_each(|&segment| self.segments.set_allocated(segment));
+                self.log.opened = true;
+                self.log.spare = Some(spare);
+            }
+            Err(errno) => {
+                self.segments.unchoose(spare);
+                if self.log.is_out_of_space(self.segments.segment_blocks()) {
+                    self.fail_pending(errno.into());
+                }
+            }
+        }
+    }
+
+    fn fail_pending(&mut self, error: DeviceError) {
+        self.log.pending_bytes = 0;
+        for part in std::mem::take(&mut self.log.pending) {
+            self.end(part.waiter, Err(error), 0);
+        }
+    }
+
+    /// A record's write has ended.
+    pub(super) fn record_done(&mut self, sequence: u64, result: std::result::Result<(), Errno>, now: Time) {
+        if self.latched.is_some() {
+            return;
+        }
+        let flight = self.log.flight(sequence);
+        flight.state = match result {
+            Ok(()) => FlightState::Done,
+            Err(errno) if breaks!(self.tuning, FailedRecordNotVoided) => FlightState::Voided(errno),
+            Err(errno) => FlightState::Failed(errno),
+        };
+        let done = flight.state == FlightState::Done;
+        if done && breaks!(self.tuning, ReportBeforeEarlierRecord) {
+            let waiters = std::mem::take(&mut flight.waiters);
+            let runs = std::mem::take(&mut flight.runs);
+            self.apply(&runs);
+            waiters.into_iter().for_each(|(waiter, place)| self.end(waiter, Ok(()), place));
+        } else if done && breaks!(self.tuning, PublishOutOfOrder) {
+            let runs = std::mem::take(&mut flight.runs);
+            self.apply(&runs);
+        }
+        self.publish(now);
+    }
+
+    /// A void record's write has ended.
+    pub(super) fn void_done(&mut self, sequence: u64, result: std::result::Result<(), Errno>, now: Time) {
+        if self.latched.is_some() {
+            return;
+        }
+        let flight = self.log.flight(sequence);
+        let FlightState::Voiding(errno) = flight.state else { unreachable!("it was being voided") };
+        // Records after one that changes the nonce already carry the new one.
+        if result.is_err() || flight.changes_nonce() {
+            return self.latch(DeviceError::from(errno));
+        }
+        self.log.flight(sequence).state = FlightState::Voided(errno);
+        self.publish(now);
+    }
+
+    /// Lets the records at the front that have completed count: first in the map, then to those
+    /// who wait.
+    fn publish(&mut self, now: Time) {
+        while let Some(flight) = self.log.flights.front() {
+            let result = match flight.state {
+                FlightState::Done => Ok(()),
+                FlightState::Voided(errno) => Err(DeviceError::from(errno)),
+                _ => break,
+            };
+            let flight = self.log.flights.pop_front().expect("looked at above");
+            if result.is_ok() {
+                self.apply(&flight.runs);
+            }
+            self.log.published = flight.end;
+            self.sync.unsynced_since.get_or_insert(now);
+            for (waiter, place) in flight.waiters {
+                let write_through = !self.write_cache && !breaks!(self.tuning, WriteThroughWithoutSync);
+                if write_through && result.is_ok() && matches!(waiter, Waiter::Request { .. }) {
+                    self.sync.waiting.push(waiter);
+                } else {
+                    self.end(waiter, result, place);
+                }
+            }
+        }
+        self.merge_wakers.drain(..).for_each(Waker::wake);
+        self.wake_maintenance_if_due();
+    }
+
+    /// Enters what a record says into the map.
+    pub(super) fn apply(&mut self, runs: &[(Run, u32)]) {
+        for &(run, place) in runs {
+            match run {
+                Run::Data { start, count } => self.map.set_places(start, count, place, &mut self.segments),
+                Run::Zero { start, count } => {
+                    self.map.set_uniform(start..start + u64::from(count), Entry::ZERO, &mut self.segments);
+                }
+                Run::Absent { start, count } => {
+                    self.map.set_uniform(start..start + u64::from(count), Entry::ABSENT, &mut self.segments);
+                }
+                Run::Size { bytes } => self.size = bytes,
+                Run::Nodes { .. } | Run::CheckpointEnd { .. } => {}
+            }
+        }
+    }
+
+    /// A sync has ended.
+    pub(super) fn sync_done(&mut self, result: std::result::Result<(), Errno>) {
+        let (waiters, covers) = self.sync.running.take().expect("a sync was running");
+        if let Err(errno) = result {
+            waiters.into_iter().for_each(|waiter| self.end(waiter, Err(DeviceError::Io(errno)), 0));
+            if !breaks!(self.tuning, FailedSyncForgotten) {
+                self.latch(DeviceError::Io(errno));
+            }
+            return;
+        }
+        self.sync.durable = self.sync.durable.max(covers);
+        waiters.into_iter().for_each(|waiter| self.end(waiter, Ok(()), 0));
+    }
+
+    /// Makes the layer read-only: what is not yet reported fails, reads go on.
+    pub(super) fn latch(&mut self, error: DeviceError) {
+        if self.latched.is_none() {
+            log::error!("the layer is read-only from now on: {error}");
+            self.latched = Some(error);
+        }
+        self.fail_pending(DeviceError::Latched);
+        for flight in std::mem::take(&mut self.log.flights) {
+            flight.waiters.into_iter().for_each(|(waiter, _)| self.end(waiter, Err(DeviceError::Latched), 0));
+        }
+        for waiter in std::mem::take(&mut self.sync.waiting) {
+            self.end(waiter, Err(DeviceError::Latched), 0);
+        }
+        self.merge_wakers.drain(..).for_each(Waker::wake);
+        self.wake_maintenance();
+    }
+
+    /// Tells a waiter how its part, or its flush, has ended.
+    pub(super) fn end(&mut self, waiter: Waiter, result: Result, place: u32) {
+        match waiter {
+            Waiter::Request { port, key } => {
+                if let Some(port) = self.ports.get_mut(&port) {
+                    port.inbox.push((key, result));
+                    port.waker.wake_by_ref();
+                }
+            }
+            Waiter::Ticket(ticket) => ticket.end(result, place),
+        }
+    }
+
+    /// Takes everything up to `sequence` for durable.
+    pub(super) fn set_durable(&mut self, sequence: u64) {
+        self.sync.durable = sequence;
+    }
+
+    /// When the oldest unsynced record was published.
+    pub(super) fn unsynced_since(&self) -> Option<Time> {
+        self.sync.unsynced_since
+    }
+
+    /// Wakes the tasks that do background work or wait for it.
+    pub(super) fn wake_maintenance(&mut self) {
+        self.maintenance_wakers.drain(..).for_each(Waker::wake);
+    }
+
+    /// Whether the file occupies more than its share, so that cleaning is due.
+    pub(super) fn is_over_space(&self) -> bool {
+        let live = self.segments.live_blocks() * BLOCK_SIZE;
+        let allowed = u128::from(live) * u128::from(self.tuning.space_percent) / 100;
+        u128::from(self.segments.occupied_bytes()) > allowed + u128::from(self.tuning.space_slack)
+    }
+
+    /// The position that a checkpoint frozen at `frozen` may name: the newest one, when only the
+    /// checkpoint's own records came since.
+    pub(super) fn checkpoint_position(&self, frozen: LogPosition) -> LogPosition {
+        if self.log.guest_sequence <= frozen.sequence && self.log.flights.is_empty() {
+            self.log.published
+        } else {
+            frozen
+        }
+    }
+
+    /// The byte of the file at which a block lies.
+    pub(super) fn file_offset(place: u32) -> FileOffset {
+        FileOffset(u64::from(place) * BLOCK_SIZE)
+    }
+}

@@ -1,0 +1,101 @@
+//! Makes a layer.
+//!
+//! Order: the slot, then a sync, then the header, then a sync of file and folder. A file without a
+//! header is no layer, so a crash on the way leaves nothing that could be mistaken for one.
+
+use std::path::{Path, PathBuf};
+
+use super::base::{Base, resolve};
+use super::layout::{
+    BASE_PATH_MAX, BaseRecord, Header, LogPosition, PREAMBLE_BYTES, SEGMENT_BLOCKS_MAX, SEGMENT_BLOCKS_MIN,
+    Slot, slot_offset,
+};
+use super::{BaseSpec, CreateLayer, check_size};
+use crate::error::ImageError;
+use sapwood_blockdev::Errno;
+use sapwood_blockdev::buffer::AlignedBuf;
+use sapwood_blockdev::engine::{Engine, Op};
+use sapwood_blockdev::io::Io;
+use sapwood_blockdev::storage::{OpenOptions, Storage};
+use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset, SECTOR_SIZE};
+
+/// Creates a layer at `path`, which must not exist; durable when it returns.
+///
+/// # Errors
+/// A missing or unusable base, an impossible size, an existing file, what the storage says. No
+/// file is left behind.
+pub async fn create<S: Storage, E: Engine<File = S::File>>(
+    storage: &S,
+    io: &Io<E>,
+    path: &Path,
+    options: &CreateLayer,
+) -> Result<(), ImageError> {
+    let segment_blocks = segment_blocks(path, options.segment_size)?;
+    let base = match &options.base {
+        Some(spec) => Some(identify(storage, io, path, spec).await?),
+        None => None,
+    };
+    let size = options.size.or(base.as_ref().map(|base| base.identity.size()));
+    let size = size
+        .ok_or_else(|| ImageError::invalid(path, "a size is needed where there is no base"))?
+        .checked_next_multiple_of(SECTOR_SIZE)
+        .ok_or_else(|| ImageError::invalid(path, "the largest size is 64 TiB"))?;
+    check_size(path, size, segment_blocks)?;
+
+    let mut random = [0; 24];
+    storage.random(&mut random).map_err(|e| ImageError::io(path, "make random numbers for", e))?;
+    let layer_id = super::bytes::array(&random, 0);
+    let nonce = super::bytes::get_u64(&random, 16);
+    let header = Header { layer_id, segment_blocks, base };
+    let log = LogPosition { segment: 0, block: 0, next_segment: 1, sequence: 0, chain: 0, nonce };
+    let slot = Slot { layer_id, generation: 1, log, root: FileOffset(0), root_len: 0, size, clean: true };
+
+    let file = storage.open(path, OpenOptions::CREATE).map_err(|e| ImageError::io(path, "create", e))?;
+    let written = write(io, &file, path, &header, &slot).await;
+    if written.is_err() {
+        io.run(Op::Unlink { path: path.to_owned() }).await;
+    }
+    written.map_err(|errno| ImageError::errno(path, "write", errno))
+}
+
+fn segment_blocks(path: &Path, bytes: u32) -> Result<u32, ImageError> {
+    let blocks = bytes / BLOCK_SIZE as u32;
+    if !bytes.is_power_of_two() || !(SEGMENT_BLOCKS_MIN..=SEGMENT_BLOCKS_MAX).contains(&blocks) {
+        return Err(ImageError::invalid(path, "a segment is a power of two from 64 KiB to 64 MiB"));
+    }
+    Ok(blocks)
+}
+
+/// Opens the base, to see that it can be used and what it is.
+async fn identify<S: Storage, E: Engine<File = S::File>>(
+    storage: &S,
+    io: &Io<E>,
+    path: &Path,
+    spec: &BaseSpec,
+) -> Result<BaseRecord, ImageError> {
+    let stored =
+        spec.path.to_str().filter(|p| !p.is_empty() && p.len() <= BASE_PATH_MAX).ok_or_else(|| {
+            ImageError::invalid(path, format!("the base's path must be UTF-8 of 1 to {BASE_PATH_MAX} bytes"))
+        })?;
+    let resolved = resolve(path, stored);
+    let (_, identity) = Base::<E>::open(storage, io, &resolved, spec.format, 1).await?;
+    Ok(BaseRecord { path: stored.to_owned(), identity })
+}
+
+async fn write<E: Engine>(
+    io: &Io<E>,
+    file: &E::File,
+    path: &Path,
+    header: &Header,
+    slot: &Slot,
+) -> Result<(), Errno> {
+    io.run(Op::Truncate { file: file.clone(), size: PREAMBLE_BYTES }).await.result?;
+    let put =
+        |offset, bytes: Vec<u8>| io.run(Op::write(file.clone(), offset, AlignedBuf::from_slice(&bytes)));
+    put(slot_offset(slot.generation), slot.encode()).await.result?;
+    io.run(Op::Sync { file: file.clone() }).await.result?;
+    put(FileOffset(0), header.encode()).await.result?;
+    io.run(Op::Sync { file: file.clone() }).await.result?;
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    io.run(Op::SyncDirectory { path: PathBuf::from(folder) }).await.result.map(drop)
+}

@@ -1,0 +1,283 @@
+//! Background work of an open layer: periodic syncs, checkpoints, cleaning, giving space back.
+//!
+//! One thread runs [`Layer::maintain`]. A sync and a checkpoint happen by themselves after a
+//! bounded time and amount of writing, so that what a crash can cost is bounded even for a guest
+//! that never flushes.
+
+use std::future::{Future, poll_fn};
+use std::sync::Arc;
+use std::task::Poll;
+
+use super::core::Core;
+use super::device::Layer;
+use super::driver::Driver;
+use super::waiter::Result;
+use crate::error::ImageError;
+use sapwood_blockdev::Errno;
+use sapwood_blockdev::device::DeviceError;
+use sapwood_blockdev::engine::{Engine, Op, Time};
+use sapwood_blockdev::io::Io;
+use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
+
+/// Pause after background work has failed, for example because the host is full.
+const RETRY_PAUSE: Time = Time::from_secs(1);
+/// Free segments that keep their space, for the log to come.
+const FREE_SEGMENTS_KEPT: usize = 8;
+/// Segments cleaned before the checkpoint that lets them go.
+const CLEAN_BATCH: usize = 8;
+
+/// What background work is due.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Due {
+    sync: bool,
+    checkpoint: bool,
+    clean: bool,
+}
+
+impl Core {
+    /// Whether a checkpoint would shorten a recovery.
+    fn is_checkpoint_wanted(&self) -> bool {
+        self.log.guest_sequence > self.checkpoint_sequence
+    }
+
+    fn is_log_long(&self) -> bool {
+        self.log.bytes_since_checkpoint >= self.tuning.checkpoint_bytes && self.is_checkpoint_wanted()
+    }
+
+    /// What is due at `now`.
+    fn due(&self, now: Time) -> Due {
+        if self.latched.is_some() {
+            return Due::default();
+        }
+        let old = now >= self.checkpointed_at + self.tuning.checkpoint_interval;
+        Due {
+            sync: self.unsynced_since().is_some_and(|since| now >= since + self.tuning.sync_interval),
+            checkpoint: self.is_log_long() || (old && self.is_checkpoint_wanted()),
+            clean: self.is_over_space()
+                && (self.segments.has_retired()
+                    || self.segments.victim(self.log.published.sequence).is_some()),
+        }
+    }
+
+    /// When something becomes due if nothing else happens.
+    fn next_due(&self) -> Option<Time> {
+        if self.latched.is_some() {
+            return None;
+        }
+        let sync = self.unsynced_since().map(|since| since + self.tuning.sync_interval);
+        let checkpoint =
+            self.is_checkpoint_wanted().then(|| self.checkpointed_at + self.tuning.checkpoint_interval);
+        sync.into_iter().chain(checkpoint).min()
+    }
+
+    /// Wakes the maintenance when the log has become long, or when something was written at all
+    /// since it went to sleep without a deadline.
+    pub(super) fn wake_maintenance_if_due(&mut self) {
+        if self.is_log_long() || self.maintenance_idle {
+            self.maintenance_idle = false;
+            self.wake_maintenance();
+        }
+    }
+}
+
+impl<E: Engine> Layer<E> {
+    /// Does the background work until [`close`](Self::close). To be run by one thread, which may
+    /// have other things to do on the same reactor.
+    pub async fn maintain(self: Arc<Self>, io: Io<E>) {
+        if self.is_read_only() {
+            return;
+        }
+        self.core().maintainers += 1;
+        let driver = Driver::new(Arc::clone(&self), io);
+        let mut not_before = Time::ZERO;
+        while let Some(due) = driver.await_due(not_before).await {
+            if let Err(error) = driver.work(due).await {
+                log::warn!("{}: background work failed: {error}", self.path().display());
+                not_before = driver.io.now() + RETRY_PAUSE;
+            }
+        }
+        driver.retire().await;
+        let mut core = self.core();
+        core.maintainers -= 1;
+        core.wake_maintenance();
+    }
+
+    /// Makes a checkpoint now.
+    ///
+    /// # Errors
+    /// What the storage says.
+    pub async fn checkpoint(self: &Arc<Self>, io: &Io<E>) -> std::result::Result<(), ImageError> {
+        self.on_driver(io, async |driver| driver.checkpoint(None, false).await).await
+    }
+
+    /// Empties the segment that has most to gain from it; says whether there was one.
+    ///
+    /// # Errors
+    /// What the storage says.
+    pub async fn clean(self: &Arc<Self>, io: &Io<E>) -> std::result::Result<bool, ImageError> {
+        self.on_driver(io, async |driver| driver.clean_segment().await).await
+    }
+
+    /// Ends background work, makes everything durable in a checkpoint that leaves nothing to
+    /// replay, and gives unused space back. Queues must have been drained; afterwards the layer
+    /// can only be read.
+    ///
+    /// # Errors
+    /// What the storage says; the layer must then be recovered when it is next opened, which
+    /// happens by itself.
+    pub async fn close(self: &Arc<Self>, io: &Io<E>) -> std::result::Result<(), ImageError> {
+        if self.is_read_only() {
+            return Ok(());
+        }
+        {
+            let mut core = self.core();
+            core.closing = true;
+            core.wake_maintenance();
+        }
+        poll_fn(|cx| {
+            let mut core = self.core();
+            if core.maintainers == 0 {
+                return Poll::Ready(());
+            }
+            core.maintenance_wakers.push(cx.waker().clone());
+            Poll::Pending
+        })
+        .await;
+        self.on_driver(io, async |driver| driver.close().await).await
+    }
+
+    async fn on_driver<T>(
+        self: &Arc<Self>,
+        io: &Io<E>,
+        f: impl AsyncFnOnce(&Driver<E>) -> Result<T>,
+    ) -> std::result::Result<T, ImageError> {
+        let driver = Driver::new(Arc::clone(self), io.clone());
+        let result = f(&driver).await;
+        driver.retire().await;
+        result.map_err(|error| ImageError::new(self.path(), error))
+    }
+}
+
+impl<E: Engine> Driver<E> {
+    /// Waits until something is due, but not before a time; `None` when the layer closes.
+    async fn await_due(&self, not_before: Time) -> Option<Due> {
+        let mut timer = None;
+        poll_fn(|cx| {
+            let now = self.io.now();
+            let mut core = self.layer.core();
+            if core.closing {
+                return Poll::Ready(None);
+            }
+            let due = core.due(now);
+            if due != Due::default() && now >= not_before {
+                return Poll::Ready(Some(due));
+            }
+            let until = if due == Due::default() { core.next_due() } else { Some(not_before) };
+            core.maintenance_idle = until.is_none();
+            core.maintenance_wakers.push(cx.waker().clone());
+            drop(core);
+            if let Some(until) = until {
+                let sleep = timer.insert(Box::pin(self.io.sleep_until(until.max(not_before))));
+                if sleep.as_mut().poll(cx).is_ready() {
+                    cx.waker().wake_by_ref();
+                }
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
+    async fn work(&self, due: Due) -> Result {
+        if due.clean {
+            self.clean_some().await?;
+        }
+        if due.checkpoint || due.clean {
+            self.checkpoint(None, false).await?;
+        } else if due.sync {
+            self.flush().await?;
+        }
+        self.punch_free(FREE_SEGMENTS_KEPT).await
+    }
+
+    async fn clean_some(&self) -> Result {
+        for _ in 0..CLEAN_BATCH {
+            let wanted = {
+                let core = self.layer.core();
+                !core.closing && !core.segments.has_retired() && core.is_over_space()
+            };
+            if !wanted || !self.clean_segment().await? {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+
+    async fn close(&self) -> Result {
+        // What the first one retires the second one frees; then both slots name the same map.
+        self.checkpoint(None, true).await?;
+        self.checkpoint(None, true).await?;
+        self.give_back().await?;
+        self.layer.core().latched.get_or_insert(DeviceError::Latched);
+        Ok(())
+    }
+
+    /// Gives back all space beyond the data and the log's end.
+    async fn give_back(&self) -> Result {
+        let (tail, size) = {
+            let mut core = self.layer.core();
+            if let Some(spare) = core.log.spare.take() {
+                core.segments.unchoose(spare);
+            }
+            core.segments.reap();
+            let head = core.log.head;
+            core.log.opened = false;
+            let count = core.segments.trim();
+            let start = core.segments.offset(head.segment).0;
+            let tail = start + u64::from(head.block) * BLOCK_SIZE..start + core.segments.bytes();
+            // The log's next segment stays, as a hole.
+            (tail, core.segments.offset(count).0)
+        };
+        self.punch(tail).await?;
+        let next = self.layer.core().log.head.next_segment;
+        let next = {
+            let core = self.layer.core();
+            core.segments.offset(next).0..core.segments.offset(next).0 + core.segments.bytes()
+        };
+        self.punch(next).await?;
+        self.punch_free(0).await?;
+        self.io.run(Op::Truncate { file: self.layer.file(), size }).await.result?;
+        self.sync_file().await
+    }
+
+    /// Gives the space of free segments back to the host, but for the first `keep`.
+    async fn punch_free(&self, keep: usize) -> Result {
+        loop {
+            let (segment, range) = {
+                let mut core = self.layer.core();
+                let Some(segment) = core.segments.start_punch(keep) else { return Ok(()) };
+                let start = core.segments.offset(segment).0;
+                (segment, start..start + core.segments.bytes())
+            };
+            let result = self.punch(range).await;
+            let given_back = matches!(result, Ok(true));
+            self.layer.core().segments.punched(segment, given_back);
+            if !result? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Punches a range; says whether the file system can.
+    async fn punch(&self, range: std::ops::Range<u64>) -> Result<bool> {
+        if range.is_empty() {
+            return Ok(true);
+        }
+        let len = range.end - range.start;
+        let punch = Op::Punch { file: self.layer.file(), offset: FileOffset(range.start), len };
+        match self.io.run(punch).await.result {
+            Ok(_) => Ok(true),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(false),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+}

@@ -1,0 +1,163 @@
+//! The slow paths: requests with cut blocks, and memory that direct I/O cannot reach.
+//!
+//! A write of a part of a block merges it with what lies there. The block is marked meanwhile,
+//! from before it is read until the merged block counts; every other writer of it waits, and it
+//! waits for writers that came before. Readers never wait.
+
+use std::future::poll_fn;
+use std::ops::Range;
+use std::task::Poll;
+
+use super::core::Core;
+use super::driver::Driver;
+use super::log::Part;
+use super::read::Source;
+use super::record::Run;
+use super::tuning::breaks;
+use super::waiter::{Result, Waiter};
+use sapwood_blockdev::buffer::{AlignedBuf, Memory};
+use sapwood_blockdev::device::{Command, Request};
+use sapwood_blockdev::engine::Engine;
+use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, BlockSpan};
+
+/// Reads into memory that the kernel cannot fill directly, and tells `waiter`.
+pub(super) fn read_bounced<E: Engine>(
+    driver: &Driver<E>,
+    source: Source<E::File>,
+    mut memory: Memory,
+    waiter: Waiter,
+) {
+    let task = driver.clone();
+    driver.io.spawn(async move {
+        let result = task.read_source(source, memory.len()).await;
+        let result = result.map(|bytes| memory.write_at(0, &bytes));
+        task.layer.core().end(waiter, result, 0);
+    });
+}
+
+/// Performs a write, write-zeroes or discard of any shape, and tells `waiter`.
+pub(super) fn write<E: Engine>(driver: &Driver<E>, request: Request, waiter: Waiter) {
+    let task = driver.clone();
+    driver.io.spawn(async move {
+        let result = task.merge(request).await;
+        task.layer.core().end(waiter, result, 0);
+    });
+}
+
+impl Core {
+    /// Whether one of these blocks is under merge.
+    pub(super) fn is_merging(&self, blocks: &Range<u64>) -> bool {
+        self.merging.iter().any(|marked| marked.start < blocks.end && blocks.start < marked.end)
+    }
+
+    /// Marks the blocks if no other writer is in the way: nobody may be merging one of them, and
+    /// what was written to those that are cut must count already.
+    fn try_mark(&mut self, blocks: &Range<u64>, cut: &[u64]) -> bool {
+        if breaks!(self.tuning, MergeWithoutMark) {
+            return true;
+        }
+        let busy = self.is_merging(blocks) || cut.iter().any(|&b| self.log.is_writing(&(b..b + 1)));
+        if !busy {
+            self.merging.push(blocks.clone());
+        }
+        !busy
+    }
+
+    fn unmark(&mut self, blocks: &Range<u64>) {
+        if let Some(index) = self.merging.iter().position(|marked| marked == blocks) {
+            self.merging.swap_remove(index);
+        }
+        self.merge_wakers.drain(..).for_each(std::task::Waker::wake);
+    }
+}
+
+impl<E: Engine> Driver<E> {
+    /// Performs a write, write-zeroes or discard of any shape.
+    pub(super) async fn merge(&self, request: Request) -> Result {
+        let span = BlockSpan::of(request.offset, request.len);
+        let discard = matches!(request.command, Command::Discard);
+        // A discard promises nothing about blocks that it cuts.
+        let (blocks, cut) =
+            if discard { (span.whole.clone(), Vec::new()) } else { (span.touched.clone(), span.cut()) };
+        poll_fn(|cx| {
+            let mut core = self.layer.core();
+            if core.latched.is_some() || core.try_mark(&blocks, &cut) {
+                return Poll::Ready(());
+            }
+            core.merge_wakers.push(cx.waker().clone());
+            drop(core);
+            self.pump();
+            Poll::Pending
+        })
+        .await;
+        let result = self.merge_marked(&request, &span, &cut).await;
+        self.layer.core().unmark(&blocks);
+        result
+    }
+
+    async fn merge_marked(&self, request: &Request, span: &BlockSpan, cut: &[u64]) -> Result {
+        let mut merged = Vec::with_capacity(cut.len());
+        for &block in cut {
+            merged.push(self.merge_block(request, block).await?);
+        }
+        let whole = span.whole.clone();
+        let data = match &request.command {
+            Command::Write(memory) => self.copy_whole(request, memory, whole),
+            _ => self.layer.zero_runs(whole).into_iter().map(|run| (run, None)).collect(),
+        };
+        let cuts = cut.iter().zip(merged).map(|(&start, buf)| (Run::Data { start, count: 1 }, Some(buf)));
+        let all: Vec<_> = data.into_iter().chain(cuts).collect();
+        if all.is_empty() {
+            return Ok(());
+        }
+        let part = |waiter: &Waiter, (run, buf): (Run, Option<AlignedBuf>)| match buf {
+            Some(buf) => Part::data(run, buf, waiter.clone()),
+            None => Part::index_only(run, waiter.clone()),
+        };
+        self.append(|waiter| all.into_iter().map(|p| part(waiter, p)).collect()).await?;
+        if !self.layer.core().write_cache {
+            self.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// The block as it will be: what lies there with the request's bytes over it.
+    async fn merge_block(&self, request: &Request, block: u64) -> Result<AlignedBuf> {
+        let start = block * BLOCK_SIZE;
+        let size = self.layer.core().size;
+        let inside = start..(start + BLOCK_SIZE).min(size);
+        let old = self.read(inside).await?;
+        let mut buf = self.staging(1);
+        buf.fill(0);
+        buf[..old.len()].copy_from_slice(&old);
+        let end = (request.offset.0 + request.len).min(start + BLOCK_SIZE);
+        let begin = request.offset.0.max(start);
+        let target = &mut buf[(begin - start) as usize..(end - start) as usize];
+        match &request.command {
+            Command::Write(memory) => memory.read_at((begin - request.offset.0) as usize, target),
+            _ => target.fill(0),
+        }
+        Ok(buf)
+    }
+
+    /// Copies of the whole blocks of a write.
+    fn copy_whole(
+        &self,
+        request: &Request,
+        memory: &Memory,
+        whole: Range<u64>,
+    ) -> Vec<(Run, Option<AlignedBuf>)> {
+        let unit = u64::from(self.layer.part_blocks_max());
+        whole
+            .clone()
+            .step_by(unit as usize)
+            .map(|start| {
+                let count = unit.min(whole.end - start);
+                let mut buf = self.staging(count as usize);
+                memory.read_at((start * BLOCK_SIZE - request.offset.0) as usize, &mut buf);
+                debug_assert_eq!(buf.len(), count as usize * BLOCK_BYTES);
+                (Run::Data { start, count: count as u32 }, Some(buf))
+            })
+            .collect()
+    }
+}

@@ -1,0 +1,145 @@
+//! The layer: a disk that a guest writes, as a log and a map.
+//!
+//! What a guest writes is appended to the log in checksummed records and entered into the map;
+//! nothing is overwritten. A checkpoint stores the map; after a crash the log since the newest
+//! checkpoint is replayed. `docs/format-layer.md` is the format's reference, with the commit
+//! protocol and a table of every crash case.
+//!
+//! From the bottom up: `layout` (header, slots), `record` and `node` are the stored forms;
+//! `map`, `segments` and `log` the state in memory; `core` joins them under one lock and says
+//! what to do next; `driver` does it; `queue`, `read` and `merge` serve guests; `checkpoint`,
+//! `clean` and `maintain` work in the background; `create`, `recover` and `check` begin and judge.
+
+mod base;
+mod bytes;
+mod check;
+mod checkpoint;
+mod clean;
+mod core;
+mod create;
+mod device;
+mod driver;
+mod layout;
+mod load;
+mod log;
+mod maintain;
+mod map;
+mod merge;
+#[cfg(feature = "mutations")]
+pub mod mutation;
+mod node;
+mod queue;
+mod read;
+mod record;
+mod recover;
+mod replay;
+mod segments;
+mod tuning;
+mod waiter;
+
+use std::path::{Path, PathBuf};
+
+use crate::error::ImageError;
+use crate::format::Format;
+use sapwood_blockdev::storage::{Lock, OpenOptions, Storage};
+use sapwood_blockdev::units::{BLOCK_SIZE, SECTOR_SIZE};
+
+pub use check::{CheckReport, check};
+pub use create::create;
+pub use device::Layer;
+pub use layout::{LayerId, MAGIC, SEGMENT_SIZE_DEFAULT, SIZE_MAX};
+#[cfg(feature = "mutations")]
+pub use mutation::Mutation;
+pub use queue::LayerQueue;
+pub use tuning::Tuning;
+
+/// A base by name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BaseSpec {
+    /// The file; a relative path starts at the folder of the layer that names it.
+    pub path: PathBuf,
+    /// Its format.
+    pub format: Format,
+}
+
+/// What a new layer is to be.
+#[derive(Clone, Debug)]
+pub struct CreateLayer {
+    /// Guest-visible size in bytes, rounded up to 512; by default that of the base.
+    pub size: Option<u64>,
+    /// What lies below.
+    pub base: Option<BaseSpec>,
+    /// Size of a segment in bytes: a power of two from 64 KiB to 64 MiB.
+    pub segment_size: u32,
+}
+
+impl Default for CreateLayer {
+    fn default() -> Self {
+        Self { size: None, base: None, segment_size: SEGMENT_SIZE_DEFAULT }
+    }
+}
+
+/// How a layer is opened.
+#[derive(Clone, Debug, Default)]
+pub struct OpenLayer {
+    /// Change nothing, not even to finish a recovery: the log is replayed in memory.
+    pub read_only: bool,
+    /// Bounds of background work.
+    pub tuning: Tuning,
+}
+
+/// Facts about an open layer.
+#[derive(Clone, Debug)]
+pub struct LayerInfo {
+    /// Guest-visible size in bytes.
+    pub size: u64,
+    /// The layer's id, 32 hexadecimal digits.
+    pub id: String,
+    /// Size of a segment in bytes.
+    pub segment_size: u64,
+    /// The base as the layer names it.
+    pub base: Option<BaseSpec>,
+    /// The base's path seen from here.
+    pub base_path: Option<PathBuf>,
+    /// Blocks of 4 KiB that the map refers to.
+    pub live_blocks: u64,
+    /// Blocks in use for anything else: overwritten data, the map itself, the log's own.
+    pub dead_blocks: u64,
+    /// Number of the newest checkpoint.
+    pub generation: u64,
+    /// Number of the newest record.
+    pub sequence: u64,
+    /// Whether it had been closed properly before it was opened.
+    pub clean: bool,
+}
+
+/// Opens a file and takes the lock on that very open file description, before anything is read.
+fn open_file<S: Storage>(
+    storage: &S,
+    path: &Path,
+    options: OpenOptions,
+    lock: Lock,
+) -> Result<S::File, ImageError> {
+    let file = storage.open(path, options).map_err(|e| ImageError::io(path, "open", e))?;
+    crate::open::lock(&file, lock)?;
+    Ok(file)
+}
+
+/// Refuses sizes that a layer cannot have.
+fn check_size(path: &Path, size: u64, segment_blocks: u32) -> Result<(), ImageError> {
+    if size == 0 || !size.is_multiple_of(SECTOR_SIZE) {
+        return Err(ImageError::invalid(
+            path,
+            format!("the size must be a multiple of {SECTOR_SIZE}, above 0"),
+        ));
+    }
+    if size > SIZE_MAX {
+        return Err(ImageError::invalid(path, "the largest size is 64 TiB"));
+    }
+    // The root of the map names every GiB in 8 bytes and must fit into one record.
+    let root_max = u64::from(segment_blocks - 1).min(u64::from(record::DATA_BLOCKS_MAX)) * BLOCK_SIZE;
+    if (size.div_ceil(1 << 30) + 2) * 8 > root_max {
+        return Err(ImageError::invalid(path, "the segments are too small for a disk of this size"));
+    }
+    Ok(())
+}

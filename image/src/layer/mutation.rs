@@ -1,0 +1,73 @@
+//! Deliberate breaches of the rules, for the simulator to catch.
+//!
+//! Each variant leaves out one rule of the commit protocol (docs/format-layer.md). They exist only
+//! with the cargo feature `mutations`, which nothing but the test crate enables: a rule whose
+//! breach no test notices is not tested.
+
+/// A rule to break.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mutation {
+    /// A write is reported when its own record has completed, whatever became of earlier ones.
+    ReportBeforeEarlierRecord,
+    /// Records enter the map in the order in which they complete.
+    PublishOutOfOrder,
+    /// A flush joins a sync that was submitted before it.
+    FlushJoinsSubmittedSync,
+    /// A flush is reported without a sync.
+    FlushWithoutSync,
+    /// With the write cache off, writes are reported before a sync.
+    WriteThroughWithoutSync,
+    /// A record that failed is left as it is.
+    FailedRecordNotVoided,
+    /// After a failed sync the next one is believed.
+    FailedSyncForgotten,
+    /// Recovery believes a record by its checksum and sequence number alone.
+    RecoveryIgnoresChain,
+    /// Recovery does not look at the data blocks of a record.
+    RecoveryIgnoresData,
+    /// Recovery serves what it found before it is durable.
+    RecoveryWithoutSync,
+    /// Recovery reads a layer whose last user may still have writes in flight.
+    RecoveryIgnoresLock,
+    /// A damaged slot is passed over although the log of the other does not reach it.
+    FallbackWithoutLog,
+    /// A checkpoint holds entries of records that have not completed.
+    FuzzyCheckpoint,
+    /// A slot names a checkpoint that was not synced.
+    SlotBeforeSync,
+    /// Segments are freed before the slot that allows it is durable.
+    SlotNotSynced,
+    /// A segment is reused although the older slot still needs it.
+    ReuseAfterOneSlot,
+    /// A segment is reused while reads of it are in flight.
+    ReuseWithoutEpochs,
+    /// Shrinking leaves the cut range mapped.
+    ShrinkWithoutZeroing,
+    /// Writers of a block under merge do not wait.
+    MergeWithoutMark,
+}
+
+impl Mutation {
+    /// Every mutation.
+    pub const ALL: [Self; 19] = [
+        Self::ReportBeforeEarlierRecord,
+        Self::PublishOutOfOrder,
+        Self::FlushJoinsSubmittedSync,
+        Self::FlushWithoutSync,
+        Self::WriteThroughWithoutSync,
+        Self::FailedRecordNotVoided,
+        Self::FailedSyncForgotten,
+        Self::RecoveryIgnoresChain,
+        Self::RecoveryIgnoresData,
+        Self::RecoveryWithoutSync,
+        Self::RecoveryIgnoresLock,
+        Self::FallbackWithoutLog,
+        Self::FuzzyCheckpoint,
+        Self::SlotBeforeSync,
+        Self::SlotNotSynced,
+        Self::ReuseAfterOneSlot,
+        Self::ReuseWithoutEpochs,
+        Self::ShrinkWithoutZeroing,
+        Self::MergeWithoutMark,
+    ];
+}

@@ -1,0 +1,137 @@
+//! Where the bytes of a range are: through the layer, its base, and what lies below that.
+
+use std::ops::Range;
+
+use super::base::Base;
+use super::core::Core;
+use super::device::Layer;
+use super::driver::Driver;
+use super::node::Entry;
+use super::waiter::Result;
+use sapwood_blockdev::buffer::{AlignedBuf, Memory};
+use sapwood_blockdev::device::DeviceError;
+use sapwood_blockdev::engine::{Engine, Op};
+use sapwood_blockdev::storage::StorageFile;
+use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
+
+/// A stretch of a range that is read in one operation, or zeroed.
+pub(super) struct ReadPart<F> {
+    /// Bytes of the disk.
+    pub(super) range: Range<u64>,
+    /// Where they are; `None`: they are zeroes.
+    pub(super) source: Option<Source<F>>,
+}
+
+/// Where bytes are.
+pub(super) struct Source<F> {
+    pub(super) file: F,
+    pub(super) offset: FileOffset,
+    /// The file may end inside the stretch; what lies beyond reads as zeroes (raw bases). A layer
+    /// that ends before a block it maps is damaged.
+    pub(super) may_end: bool,
+}
+
+impl<E: Engine> Layer<E> {
+    /// Finds the bytes of `range`, which must lie inside the disk. Returns the epoch that protects
+    /// the places found, to be left when they have been read.
+    pub(super) fn plan(&self, range: Range<u64>, parts: &mut Vec<ReadPart<E::File>>) -> u64 {
+        let mut core = self.core();
+        let epoch = core.segments.enter();
+        let blocks = range.start / BLOCK_SIZE..range.end.div_ceil(BLOCK_SIZE);
+        core.map.for_each_run(blocks, |start, count, entry| {
+            let first = start * BLOCK_SIZE;
+            let part = first.max(range.start)..(first + count * BLOCK_SIZE).min(range.end);
+            match entry.place() {
+                Some(place) => {
+                    let offset = Core::file_offset(place).plus(part.start - first);
+                    let source = Source { file: self.file(), offset, may_end: false };
+                    push(parts, ReadPart { range: part, source: Some(source) });
+                }
+                None if entry == Entry::ZERO => push(parts, ReadPart { range: part, source: None }),
+                None => self.plan_below(part, parts),
+            }
+        });
+        epoch
+    }
+
+    fn plan_below(&self, range: Range<u64>, parts: &mut Vec<ReadPart<E::File>>) {
+        let (end, base) = match self.base() {
+            None => (0, None),
+            Some(Base::Raw { size, .. }) => (*size, self.base()),
+            Some(Base::Layer(below)) => (below.core().size, self.base()),
+        };
+        let inside = range.start.min(end)..range.end.min(end);
+        match base {
+            _ if inside.is_empty() => {}
+            Some(Base::Raw { file, .. }) => {
+                let source = Source { file: file.clone(), offset: FileOffset(inside.start), may_end: true };
+                push(parts, ReadPart { range: inside.clone(), source: Some(source) });
+            }
+            // A base is never written, so nothing there needs its epoch.
+            Some(Base::Layer(below)) => {
+                let epoch = below.plan(inside.clone(), parts);
+                below.core().segments.leave(epoch);
+            }
+            None => {}
+        }
+        let rest = range.start.max(inside.end)..range.end;
+        if !rest.is_empty() {
+            push(parts, ReadPart { range: rest, source: None });
+        }
+    }
+}
+
+/// Appends a part, joined to the one before where the file goes on.
+fn push<F: StorageFile>(parts: &mut Vec<ReadPart<F>>, next: ReadPart<F>) {
+    if let Some(last) = parts.last_mut() {
+        let len = last.range.end - last.range.start;
+        let joins = match (&last.source, &next.source) {
+            (None, None) => true,
+            (Some(a), Some(b)) => {
+                a.offset.plus(len) == b.offset && a.may_end == b.may_end && a.file.path() == b.file.path()
+            }
+            _ => false,
+        };
+        if joins && last.range.end == next.range.start {
+            last.range.end = next.range.end;
+            return;
+        }
+    }
+    parts.push(next);
+}
+
+impl<E: Engine> Driver<E> {
+    /// Reads `range` of the disk into a buffer of its own.
+    pub(super) async fn read(&self, range: Range<u64>) -> Result<AlignedBuf> {
+        let mut memory = Memory::from(AlignedBuf::zeroed((range.end - range.start) as usize));
+        let mut parts = Vec::new();
+        let epoch = self.layer.plan(range.clone(), &mut parts);
+        let mut result = Ok(());
+        for part in parts {
+            let at = (part.range.start - range.start) as usize;
+            let len = (part.range.end - part.range.start) as usize;
+            let Some(source) = part.source else { continue };
+            match self.read_source(source, len).await {
+                Ok(bytes) => memory.write_at(at, &bytes),
+                Err(error) => result = Err(error),
+            }
+        }
+        self.layer.core().segments.leave(epoch);
+        result.map(|()| memory.into_buf())
+    }
+
+    /// Reads `len` bytes of a file, aligned as the file needs it.
+    pub(super) async fn read_source(&self, source: Source<E::File>, len: usize) -> Result<Vec<u8>> {
+        let alignment = source.file.alignment().offset as u64;
+        let start = source.offset.0 / alignment * alignment;
+        let end = (source.offset.0 + len as u64).next_multiple_of(alignment);
+        let buf = AlignedBuf::zeroed((end - start) as usize);
+        let outcome = self.io.run(Op::read(source.file, FileOffset(start), buf)).await;
+        let skip = (source.offset.0 - start) as usize;
+        if !source.may_end && outcome.result.is_ok_and(|read| read < skip + len) {
+            return Err(DeviceError::Corrupt);
+        }
+        let buf = outcome.zero_filled()?.into_buf();
+        Ok(buf[skip..skip + len].to_vec())
+    }
+}

@@ -1,0 +1,416 @@
+//! Segments: which are live, which can be used again, and when.
+//!
+//! The life of a segment:
+//!
+//! ```text
+//! Free -> Log (being filled, or chosen to be next) -> Used -> Retired -> Draining -> Free
+//! ```
+//!
+//! A used segment without live blocks is *retired* by the first durable checkpoint that neither
+//! refers to it nor replays it, and *drains* from the second on (then both slots name such
+//! checkpoints), until every read that may have looked it up before has finished.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use super::layout::FIRST_SEGMENT_BLOCK;
+use super::node::{NODE_ALIGNMENT, NodeRef};
+use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum State {
+    Free,
+    Log,
+    Used,
+    Retired,
+    Draining,
+    Punching,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Segment {
+    state: State,
+    /// Mapped blocks.
+    live_blocks: u32,
+    /// Bytes of map nodes that the newest checkpoint refers to.
+    node_bytes: u32,
+    /// The newest record in it.
+    last_sequence: u64,
+    /// The host has given it space.
+    allocated: bool,
+}
+
+/// All segments of a layer.
+pub(super) struct Segments {
+    list: Vec<Segment>,
+    free: BTreeSet<u32>,
+    /// Draining segments and the epoch whose reads they wait for, oldest first.
+    draining: VecDeque<(u32, u64)>,
+    segment_blocks: u32,
+    live_blocks: u64,
+    readers: Readers,
+}
+
+impl Segments {
+    /// `count` segments of which nothing is known yet: in use until checkpoints say otherwise.
+    pub(super) fn new(segment_blocks: u32, count: u32) -> Self {
+        let used =
+            Segment { state: State::Used, live_blocks: 0, node_bytes: 0, last_sequence: 0, allocated: true };
+        Self {
+            list: vec![used; count as usize],
+            free: BTreeSet::new(),
+            draining: VecDeque::new(),
+            segment_blocks,
+            live_blocks: 0,
+            readers: Readers::default(),
+        }
+    }
+
+    /// Most segments a file can have: places are 32-bit block numbers.
+    pub(super) fn count_max(segment_blocks: u32) -> u32 {
+        (u32::MAX - FIRST_SEGMENT_BLOCK) / segment_blocks
+    }
+
+    pub(super) fn segment_blocks(&self) -> u32 {
+        self.segment_blocks
+    }
+
+    /// Segments that the file has room for.
+    pub(super) fn count(&self) -> u32 {
+        self.list.len() as u32
+    }
+
+    /// Block of the file at which a segment starts.
+    pub(super) fn first_block(&self, segment: u32) -> u32 {
+        FIRST_SEGMENT_BLOCK + segment * self.segment_blocks
+    }
+
+    /// Byte of the file at which a segment starts.
+    pub(super) fn offset(&self, segment: u32) -> FileOffset {
+        FileOffset(u64::from(self.first_block(segment)) * BLOCK_SIZE)
+    }
+
+    /// Bytes in a segment.
+    pub(super) fn bytes(&self) -> u64 {
+        u64::from(self.segment_blocks) * BLOCK_SIZE
+    }
+
+    /// The segment that holds a block of the file.
+    pub(super) fn of_place(&self, place: u32) -> u32 {
+        (place - FIRST_SEGMENT_BLOCK) / self.segment_blocks
+    }
+
+    fn of_offset(&self, offset: u64) -> u32 {
+        self.of_place((offset / BLOCK_SIZE) as u32)
+    }
+
+    /// Mapped blocks in all segments.
+    pub(super) fn live_blocks(&self) -> u64 {
+        self.live_blocks
+    }
+
+    /// Bytes of segments that are not free for use.
+    pub(super) fn occupied_bytes(&self) -> u64 {
+        (self.list.len() - self.free.len()) as u64 * self.bytes()
+    }
+
+    /// Blocks of used segments that are not mapped; `head_blocks` are taken in the one being filled.
+    pub(super) fn dead_blocks(&self, head: u32, head_blocks: u32) -> u64 {
+        let taken = |(i, s): (u32, &Segment)| match s.state {
+            State::Used | State::Retired | State::Draining => {
+                self.segment_blocks.saturating_sub(s.live_blocks)
+            }
+            State::Log if i == head => head_blocks.saturating_sub(s.live_blocks),
+            _ => 0,
+        };
+        (0..).zip(&self.list).map(taken).map(u64::from).sum()
+    }
+
+    /// Counts newly mapped places, all in one segment.
+    pub(super) fn take_blocks(&mut self, place: u32, count: u32) {
+        self.live_blocks += u64::from(count);
+        let segment = self.of_place(place) as usize;
+        self.list[segment].live_blocks += count;
+    }
+
+    /// A segment with more live blocks than it has blocks: the map refers to some twice.
+    pub(super) fn overfull(&self) -> Option<u32> {
+        (0..).zip(&self.list).find(|(_, s)| s.live_blocks > self.segment_blocks).map(|(i, _)| i)
+    }
+
+    /// Counts a place that is no longer mapped.
+    pub(super) fn release_block(&mut self, place: u32) {
+        let segment = self.of_place(place) as usize;
+        self.live_blocks -= 1;
+        self.list[segment].live_blocks -= 1;
+    }
+
+    /// Counts a stored node that the map refers to.
+    pub(super) fn take_node(&mut self, node: NodeRef) {
+        if let Some((offset, len)) = node.stored() {
+            self.take_node_bytes(offset, len);
+        }
+    }
+
+    /// Counts a stored node that the map no longer refers to.
+    pub(super) fn release_node(&mut self, node: NodeRef) {
+        if let Some((offset, len)) = node.stored() {
+            self.release_node_bytes(offset, len);
+        }
+    }
+
+    /// Counts `len` bytes of nodes, all in one segment.
+    pub(super) fn take_node_bytes(&mut self, offset: u64, len: usize) {
+        let segment = self.of_offset(offset) as usize;
+        self.list[segment].node_bytes += len.next_multiple_of(NODE_ALIGNMENT) as u32;
+    }
+
+    /// The opposite of [`take_node_bytes`](Self::take_node_bytes).
+    pub(super) fn release_node_bytes(&mut self, offset: u64, len: usize) {
+        let segment = self.of_offset(offset) as usize;
+        self.list[segment].node_bytes -= len.next_multiple_of(NODE_ALIGNMENT) as u32;
+    }
+
+    /// Marks a segment that the log fills or will fill next. The list grows to hold it.
+    pub(super) fn set_log(&mut self, segment: u32) {
+        while self.list.len() <= segment as usize {
+            let fresh = Segment {
+                state: State::Free,
+                live_blocks: 0,
+                node_bytes: 0,
+                last_sequence: 0,
+                allocated: false,
+            };
+            self.free.insert(self.list.len() as u32);
+            self.list.push(fresh);
+        }
+        self.free.remove(&segment);
+        self.list[segment as usize].state = State::Log;
+    }
+
+    /// The log has left a segment; `last_sequence` is the newest record in it.
+    pub(super) fn set_used(&mut self, segment: u32, last_sequence: u64) {
+        let segment = &mut self.list[segment as usize];
+        segment.state = State::Used;
+        segment.last_sequence = last_sequence;
+    }
+
+    /// Chooses the segment for the log to fill after those it has: a free one, else a new one at
+    /// the end of the file. `None` when the file cannot have more.
+    pub(super) fn choose(&mut self) -> Option<u32> {
+        self.reap();
+        let segment = match self.free.first() {
+            Some(&segment) => segment,
+            None => self.count(),
+        };
+        if segment >= Self::count_max(self.segment_blocks) {
+            return None;
+        }
+        self.set_log(segment);
+        Some(segment)
+    }
+
+    /// Gives back a segment that was chosen and not used.
+    pub(super) fn unchoose(&mut self, segment: u32) {
+        self.list[segment as usize].state = State::Free;
+        self.free.insert(segment);
+    }
+
+    pub(super) fn is_allocated(&self, segment: u32) -> bool {
+        self.list[segment as usize].allocated
+    }
+
+    pub(super) fn set_allocated(&mut self, segment: u32) {
+        self.list[segment as usize].allocated = true;
+    }
+
+    /// Segments that a checkpoint as of `sequence` neither refers to nor replays. To be asked at
+    /// the freeze, after the nodes it replaces were released.
+    pub(super) fn dead(&self, sequence: u64) -> Vec<u32> {
+        let is_dead = |s: &Segment| {
+            matches!(s.state, State::Used | State::Retired)
+                && s.live_blocks == 0
+                && s.node_bytes == 0
+                && s.last_sequence <= sequence
+        };
+        (0..).zip(&self.list).filter(|(_, s)| is_dead(s)).map(|(i, _)| i).collect()
+    }
+
+    /// A checkpoint that found these segments dead has become durable. `at_once` skips the second
+    /// checkpoint, which only a mutation does.
+    pub(super) fn retire(&mut self, dead: &[u32], at_once: bool) {
+        let epoch = self.readers.advance();
+        for &segment in dead {
+            let state = &mut self.list[segment as usize].state;
+            if *state == State::Used && !at_once {
+                *state = State::Retired;
+            } else {
+                *state = State::Draining;
+                self.draining.push_back((segment, epoch));
+            }
+        }
+        self.reap();
+    }
+
+    /// Frees the draining segments that nobody can be reading any more.
+    pub(super) fn reap(&mut self) {
+        while let Some(&(segment, epoch)) = self.draining.front() {
+            if epoch >= self.readers.oldest() {
+                return;
+            }
+            self.draining.pop_front();
+            self.unchoose(segment);
+        }
+    }
+
+    /// The mutation that frees segments under the eyes of their readers.
+    pub(super) fn forget_readers(&mut self) {
+        while let Some((segment, _)) = self.draining.pop_front() {
+            self.unchoose(segment);
+        }
+    }
+
+    /// Frees the segments that nothing refers to, but for `keep`: when both slots name the map as it
+    /// is now.
+    pub(super) fn free_unused(&mut self, keep: u32) {
+        for index in 0..self.count() {
+            let segment = self.list[index as usize];
+            let unused = segment.state == State::Used && segment.live_blocks == 0 && segment.node_bytes == 0;
+            if unused && index != keep {
+                self.list[index as usize].allocated = false;
+                self.unchoose(index);
+            }
+        }
+    }
+
+    /// Whether another checkpoint would free something.
+    pub(super) fn has_retired(&self) -> bool {
+        self.list.iter().any(|s| s.state == State::Retired)
+    }
+
+    /// The used segment with the fewest live blocks, if it has room for improvement.
+    pub(super) fn victim(&self, published: u64) -> Option<u32> {
+        (0..)
+            .zip(&self.list)
+            .filter(|(_, s)| s.state == State::Used && s.last_sequence <= published)
+            .filter(|(_, s)| s.live_blocks > 0 || s.node_bytes > 0)
+            .filter(|(_, s)| {
+                s.live_blocks + s.node_bytes.div_ceil(BLOCK_SIZE as u32) < self.segment_blocks * 7 / 8
+            })
+            .min_by_key(|(_, s)| u64::from(s.live_blocks) * BLOCK_SIZE + u64::from(s.node_bytes))
+            .map(|(segment, _)| segment)
+    }
+
+    /// A free segment that still has the host's space, beyond the first `keep` of them; it cannot
+    /// be chosen until [`punched`](Self::punched).
+    pub(super) fn start_punch(&mut self, keep: usize) -> Option<u32> {
+        let segment = self.free.iter().copied().filter(|&s| self.list[s as usize].allocated).nth(keep)?;
+        self.free.remove(&segment);
+        self.list[segment as usize].state = State::Punching;
+        Some(segment)
+    }
+
+    /// The space of a segment was given back (or could not be).
+    pub(super) fn punched(&mut self, segment: u32, given_back: bool) {
+        self.list[segment as usize].allocated = !given_back;
+        self.unchoose(segment);
+    }
+
+    /// Forgets the free segments at the end of the file and returns how many are left.
+    pub(super) fn trim(&mut self) -> u32 {
+        while self.list.last().is_some_and(|s| s.state == State::Free) {
+            self.list.pop();
+            self.free.remove(&self.count());
+        }
+        self.count()
+    }
+
+    /// Notes a read of places looked up now; returns what to [`leave`](Self::leave) with.
+    pub(super) fn enter(&mut self) -> u64 {
+        self.readers.enter()
+    }
+
+    /// Ends a read.
+    pub(super) fn leave(&mut self, epoch: u64) {
+        self.readers.leave(epoch);
+    }
+}
+
+/// Reads in flight, by the epoch in which they looked their places up.
+#[derive(Default)]
+struct Readers {
+    epoch: u64,
+    /// Counts of the epochs from `epoch - counts.len() + 1` to `epoch`.
+    counts: VecDeque<u32>,
+}
+
+impl Readers {
+    fn enter(&mut self) -> u64 {
+        if self.counts.is_empty() {
+            self.counts.push_back(0);
+        }
+        *self.counts.back_mut().expect("not empty") += 1;
+        self.epoch
+    }
+
+    fn leave(&mut self, epoch: u64) {
+        let age = (self.epoch - epoch) as usize;
+        let index = self.counts.len() - 1 - age;
+        self.counts[index] -= 1;
+        while self.counts.front() == Some(&0) {
+            self.counts.pop_front();
+        }
+    }
+
+    /// Starts a new epoch; returns the one that ended.
+    fn advance(&mut self) -> u64 {
+        let ended = self.epoch;
+        self.epoch += 1;
+        if !self.counts.is_empty() {
+            self.counts.push_back(0);
+        }
+        ended
+    }
+
+    /// The oldest epoch that still has a read in flight, or the next one to come.
+    fn oldest(&self) -> u64 {
+        self.epoch + 1 - self.counts.len() as u64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn readers_hold_back_their_epoch() {
+        let mut readers = Readers::default();
+        let a = readers.enter();
+        let ended = readers.advance();
+        assert_eq!(ended, a);
+        let b = readers.enter();
+        assert!(readers.oldest() <= ended);
+        readers.leave(b);
+        assert!(readers.oldest() <= ended);
+        readers.leave(a);
+        assert!(readers.oldest() > ended);
+        let ended = readers.advance();
+        assert!(readers.oldest() > ended);
+    }
+
+    #[test]
+    fn a_segment_is_free_after_two_checkpoints_and_its_readers() {
+        let mut segments = Segments::new(16, 2);
+        segments.set_used(0, 5);
+        segments.set_log(1);
+        assert!(segments.dead(4).is_empty());
+        let dead = segments.dead(5);
+        assert_eq!(dead, [0]);
+        let reader = segments.enter();
+        segments.retire(&dead, false);
+        assert_eq!(segments.choose(), Some(2), "one checkpoint is not enough");
+        segments.retire(&segments.dead(6), false);
+        assert_eq!(segments.choose(), Some(3), "a reader holds it");
+        segments.leave(reader);
+        assert_eq!(segments.choose(), Some(0));
+    }
+}

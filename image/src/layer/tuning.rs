@@ -1,0 +1,55 @@
+//! Bounds and intervals of a layer's background work.
+
+use std::time::Duration;
+
+#[cfg(feature = "mutations")]
+use super::mutation::Mutation;
+
+/// When background work is due. The defaults suit disks of any size; tests make them small.
+#[derive(Clone, Copy, Debug)]
+pub struct Tuning {
+    /// A checkpoint is due when the log has grown by this many bytes since the last one: it
+    /// bounds what a recovery replays.
+    pub checkpoint_bytes: u64,
+    /// A checkpoint is due when something has changed and the last one is this old.
+    pub checkpoint_interval: Duration,
+    /// A sync is due when something written has not been durable for this long.
+    pub sync_interval: Duration,
+    /// The cleaner starts when the file occupies more than this share of the live data, in
+    /// percent, and `space_slack` bytes.
+    pub space_percent: u64,
+    /// See `space_percent`.
+    pub space_slack: u64,
+    /// The rule that this layer breaks.
+    #[cfg(feature = "mutations")]
+    pub mutation: Option<Mutation>,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Self {
+            checkpoint_bytes: 64 << 20,
+            checkpoint_interval: Duration::from_secs(30),
+            sync_interval: Duration::from_secs(5),
+            space_percent: 130,
+            space_slack: 64 << 20,
+            #[cfg(feature = "mutations")]
+            mutation: None,
+        }
+    }
+}
+
+/// Whether `$tuning` breaks rule `$mutation`; constantly false without the feature.
+macro_rules! breaks {
+    ($tuning:expr, $mutation:ident) => {{
+        #[cfg(feature = "mutations")]
+        let broken = $tuning.mutation == Some($crate::layer::mutation::Mutation::$mutation);
+        #[cfg(not(feature = "mutations"))]
+        let broken = {
+            let _ = &$tuning;
+            false
+        };
+        broken
+    }};
+}
+pub(super) use breaks;

@@ -1,0 +1,187 @@
+//! A disk of any format: opened by name or by looks, and dispatched without `dyn`.
+
+use std::ops::Range;
+use std::path::Path;
+use std::sync::Arc;
+
+use sapwood_blockdev::device::{BlockDevice, DeviceQueue, Done, Geometry, Request};
+use sapwood_blockdev::engine::{Engine, Time};
+use sapwood_blockdev::io::Io;
+use sapwood_blockdev::storage::{Lock, LockError, Storage, StorageFile};
+
+use crate::error::{ErrorKind, ImageError};
+use crate::extent::Extent;
+use crate::format::Format;
+use crate::layer::{Layer, LayerQueue, OpenLayer};
+use crate::probe::probe;
+use crate::raw::{RawDevice, RawQueue};
+
+/// How to open a disk.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct OpenDisk {
+    /// The format; `None`: a layer if it is one, else an error (see [`crate::probe`]).
+    pub format: Option<Format>,
+    /// Open for reading only; other readers may have it open too.
+    pub read_only: bool,
+}
+
+/// An open disk of any format.
+pub enum Disk<E: Engine> {
+    /// A raw image.
+    Raw(Arc<RawDevice<E>>),
+    /// A layer, with all that lies below it.
+    Layer(Arc<Layer<E>>),
+}
+
+/// One thread's access to a [`Disk`].
+pub enum DiskQueue<E: Engine> {
+    /// To a raw image.
+    Raw(RawQueue<E>),
+    /// To a layer.
+    Layer(LayerQueue<E>),
+}
+
+/// Evaluates an expression for whichever format `$disk` has.
+macro_rules! dispatch {
+    ($type:ident, $disk:expr, $inner:ident => $body:expr) => {
+        match $disk {
+            $type::Raw($inner) => $body,
+            $type::Layer($inner) => $body,
+        }
+    };
+}
+
+impl<E: Engine> Disk<E> {
+    /// Opens and locks a disk.
+    ///
+    /// # Errors
+    /// When it cannot be opened, is in use, is damaged, or its format is not recognised.
+    pub async fn open<S: Storage<File = E::File>>(
+        storage: &S,
+        io: &Io<E>,
+        path: &Path,
+        options: OpenDisk,
+    ) -> Result<Arc<Self>, ImageError> {
+        let format = match options.format {
+            Some(format) => format,
+            None => probe(storage, io, path).await?.format(path)?,
+        };
+        let read_only = options.read_only;
+        Ok(Arc::new(match format {
+            Format::Raw => Self::Raw(RawDevice::open(storage, path, read_only)?),
+            Format::Layer => Self::Layer(
+                Layer::open(storage, io, path, &OpenLayer { read_only, ..OpenLayer::default() }).await?,
+            ),
+        }))
+    }
+
+    /// The format.
+    pub fn format(&self) -> Format {
+        match self {
+            Self::Raw(_) => Format::Raw,
+            Self::Layer(_) => Format::Layer,
+        }
+    }
+
+    /// A queue over an engine that the caller's thread already runs, and that no other queue uses.
+    pub fn queue_on(self: &Arc<Self>, io: Io<E>) -> DiskQueue<E> {
+        match &**self {
+            Self::Raw(raw) => DiskQueue::Raw(raw.queue_on(io)),
+            Self::Layer(layer) => DiskQueue::Layer(layer.queue_on(io)),
+        }
+    }
+
+    /// Work in the background that the format needs, until the disk is closed: to be run on a
+    /// thread of its own or spawned beside a queue.
+    pub async fn maintain(self: Arc<Self>, io: Io<E>) {
+        match &*self {
+            Self::Raw(_) => {}
+            Self::Layer(layer) => Arc::clone(layer).maintain(io).await,
+        }
+    }
+
+    /// Changes the size of the disk, durably.
+    ///
+    /// # Errors
+    /// When the disk is read-only or cannot have that size.
+    pub async fn resize(&self, io: &Io<E>, size: u64) -> Result<(), ImageError> {
+        dispatch!(Self, self, disk => disk.resize(io, size).await)
+    }
+
+    /// Makes everything durable and leaves the image tidy. All queues are drained and dropped
+    /// before; nothing is done with the disk afterwards.
+    ///
+    /// # Errors
+    /// When that, or an earlier sync, failed.
+    pub async fn close(&self, io: &Io<E>) -> Result<(), ImageError> {
+        dispatch!(Self, self, disk => disk.close(io).await)
+    }
+
+    /// What a range of the disk, cut to its size, holds, in order and without gaps.
+    ///
+    /// # Errors
+    /// When the file system cannot be asked.
+    pub fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>, ImageError> {
+        let range = range.start..range.end.min(self.geometry().size);
+        match self {
+            Self::Raw(raw) => raw.extents(range),
+            Self::Layer(layer) => layer.extents(range),
+        }
+    }
+
+    fn geometry(&self) -> Geometry {
+        dispatch!(Self, self, disk => disk.geometry())
+    }
+}
+
+impl<E: Engine> BlockDevice for Disk<E> {
+    type Engine = E;
+    type Queue = DiskQueue<E>;
+
+    fn geometry(&self) -> Geometry {
+        self.geometry()
+    }
+
+    fn queue(self: &Arc<Self>, engine: E) -> DiskQueue<E> {
+        self.queue_on(Io::new(engine))
+    }
+
+    fn set_write_cache(&self, enabled: bool) {
+        dispatch!(Self, self, disk => disk.set_write_cache(enabled));
+    }
+}
+
+impl<E: Engine> DeviceQueue for DiskQueue<E> {
+    type Engine = E;
+
+    fn submit(&mut self, request: Request) {
+        dispatch!(Self, self, queue => queue.submit(request));
+    }
+
+    fn poll(&mut self, done: &mut Vec<Done>) {
+        dispatch!(Self, self, queue => queue.poll(done));
+    }
+
+    fn wait(&mut self, deadline: Option<Time>) {
+        dispatch!(Self, self, queue => queue.wait(deadline));
+    }
+
+    fn outstanding(&self) -> usize {
+        dispatch!(Self, self, queue => queue.outstanding())
+    }
+
+    fn with_engine<R>(&mut self, f: impl FnOnce(&mut E) -> R) -> R {
+        dispatch!(Self, self, queue => queue.with_engine(f))
+    }
+}
+
+/// Locks a file, saying who is in the way.
+pub(crate) fn lock<F: StorageFile>(file: &F, lock: Lock) -> Result<(), ImageError> {
+    file.lock(lock).map_err(|error| match error {
+        LockError::Held(holder) => {
+            let holder = holder.unwrap_or_else(|| "another process".to_owned());
+            ImageError::new(file.path(), ErrorKind::Locked { holder })
+        }
+        LockError::Io(source) => ImageError::io(file.path(), "lock", source),
+    })
+}
