@@ -69,7 +69,9 @@ impl<E: Engine> Disk<E> {
         let read_only = options.read_only;
         Ok(Arc::new(match format {
             Format::Raw => Self::Raw(RawDevice::open(storage, path, read_only)?),
-            Format::Layer => Self::Layer(Layer::open(storage, io, path, &OpenLayer { read_only, ..OpenLayer::default() }).await?),
+            Format::Layer => Self::Layer(
+                Layer::open(storage, io, path, &OpenLayer { read_only, ..OpenLayer::default() }).await?,
+            ),
         }))
     }
 

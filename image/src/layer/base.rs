@@ -44,7 +44,10 @@ impl<E: Engine> Base<E> {
         depth: u32,
     ) -> Result<(Self, BaseIdentity), ImageError> {
         if depth > DEPTH_MAX {
-            return Err(ImageError::new(path, ErrorKind::Base(format!("more than {DEPTH_MAX} bases in a chain"))));
+            return Err(ImageError::new(
+                path,
+                ErrorKind::Base(format!("more than {DEPTH_MAX} bases in a chain")),
+            ));
         }
         match format {
             Format::Raw => {
@@ -71,9 +74,9 @@ impl<E: Engine> Base<E> {
         depth: u32,
     ) -> Result<Self, ImageError> {
         let path = resolve(layer, &record.path);
-        let (base, found) = Self::open(storage, io, &path, record.identity.format(), depth).await.map_err(|e| {
-            ImageError::new(layer, ErrorKind::Base(format!("its base cannot be used: {e}")))
-        })?;
+        let (base, found) = Self::open(storage, io, &path, record.identity.format(), depth)
+            .await
+            .map_err(|e| ImageError::new(layer, ErrorKind::Base(format!("its base cannot be used: {e}"))))?;
         match describe_change(&record.identity, &found) {
             None => Ok(base),
             Some(change) => Err(ImageError::new(

@@ -6,10 +6,10 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use super::OpenLayer;
 use super::device::Layer;
 use super::load::Reader;
 use super::record::{Index, Run};
-use super::OpenLayer;
 use crate::error::{ErrorKind, ImageError};
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
@@ -128,10 +128,14 @@ async fn check_segment<E: Engine>(
         match sums.get(&inside) {
             None => report.error(format!("guest block {block}: no record covers offset {place:#x}")),
             Some((_, stated)) if *stated != block => {
-                report.error(format!("guest block {block}: the record at offset {place:#x} is of block {stated}"));
+                report.error(format!(
+                    "guest block {block}: the record at offset {place:#x} is of block {stated}"
+                ));
             }
             Some((sum, _)) if *sum != crc32fast::hash(&contents[at..at + BLOCK_BYTES]) => {
-                report.error(format!("guest block {block}: the data at offset {place:#x} has another checksum"));
+                report.error(format!(
+                    "guest block {block}: the data at offset {place:#x} has another checksum"
+                ));
             }
             Some(_) => report.verified_blocks += 1,
         }

@@ -148,7 +148,8 @@ impl<E: Engine> Driver<E> {
         if chunks.is_empty() {
             return Ok(Vec::new());
         }
-        let places = self.append(|waiter| chunks.into_iter().map(|chunk| part(chunk, waiter)).collect()).await?;
+        let places =
+            self.append(|waiter| chunks.into_iter().map(|chunk| part(chunk, waiter)).collect()).await?;
         let node = |(index, chunk, at, len): (u32, usize, usize, usize)| {
             (index, NodeRef::new(u64::from(places[chunk]) * BLOCK_SIZE + at as u64, len))
         };
@@ -167,14 +168,7 @@ impl Core {
         #[cfg(feature = "mutations")]
         let frozen = self.fuzzy(frozen);
         self.log.bytes_since_checkpoint = 0;
-        Running {
-            frozen,
-            position,
-            size: self.size,
-            generation: self.generation + 1,
-            root: self.root,
-            dead,
-        }
+        Running { frozen, position, size: self.size, generation: self.generation + 1, root: self.root, dead }
     }
 
     /// The mutation that stores entries of records in flight.

@@ -69,7 +69,9 @@ impl<E: Engine> Driver<E> {
         let blocks = contents.len() / BLOCK_BYTES;
         let core = self.layer.core();
         while at < blocks {
-            let Ok((index, _)) = Index::decode(&contents[at * BLOCK_BYTES..(at + 1) * BLOCK_BYTES]) else { break };
+            let Ok((index, _)) = Index::decode(&contents[at * BLOCK_BYTES..(at + 1) * BLOCK_BYTES]) else {
+                break;
+            };
             let mut place = first + at as u32 + 1;
             for run in &index.runs {
                 if let Run::Data { start, count } = *run {
@@ -104,4 +106,3 @@ impl<E: Engine> Driver<E> {
         self.wait(&ticket).await.map(drop)
     }
 }
-

@@ -73,9 +73,10 @@ async fn identify<S: Storage, E: Engine<File = S::File>>(
     path: &Path,
     spec: &BaseSpec,
 ) -> Result<BaseRecord, ImageError> {
-    let stored = spec.path.to_str().filter(|p| !p.is_empty() && p.len() <= BASE_PATH_MAX).ok_or_else(|| {
-        ImageError::invalid(path, format!("the base's path must be UTF-8 of 1 to {BASE_PATH_MAX} bytes"))
-    })?;
+    let stored =
+        spec.path.to_str().filter(|p| !p.is_empty() && p.len() <= BASE_PATH_MAX).ok_or_else(|| {
+            ImageError::invalid(path, format!("the base's path must be UTF-8 of 1 to {BASE_PATH_MAX} bytes"))
+        })?;
     let resolved = resolve(path, stored);
     let (_, identity) = Base::<E>::open(storage, io, &resolved, spec.format, 1).await?;
     Ok(BaseRecord { path: stored.to_owned(), identity })
@@ -89,7 +90,8 @@ async fn write<E: Engine>(
     slot: &Slot,
 ) -> Result<(), Errno> {
     io.run(Op::Truncate { file: file.clone(), size: PREAMBLE_BYTES }).await.result?;
-    let put = |offset, bytes: Vec<u8>| io.run(Op::write(file.clone(), offset, AlignedBuf::from_slice(&bytes)));
+    let put =
+        |offset, bytes: Vec<u8>| io.run(Op::write(file.clone(), offset, AlignedBuf::from_slice(&bytes)));
     put(slot_offset(slot.generation), slot.encode()).await.result?;
     io.run(Op::Sync { file: file.clone() }).await.result?;
     put(FileOffset(0), header.encode()).await.result?;

@@ -109,10 +109,11 @@ impl<E: Engine> Layer<E> {
     pub fn info(&self) -> LayerInfo {
         let core = self.core();
         let id = self.header.layer_id.iter().map(|byte| format!("{byte:02x}")).collect();
-        let base = self.header.base.as_ref().map(|base| BaseSpec {
-            path: PathBuf::from(&base.path),
-            format: base.identity.format(),
-        });
+        let base = self
+            .header
+            .base
+            .as_ref()
+            .map(|base| BaseSpec { path: PathBuf::from(&base.path), format: base.identity.format() });
         let live_blocks = core.segments.live_blocks();
         LayerInfo {
             size: core.size,
@@ -138,7 +139,12 @@ impl<E: Engine> Layer<E> {
         Ok(extents)
     }
 
-    fn extents_at_depth(&self, range: Range<u64>, depth: u32, out: &mut Vec<Extent>) -> Result<(), ImageError> {
+    fn extents_at_depth(
+        &self,
+        range: Range<u64>,
+        depth: u32,
+        out: &mut Vec<Extent>,
+    ) -> Result<(), ImageError> {
         let size = self.core().size;
         let range = range.start.min(size)..range.end.min(size);
         if range.is_empty() {
@@ -152,9 +158,7 @@ impl<E: Engine> Layer<E> {
             let first = start * BLOCK_SIZE;
             let part = first.max(range.start)..(first + count * BLOCK_SIZE).min(range.end);
             let (kind, offset) = match entry.place() {
-                Some(place) => {
-                    (ExtentKind::Data, Some(Core::file_offset(place).0 + part.start - first))
-                }
+                Some(place) => (ExtentKind::Data, Some(Core::file_offset(place).0 + part.start - first)),
                 None if entry == Entry::ZERO => (ExtentKind::Zero, None),
                 None => {
                     self.extents_below(part, depth, out)?;

@@ -53,7 +53,10 @@ impl<E: Engine> Reader<'_, E> {
         }
         let file_end = PREAMBLE_BYTES + u64::from(segments.count()) * segments.bytes();
         let (root, len) = (slot.root.0, u64::from(slot.root_len));
-        if root < PREAMBLE_BYTES || len > WINDOW_BYTES || root.checked_add(len).is_none_or(|end| end > file_end) {
+        if root < PREAMBLE_BYTES
+            || len > WINDOW_BYTES
+            || root.checked_add(len).is_none_or(|end| end > file_end)
+        {
             return Err(ImageError::corrupt(self.path, "slot.root", root, "it lies outside the segments"));
         }
         let bytes = self.read_span(root, root + len).await?;

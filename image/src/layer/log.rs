@@ -163,12 +163,13 @@ impl Log {
 
     /// Whether nothing can be written before space is found.
     pub(super) fn is_out_of_space(&self, segment_blocks: u32) -> bool {
-        let fits_here = self.opened && self.pending.front().is_some_and(|p| self.fits_segment(p, segment_blocks));
+        let fits_here =
+            self.opened && self.pending.front().is_some_and(|p| self.fits_segment(p, segment_blocks));
         !self.pending.is_empty() && !fits_here && (!self.opened || self.spare.is_none())
     }
 
     fn fits_segment(&self, part: &Part, segment_blocks: u32) -> bool {
-        1 + part.run.data_blocks() <= segment_blocks - self.head.block
+        part.run.data_blocks() < segment_blocks - self.head.block
     }
 
     /// Forms the next record, if there is something to write, a place for it, and fewer than
@@ -181,7 +182,8 @@ impl Log {
         if !self.fits_segment(self.pending.front()?, segment_blocks) {
             let spare = self.spare.take()?;
             segments.set_used(self.head.segment, self.head.sequence);
-            self.head = LogPosition { segment: self.head.next_segment, block: 0, next_segment: spare, ..self.head };
+            self.head =
+                LogPosition { segment: self.head.next_segment, block: 0, next_segment: spare, ..self.head };
         }
         let place = segments.first_block(self.head.segment) + self.head.block;
         let taken = self.take_parts(place, segment_blocks - self.head.block - 1);

@@ -134,7 +134,10 @@ fn open_file<S: Storage>(
 /// Refuses sizes that a layer cannot have.
 fn check_size(path: &Path, size: u64, segment_blocks: u32) -> Result<(), ImageError> {
     if size == 0 || !size.is_multiple_of(SECTOR_SIZE) {
-        return Err(ImageError::invalid(path, format!("the size must be a multiple of {SECTOR_SIZE}, above 0")));
+        return Err(ImageError::invalid(
+            path,
+            format!("the size must be a multiple of {SECTOR_SIZE}, above 0"),
+        ));
     }
     if size > SIZE_MAX {
         return Err(ImageError::invalid(path, "the largest size is 64 TiB"));

@@ -64,8 +64,7 @@ impl<E: Engine> Layer<E> {
         match base {
             _ if inside.is_empty() => {}
             Some(Base::Raw { file, .. }) => {
-                let source =
-                    Source { file: file.clone(), offset: FileOffset(inside.start), may_end: true };
+                let source = Source { file: file.clone(), offset: FileOffset(inside.start), may_end: true };
                 push(parts, ReadPart { range: inside.clone(), source: Some(source) });
             }
             // A base is never written, so nothing there needs its epoch.

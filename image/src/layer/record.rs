@@ -181,7 +181,11 @@ impl Index {
         let run_count = get_u32(b, R_RUN_COUNT) as usize;
         let sums = if stands_for.is_some() { 0 } else { data_blocks };
         if data_blocks > DATA_BLOCKS_MAX || run_count > INDEX_BYTES / RUN_BYTES || !fits(run_count, sums) {
-            return Err(damage("record.run_count", R_RUN_COUNT, format!("{run_count} runs, {data_blocks} blocks")));
+            return Err(damage(
+                "record.run_count",
+                R_RUN_COUNT,
+                format!("{run_count} runs, {data_blocks} blocks"),
+            ));
         }
         let runs: Vec<Run> =
             (0..run_count).map(|i| Run::decode(b, R_RUNS + i * RUN_BYTES)).collect::<Result<_, _>>()?;

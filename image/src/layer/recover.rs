@@ -32,6 +32,8 @@ const SEGMENTS_BEYOND_END: u64 = 64;
 /// What the slots say.
 struct Newest {
     slot: Slot,
+    /// The one before, if it is still there.
+    other: Option<Slot>,
     /// The other slot is damaged: the log must reach the checkpoint that it may have named.
     other_damaged: bool,
 }
@@ -63,7 +65,10 @@ impl<E: Engine> Layer<E> {
             false => (OpenOptions::WRITE, Lock::Exclusive),
         };
         let file = match open_file(storage, path, mode, lock) {
-            Err(e) if matches!(e.kind, ErrorKind::Locked { .. }) && breaks!(options.tuning, RecoveryIgnoresLock) => {
+            Err(e)
+                if matches!(e.kind, ErrorKind::Locked { .. })
+                    && breaks!(options.tuning, RecoveryIgnoresLock) =>
+            {
                 storage.open(path, mode).map_err(|e| ImageError::io(path, "open", e))?
             }
             other => other?,
@@ -103,7 +108,11 @@ impl<E: Engine> Layer<E> {
 }
 
 /// Finds the newest checkpoint.
-fn choose_slot<E: Engine>(reader: &Reader<'_, E>, header: &Header, start: &[u8]) -> Result<Newest, ImageError> {
+fn choose_slot<E: Engine>(
+    reader: &Reader<'_, E>,
+    header: &Header,
+    start: &[u8],
+) -> Result<Newest, ImageError> {
     let mut valid = Vec::new();
     let mut damaged = None;
     for parity in [0, 1] {
@@ -118,8 +127,9 @@ fn choose_slot<E: Engine>(reader: &Reader<'_, E>, header: &Header, start: &[u8])
             SlotState::Damaged(damage) => damaged = Some(reader.error(at, damage)),
         }
     }
-    match (valid.into_iter().max_by_key(|slot| slot.generation), damaged) {
-        (Some(slot), damaged) => Ok(Newest { slot, other_damaged: damaged.is_some() }),
+    valid.sort_by_key(|slot| slot.generation);
+    match (valid.pop(), damaged) {
+        (Some(slot), damaged) => Ok(Newest { slot, other: valid.pop(), other_damaged: damaged.is_some() }),
         (None, Some(error)) => Err(error),
         (None, None) => Err(ImageError::corrupt(reader.path, "slot", BLOCK_SIZE, "both slots are blank")),
     }
@@ -160,7 +170,12 @@ async fn recover<E: Engine>(
         );
         if u64::from(record.end.next_segment) >= u64::from(core.segments.count()) + SEGMENTS_BEYOND_END {
             let offset = core.segments.offset(record.end.segment).0;
-            return Err(ImageError::corrupt(reader.path, "record.next_segment", offset, record.end.next_segment));
+            return Err(ImageError::corrupt(
+                reader.path,
+                "record.next_segment",
+                offset,
+                record.end.next_segment,
+            ));
         }
         core.replay(&record.runs, record.end);
     }
@@ -172,6 +187,10 @@ async fn recover<E: Engine>(
             slot.generation
         );
         return Err(ImageError::corrupt(reader.path, "slot", at, detail));
+    }
+    if let Some(other) = newest.other.filter(|other| other.clean && slot.clean && other.root == slot.root) {
+        // A clean stop: both slots name one map, so what it does not use can be used at once.
+        core.segments.free_unused(other.log.segment);
     }
     Ok(core)
 }

@@ -73,7 +73,9 @@ impl<'a, E: Engine> Replay<'a, E> {
         }
         let place = FIRST_SEGMENT_BLOCK + segment * self.header.segment_blocks + block;
         let offset = u64::from(place) * BLOCK_SIZE;
-        let Ok((index, chain)) = Index::decode(self.bytes(offset, BLOCK_SIZE).await?) else { return Ok(None) };
+        let Ok((index, chain)) = Index::decode(self.bytes(offset, BLOCK_SIZE).await?) else {
+            return Ok(None);
+        };
         if !self.follows(&index, block) {
             return Ok(None);
         }

@@ -257,6 +257,19 @@ impl Segments {
         }
     }
 
+    /// Frees the segments that nothing refers to, but for `keep`: when both slots name the map as it
+    /// is now.
+    pub(super) fn free_unused(&mut self, keep: u32) {
+        for index in 0..self.count() {
+            let segment = self.list[index as usize];
+            let unused = segment.state == State::Used && segment.live_blocks == 0 && segment.node_bytes == 0;
+            if unused && index != keep {
+                self.list[index as usize].allocated = false;
+                self.unchoose(index);
+            }
+        }
+    }
+
     /// Whether another checkpoint would free something.
     pub(super) fn has_retired(&self) -> bool {
         self.list.iter().any(|s| s.state == State::Retired)
@@ -268,7 +281,9 @@ impl Segments {
             .zip(&self.list)
             .filter(|(_, s)| s.state == State::Used && s.last_sequence <= published)
             .filter(|(_, s)| s.live_blocks > 0 || s.node_bytes > 0)
-            .filter(|(_, s)| s.live_blocks + s.node_bytes.div_ceil(BLOCK_SIZE as u32) < self.segment_blocks * 7 / 8)
+            .filter(|(_, s)| {
+                s.live_blocks + s.node_bytes.div_ceil(BLOCK_SIZE as u32) < self.segment_blocks * 7 / 8
+            })
             .min_by_key(|(_, s)| u64::from(s.live_blocks) * BLOCK_SIZE + u64::from(s.node_bytes))
             .map(|(segment, _)| segment)
     }

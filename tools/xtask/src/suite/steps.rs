@@ -111,7 +111,8 @@ impl<'a> Suite<'a> {
     }
 
     fn docs(&self) -> Result<Verdict> {
-        let mut command = self.command(&["doc", "--workspace", "--no-deps", "--quiet"]);
+        let mut command =
+            self.command(&["doc", "--workspace", "--no-deps", "--quiet", "--document-private-items"]);
         command.env("RUSTDOCFLAGS", "-D warnings");
         process::run(&mut command, minutes(15)).map(|()| Verdict::Passed)
     }
