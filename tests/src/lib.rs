@@ -1,5 +1,7 @@
-//! Tests that need more than one crate, and the tools they share: real guests, and the simulated
-//! world.
+//! Tests that need more than one crate, and the tools they share: real guests, a vhost-user client,
+//! a model of a disk, and the simulated world.
 
+pub mod frontend;
 pub mod guest;
+pub mod model;
 pub mod sim;

@@ -16,12 +16,15 @@ impl Server {
     /// Starts a server and waits until it says that it is ready.
     fn start(place: &Place, arguments: &str) -> (Self, String) {
         let mut command = place.command(SAPWOOD, &format!("serve {arguments} --socket socket"));
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("it starts");
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
         let mut line = String::new();
         let stdout = child.stdout.take().expect("piped");
-        let server = Self(child);
         BufReader::new(stdout).read_line(&mut line).expect("a line");
-        (server, line)
+        if line.is_empty() {
+            let output = child.wait_with_output().expect("it ends");
+            panic!("not ready: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        (Self(child), line)
     }
 
     fn signal(&self, signal: Signal) {
