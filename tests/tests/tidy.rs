@@ -228,7 +228,7 @@ fn code(document: &str) -> Vec<&str> {
 
 /// The variants of an enum of commands in a source file, as clap names them.
 fn commands(path: &str, name: &str) -> BTreeSet<String> {
-    let text = fs::read_to_string(root().join(path)).unwrap();
+    let text = fs::read_to_string(root().join(path)).expect("the file with the commands");
     let body = text.split_once(&format!("enum {name} {{")).expect("the enum of the commands").1;
     let body = body.split_once("\n}").expect("its end").0;
     let variants = body.lines().filter_map(|line| {
