@@ -1,6 +1,8 @@
 //! Style that a compiler does not check: sizes, documents that name what exists, where `unsafe` may
 //! be, and clean text. Each check lists everything it finds.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
