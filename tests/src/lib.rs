@@ -1,3 +1,4 @@
-//! Test support: the simulated world.
+//! Test support: damaged images, and the simulated world.
 
+pub mod damage;
 pub mod sim;
