@@ -15,6 +15,7 @@ use sapwood_blockdev::units::{BLOCK_BYTES, FileOffset};
 
 use crate::error::{ErrorKind, ImageError};
 use crate::format::Format;
+use crate::layer;
 
 /// What a file looks like.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -26,9 +27,6 @@ pub enum Guess {
     /// Anything: a raw disk, or no disk at all.
     Unknown,
 }
-
-/// First bytes of layers.
-pub const LAYER_MAGIC: &[u8; 8] = b"SAPWOODL";
 
 /// First bytes of formats worth a better message than "unknown".
 const FOREIGN: [(&[u8], &str); 5] = [
@@ -55,7 +53,7 @@ pub async fn probe<S: Storage, E: Engine<File = S::File>>(
 }
 
 fn guess(start: &[u8]) -> Guess {
-    if start.starts_with(LAYER_MAGIC) {
+    if start.starts_with(&layer::MAGIC) {
         return Guess::Layer;
     }
     let foreign = FOREIGN.iter().find(|(magic, _)| start.starts_with(magic));

@@ -61,11 +61,6 @@ impl<E: Engine> Side<E> {
         Ok(Self { path: path.to_owned(), disk, io, queue, submitted: 0, done: Vec::new() })
     }
 
-    /// The disk.
-    pub fn disk(&self) -> &Arc<Disk<E>> {
-        &self.disk
-    }
-
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path
@@ -74,6 +69,15 @@ impl<E: Engine> Side<E> {
     /// Size of the disk in bytes.
     pub fn size(&self) -> u64 {
         self.disk.geometry().size
+    }
+
+    /// Changes the size of the disk, durably.
+    ///
+    /// # Errors
+    /// As [`Disk::resize`].
+    pub fn resize(&self, size: u64) -> Result<(), ImageError> {
+        let (disk, io) = (Arc::clone(&self.disk), self.io.clone());
+        block_on(&self.io, async move { disk.resize(&io, size).await })
     }
 
     /// Makes everything durable and closes the disk.

@@ -1,6 +1,6 @@
 //! The layer on real files, driven through its queue: contents against a model, reopening,
 //! bases, resizing, cleaning. Crashes are the simulator's business (crate `sapwood-tests`).
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

@@ -132,11 +132,15 @@ fn set_up(options: &UringOptions) -> io::Result<(IoUring, Features)> {
         if features.single_issuer {
             builder.setup_single_issuer();
         }
-        // Both want the flag in the ring that says when an enter is needed to see completions.
+        if features.coop_taskrun {
+            builder.setup_coop_taskrun();
+        }
         if features.defer_taskrun {
-            builder.setup_defer_taskrun().setup_taskrun_flag();
-        } else if features.coop_taskrun {
-            builder.setup_coop_taskrun().setup_taskrun_flag();
+            builder.setup_defer_taskrun();
+        }
+        // Either wants the flag in the ring that says when an enter is needed to see completions.
+        if features.coop_taskrun || features.defer_taskrun {
+            builder.setup_taskrun_flag();
         }
         match builder.build(options.entries) {
             Ok(ring) => return Ok((ring, features)),

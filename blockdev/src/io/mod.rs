@@ -8,6 +8,8 @@
 //!
 //! An [`Io`] is a handle; clones share the reactor. It never leaves its thread.
 
+#[cfg(test)]
+mod tests;
 mod timer;
 
 use std::cell::{Cell, RefCell};
@@ -17,6 +19,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, ThreadId};
 
 use futures_util::stream::{FuturesUnordered, Stream};
 use slab::Slab;
@@ -24,10 +27,14 @@ use slab::Slab;
 use crate::Errno;
 use crate::buffer::Memory;
 use crate::engine::{Completion, Engine, Op, Time};
-use timer::Timers;
+use timer::{Sleep, Timers};
 
 /// EINTR and EAGAIN in a row after which an operation fails: a bound, not a policy.
 const RETRIES_MAX: u32 = 1000;
+
+/// Rounds of running woken tasks within one [`Io::poll`]: tasks that wake themselves, to share the
+/// thread, must not keep it from the caller.
+const ROUNDS_MAX: usize = 64;
 
 /// What became of an operation started with [`Io::start`] or [`Io::run`].
 #[derive(Debug)]
@@ -72,16 +79,21 @@ struct Flight {
     retries: u32,
 }
 
-/// A woken task raises a flag, for [`Io::poll`] to run it, and ends the engine's sleep: it may
-/// have been woken by another thread.
+/// Woken tasks raise a flag; [`Io::poll`] runs them. A task is mostly woken by its own thread; one
+/// woken by another also ends that thread's wait.
 struct Woken {
     flag: AtomicBool,
+    home: ThreadId,
     engine: Waker,
 }
 
 impl Wake for Woken {
     fn wake(self: Arc<Self>) {
-        if !self.flag.swap(true, Ordering::AcqRel) {
+        self.wake_by_ref();
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        if !self.flag.swap(true, Ordering::AcqRel) && thread::current().id() != self.home {
             self.engine.wake_by_ref();
         }
     }
@@ -107,9 +119,10 @@ impl<E: Engine> Clone for Io<E> {
 }
 
 impl<E: Engine> Io<E> {
-    /// A reactor over `engine`.
+    /// A reactor over `engine`, for the calling thread.
     pub fn new(engine: E) -> Self {
-        let woken = Arc::new(Woken { flag: AtomicBool::new(false), engine: engine.waker() });
+        let woken =
+            Woken { flag: AtomicBool::new(false), home: thread::current().id(), engine: engine.waker() };
         Self(Rc::new(Reactor {
             engine: RefCell::new(engine),
             flights: RefCell::default(),
@@ -117,7 +130,7 @@ impl<E: Engine> Io<E> {
             tasks: RefCell::default(),
             spawned: RefCell::default(),
             timers: RefCell::default(),
-            woken,
+            woken: Arc::new(woken),
         }))
     }
 
@@ -139,22 +152,29 @@ impl<E: Engine> Io<E> {
         self.0.woken.flag.store(true, Ordering::Release);
     }
 
+    /// Drops all futures given to [`Io::spawn`]; operations they had started run to their end.
+    ///
+    /// Futures that hold an [`Io`] keep the reactor and its engine alive: whoever abandons
+    /// unfinished ones calls this, outside of them, before dropping the last handle.
+    pub fn abandon_tasks(&self) {
+        loop {
+            let tasks = (self.0.tasks.take(), self.0.spawned.take());
+            if tasks.0.is_empty() && tasks.1.is_empty() {
+                return;
+            }
+        }
+    }
+
     /// Waits until `deadline`.
     pub fn sleep_until(&self, deadline: Time) -> impl Future<Output = ()> + use<E> {
-        let io = self.clone();
-        std::future::poll_fn(move |cx| {
-            if io.now() >= deadline {
-                return Poll::Ready(());
-            }
-            io.0.timers.borrow_mut().add(deadline, cx.waker().clone());
-            Poll::Pending
-        })
+        Sleep { io: self.clone(), deadline, key: None }
     }
 
     /// Moves everything that can move: starts submitted operations, collects finished ones, runs
-    /// woken tasks. Outcomes of [`Io::start`] are appended to `finished`.
+    /// woken tasks. Outcomes of [`Io::start`] are appended to `finished`. Not to be called from a
+    /// task.
     pub fn poll(&self, finished: &mut Vec<(u64, Outcome)>) {
-        loop {
+        for _ in 0..ROUNDS_MAX {
             let mut completions = self.0.completions.take();
             self.0.engine.borrow_mut().collect(&mut completions);
             for completion in completions.drain(..) {
@@ -162,12 +182,16 @@ impl<E: Engine> Io<E> {
             }
             self.0.completions.set(completions);
             let now = self.now();
-            self.0.timers.borrow_mut().fire(now);
+            while let Some(waker) = self.due(now) {
+                waker.wake();
+            }
             if !self.0.woken.flag.swap(false, Ordering::AcqRel) {
                 return;
             }
             self.run_tasks();
         }
+        // Tasks are still awake: the next wait returns at once.
+        self.0.woken.flag.store(true, Ordering::Release);
     }
 
     /// Blocks until polling may bring something new, or `deadline`.
@@ -209,15 +233,21 @@ impl<E: Engine> Io<E> {
         key
     }
 
+    /// One task whose timer has run out.
+    fn due(&self, now: Time) -> Option<Waker> {
+        self.0.timers.borrow_mut().due(now)
+    }
+
     fn complete(&self, completion: Completion<E::File>, finished: &mut Vec<(u64, Outcome)>) {
         let Completion { token, mut result, mut op } = completion;
         let key = token as usize;
-        let mut flights = self.0.flights.borrow_mut();
-        if must_go_on(&mut op, &mut result, &mut flights[key].retries) {
+        if must_go_on(&mut op, &mut result, &mut self.0.flights.borrow_mut()[key].retries) {
             self.0.engine.borrow_mut().submit(token, op);
             return;
         }
+        // Declared before the borrow: what an abandoned operation held is dropped after it.
         let outcome = Outcome { result, memory: op.into_memory() };
+        let mut flights = self.0.flights.borrow_mut();
         match &mut flights[key].target {
             Target::Fast(token) => {
                 finished.push((*token, outcome));
@@ -267,6 +297,9 @@ fn must_go_on<F>(op: &mut Op<F>, result: &mut Result<usize, Errno>, retries: &mu
                 Op::Write(transfer) => (transfer, true),
                 _ => return false,
             };
+            if moved > 0 {
+                *retries = 0;
+            }
             transfer.done += moved;
             assert!(transfer.done <= transfer.memory.len(), "an engine moved more than it was given");
             if transfer.done < transfer.memory.len() && moved > 0 {
@@ -311,12 +344,13 @@ impl<E: Engine> Drop for Running<E> {
     fn drop(&mut self) {
         let Some(key) = self.key else { return };
         let mut flights = self.io.0.flights.borrow_mut();
-        match &flights[key].target {
-            Target::Future(FutureState::Ready(_)) => {
-                flights.remove(key);
-            }
-            _ => flights[key].target = Target::Abandoned,
+        let abandoned = std::mem::replace(&mut flights[key].target, Target::Abandoned);
+        if let Target::Future(FutureState::Ready(_)) = abandoned {
+            flights.remove(key);
         }
+        // Memory and wakers end when nothing is borrowed.
+        drop(flights);
+        drop(abandoned);
     }
 }
 

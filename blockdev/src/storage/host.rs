@@ -2,14 +2,17 @@
 
 use std::fmt;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, Stat, StatxFlags};
 
-use super::{Alignment, FileIdentity, Lock, LockError, OpenOptions, Storage, StorageFile, lock};
+use super::lock::Holder;
+use super::{Alignment, FileIdentity, Lock, LockError, OpenOptions, Storage, StorageFile};
 use crate::Errno;
 use crate::buffer::AlignedBuf;
 use crate::engine::Notify;
@@ -17,6 +20,10 @@ use crate::units::{BLOCK_BYTES, SECTOR_SIZE};
 
 /// Unit of `st_blocks` in bytes, whatever the file system's block size (stat(3type)).
 const STAT_BLOCK_SIZE: u64 = 512;
+
+/// How long a lock is waited for whose holder has ended, and how often it is looked at.
+const ENDED_HOLDER_WAIT: Duration = Duration::from_secs(10);
+const ENDED_HOLDER_PAUSE: Duration = Duration::from_millis(2);
 
 /// The host's file systems and block devices.
 #[derive(Clone, Copy, Debug, Default)]
@@ -246,6 +253,24 @@ impl StorageFile for HostFile {
         Ok(u64::try_from(self.stat()?.st_blocks).unwrap_or(0) * STAT_BLOCK_SIZE)
     }
 
+    fn next_data(&self, range: Range<u64>) -> io::Result<Option<Range<u64>>> {
+        if self.0.is_device {
+            return Ok(Some(range));
+        }
+        // Nothing here uses the file position that this moves.
+        let seek = |to| match rustix::fs::seek(&self.0.fd, to) {
+            Ok(at) => Ok(Some(at)),
+            Err(Errno::NXIO) => Ok(None),
+            Err(error) => Err(io::Error::from(error)),
+        };
+        let start = match seek(SeekFrom::Data(range.start))? {
+            Some(start) if start < range.end => start,
+            _ => return Ok(None),
+        };
+        let end = seek(SeekFrom::Hole(start))?.unwrap_or(range.end);
+        Ok(Some(start..end.min(range.end)))
+    }
+
     fn identity(&self) -> io::Result<FileIdentity> {
         if self.0.is_device {
             return Ok(FileIdentity { size: self.size()?, mtime_ns: 0 });
@@ -262,25 +287,35 @@ impl StorageFile for HostFile {
         self.0.alignment
     }
 
-    /// Takes, strengthens or weakens the lock (flock(2)) without waiting.
+    /// Takes, strengthens or weakens the lock (flock(2)) without waiting for a living process.
     ///
     /// Linux converts a lock by dropping it first, so another process can slip in between: a
     /// caller that strengthens a lock must look at the file again afterwards. When strengthening
     /// fails the weaker lock is taken again if it still can be.
+    ///
+    /// For one that has ended it waits, within a bound: the kernel lets go of such files only when
+    /// the operations in flight on them are over.
     fn lock(&self, lock: Lock) -> Result<(), LockError> {
-        match self.try_lock(lock) {
-            Ok(()) => {
-                self.0.is_locked.store(true, Ordering::Relaxed);
-                Ok(())
-            }
-            Err(Errno::AGAIN) => {
-                let holder = self.stat().ok().and_then(|stat| lock::holder(&stat));
-                if lock == Lock::Exclusive && self.0.is_locked.load(Ordering::Relaxed) {
-                    self.try_lock(Lock::Shared).or(Err(LockError::Held(holder.clone())))?;
+        let give_up = Instant::now() + ENDED_HOLDER_WAIT;
+        loop {
+            match self.try_lock(lock) {
+                Ok(()) => {
+                    self.0.is_locked.store(true, Ordering::Relaxed);
+                    return Ok(());
                 }
-                Err(LockError::Held(holder))
+                Err(Errno::AGAIN) => {}
+                Err(error) => return Err(LockError::Io(error.into())),
             }
-            Err(error) => Err(LockError::Io(error.into())),
+            let holder = self.stat().ok().and_then(|stat| Holder::of(&stat));
+            if holder.as_ref().is_some_and(Holder::has_ended) && Instant::now() < give_up {
+                std::thread::sleep(ENDED_HOLDER_PAUSE);
+                continue;
+            }
+            let name = holder.map(|holder| holder.name());
+            if lock == Lock::Exclusive && self.0.is_locked.load(Ordering::Relaxed) {
+                self.try_lock(Lock::Shared).or(Err(LockError::Held(name.clone())))?;
+            }
+            return Err(LockError::Held(name));
         }
     }
 }

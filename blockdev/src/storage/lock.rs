@@ -1,26 +1,45 @@
-//! Who holds a lock: what `/proc` tells about it, for messages only.
+//! Who holds a lock: what `/proc` tells about it, for messages and to see whether waiting helps.
 
 use std::fs;
+use std::path::Path;
 
 use rustix::fs::Stat;
 
 /// Characters of a command line that a message shows.
 const COMMAND_CHARS_MAX: usize = 80;
 
-/// The process that holds a flock(2) lock on the file, for example
-/// `process 4711 (sapwood serve disk.layer)`.
+/// A process that holds a flock(2) lock.
 ///
 /// The number is that of the process that took the lock; a child that inherited the descriptor
-/// may hold it by now. `None` when `/proc/locks` does not show it (another PID namespace, or a
-/// file system that numbers its devices differently there).
-pub(super) fn holder(stat: &Stat) -> Option<String> {
-    let locks = fs::read_to_string("/proc/locks").ok()?;
-    let device = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
-    let pid = locks.lines().find_map(|line| pid_of(line, device, stat.st_ino))?;
-    Some(match command(pid) {
-        Some(command) => format!("process {pid} ({command})"),
-        None => format!("process {pid}"),
-    })
+/// may hold it by now.
+pub(super) struct Holder {
+    pid: u32,
+}
+
+impl Holder {
+    /// The holder of a lock on the file. `None` when `/proc/locks` does not show one (it is in
+    /// another PID namespace, the file system numbers its devices differently there, or the lock
+    /// has just been given up).
+    pub(super) fn of(stat: &Stat) -> Option<Self> {
+        let locks = fs::read_to_string("/proc/locks").ok()?;
+        let device = (rustix::fs::major(stat.st_dev), rustix::fs::minor(stat.st_dev));
+        let pid = locks.lines().find_map(|line| pid_of(line, device, stat.st_ino))?;
+        Some(Self { pid })
+    }
+
+    /// Whether the process has ended, or is ending: it has no memory left to run in.
+    pub(super) fn has_ended(&self) -> bool {
+        fs::read(format!("/proc/{}/cmdline", self.pid)).is_ok_and(|line| line.is_empty())
+            || !Path::new(&format!("/proc/{}", self.pid)).exists()
+    }
+
+    /// For example `process 4711 (sapwood serve disk.layer)`.
+    pub(super) fn name(&self) -> String {
+        match command(self.pid) {
+            Some(command) => format!("process {} ({command})", self.pid),
+            None => format!("process {}", self.pid),
+        }
+    }
 }
 
 /// The PID in a line of `/proc/locks` (proc_locks(5)) if it shows a flock(2) lock that is held on

@@ -8,6 +8,7 @@
 //! a flush joins only a sync not yet submitted; a failed record is voided before any later one is
 //! reported; a failed sync latches.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::task::Waker;
 
@@ -23,7 +24,6 @@ use sapwood_blockdev::Errno;
 use sapwood_blockdev::device::DeviceError;
 use sapwood_blockdev::engine::Time;
 use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
-use slab::Slab;
 
 /// Data that may wait for a record, in bytes: more is left with the guest.
 const PENDING_BYTES_MAX: usize = 64 << 20;
@@ -42,9 +42,9 @@ pub(super) enum Job {
 }
 
 /// A queue's mailbox.
-pub(super) struct Port {
+struct Port {
     /// Ended parts and flushes of requests: the request's key, and how it ended.
-    pub(super) inbox: Vec<(usize, Result)>,
+    inbox: Vec<(usize, Result)>,
     waker: Waker,
 }
 
@@ -57,7 +57,7 @@ struct Sync {
     running: Option<(Vec<Waiter>, u64)>,
     /// Everything up to this sequence is durable.
     durable: u64,
-    /// When the oldest record that is not durable was published.
+    /// When the oldest record that no sync covers yet was published.
     unsynced_since: Option<Time>,
 }
 
@@ -86,7 +86,9 @@ pub(super) struct Core {
     pub(super) map: Map,
     pub(super) segments: Segments,
     pub(super) log: Log,
-    pub(super) ports: Slab<Port>,
+    /// Queues by number; a number is never used again.
+    ports: BTreeMap<usize, Port>,
+    ports_added: usize,
     /// Blocks under merge: see `merge`.
     pub(super) merging: Vec<Range<u64>>,
     /// Tasks that wait for a merge to end or a record to be published.
@@ -130,7 +132,8 @@ impl Core {
             map,
             segments,
             log,
-            ports: Slab::new(),
+            ports: BTreeMap::new(),
+            ports_added: 0,
             merging: Vec::new(),
             merge_wakers: Vec::new(),
             write_cache: true,
@@ -152,12 +155,21 @@ impl Core {
 
     /// Adds a queue that is woken by `waker`.
     pub(super) fn add_port(&mut self, waker: Waker) -> usize {
-        self.ports.insert(Port { inbox: Vec::new(), waker })
+        self.ports_added += 1;
+        self.ports.insert(self.ports_added, Port { inbox: Vec::new(), waker });
+        self.ports_added
     }
 
-    /// Removes a queue; nothing may be outstanding on it.
+    /// Removes a queue; how its outstanding requests end is no longer told.
     pub(super) fn close_port(&mut self, port: usize) {
-        self.ports.remove(port);
+        self.ports.remove(&port);
+    }
+
+    /// Swaps a queue's messages for `empty`.
+    pub(super) fn swap_inbox(&mut self, port: usize, empty: &mut Vec<(usize, Result)>) {
+        if let Some(port) = self.ports.get_mut(&port) {
+            std::mem::swap(&mut port.inbox, empty);
+        }
     }
 
     /// Appends a part to the log; its waiter hears of it exactly once.
@@ -215,6 +227,7 @@ impl Core {
         if self.sync.running.is_none() && !self.sync.waiting.is_empty() {
             let waiters = std::mem::take(&mut self.sync.waiting);
             self.sync.running = Some((waiters, self.log.published.sequence));
+            self.sync.unsynced_since = None;
             return Some(Job::Sync);
         }
         let segment_blocks = self.segments.segment_blocks();
@@ -236,7 +249,9 @@ impl Core {
             .or_else(|| self.log.pending.front().map(|part| &part.waiter))
             .or_else(|| self.sync.waiting.first());
         match waiter {
-            Some(Waiter::Request { port, .. }) => self.ports[*port].waker.wake_by_ref(),
+            Some(Waiter::Request { port, .. }) => {
+                self.ports.get(port).into_iter().for_each(|port| port.waker.wake_by_ref());
+            }
             Some(Waiter::Ticket(ticket)) => ticket.nudge(),
             None => {}
         }
@@ -391,9 +406,6 @@ impl Core {
             return;
         }
         self.sync.durable = self.sync.durable.max(covers);
-        if self.sync.durable >= self.log.published.sequence {
-            self.sync.unsynced_since = None;
-        }
         waiters.into_iter().for_each(|waiter| self.end(waiter, Ok(()), 0));
     }
 
@@ -418,9 +430,10 @@ impl Core {
     pub(super) fn end(&mut self, waiter: Waiter, result: Result, place: u32) {
         match waiter {
             Waiter::Request { port, key } => {
-                let port = &mut self.ports[port];
-                port.inbox.push((key, result));
-                port.waker.wake_by_ref();
+                if let Some(port) = self.ports.get_mut(&port) {
+                    port.inbox.push((key, result));
+                    port.waker.wake_by_ref();
+                }
             }
             Waiter::Ticket(ticket) => ticket.end(result, place),
         }

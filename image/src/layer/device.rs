@@ -122,7 +122,7 @@ impl<E: Engine> Layer<E> {
             base_path: self.header.base.as_ref().map(|base| resolve(&self.path, &base.path)),
             base,
             live_blocks,
-            dead_blocks: (core.segments.occupied_bytes() / BLOCK_SIZE).saturating_sub(live_blocks),
+            dead_blocks: core.segments.dead_blocks(core.log.head.segment, core.log.head.block),
             generation: core.generation,
             sequence: core.log.published.sequence,
             clean: core.was_clean,

@@ -169,7 +169,7 @@ impl Log {
     }
 
     fn fits_segment(&self, part: &Part, segment_blocks: u32) -> bool {
-        1 + part.run.data_blocks() <= segment_blocks - self.head.block
+        part.run.data_blocks() < segment_blocks - self.head.block
     }
 
     /// Forms the next record, if there is something to write, a place for it, and fewer than

@@ -5,7 +5,6 @@
 //! that never flushes.
 
 use std::future::{Future, poll_fn};
-use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
 
@@ -162,42 +161,30 @@ impl<E: Engine> Layer<E> {
 impl<E: Engine> Driver<E> {
     /// Waits until something is due, but not before a time; `None` when the layer closes.
     async fn await_due(&self, not_before: Time) -> Option<Due> {
-        loop {
-            let now = self.io.now();
-            let until = {
-                let core = self.layer.core();
-                if core.closing {
-                    return None;
-                }
-                let due = core.due(now);
-                if due != Due::default() && now >= not_before {
-                    return Some(due);
-                }
-                core.next_due().map(|due| due.max(not_before))
-            };
-            self.doze(until).await;
-        }
-    }
-
-    /// Waits for a wake-up, at most until a time.
-    async fn doze(&self, until: Option<Time>) {
-        let mut timer = pin!(until.map(|until| self.io.sleep_until(until)));
-        let mut woken = false;
+        let mut timer = None;
         poll_fn(|cx| {
-            if std::mem::replace(&mut woken, true) {
-                return Poll::Ready(());
-            }
-            if let Some(timer) = timer.as_mut().as_pin_mut()
-                && timer.poll(cx).is_ready()
-            {
-                return Poll::Ready(());
-            }
+            let now = self.io.now();
             let mut core = self.layer.core();
-            core.maintenance_idle |= until.is_none();
+            if core.closing {
+                return Poll::Ready(None);
+            }
+            let due = core.due(now);
+            if due != Due::default() && now >= not_before {
+                return Poll::Ready(Some(due));
+            }
+            let until = if due == Due::default() { core.next_due() } else { Some(not_before) };
+            core.maintenance_idle = until.is_none();
             core.maintenance_wakers.push(cx.waker().clone());
+            drop(core);
+            if let Some(until) = until {
+                let sleep = timer.insert(Box::pin(self.io.sleep_until(until.max(not_before))));
+                if sleep.as_mut().poll(cx).is_ready() {
+                    cx.waker().wake_by_ref();
+                }
+            }
             Poll::Pending
         })
-        .await;
+        .await
     }
 
     async fn work(&self, due: Due) -> Result {
@@ -214,12 +201,11 @@ impl<E: Engine> Driver<E> {
 
     async fn clean_some(&self) -> Result {
         for _ in 0..CLEAN_BATCH {
-            let core = self.layer.core();
-            if core.closing || core.segments.has_retired() || !core.is_over_space() {
-                return Ok(());
-            }
-            drop(core);
-            if !self.clean_segment().await? {
+            let wanted = {
+                let core = self.layer.core();
+                !core.closing && !core.segments.has_retired() && core.is_over_space()
+            };
+            if !wanted || !self.clean_segment().await? {
                 return Ok(());
             }
         }

@@ -39,9 +39,9 @@ mod waiter;
 
 use std::path::{Path, PathBuf};
 
-use crate::error::{ErrorKind, ImageError};
+use crate::error::ImageError;
 use crate::format::Format;
-use sapwood_blockdev::storage::{Lock, LockError, OpenOptions, Storage, StorageFile};
+use sapwood_blockdev::storage::{Lock, OpenOptions, Storage};
 use sapwood_blockdev::units::{BLOCK_SIZE, SECTOR_SIZE};
 
 pub use check::{CheckReport, check};
@@ -121,14 +121,8 @@ fn open_file<S: Storage>(
     lock: Lock,
 ) -> Result<S::File, ImageError> {
     let file = storage.open(path, options).map_err(|e| ImageError::io(path, "open", e))?;
-    match file.lock(lock) {
-        Ok(()) => Ok(file),
-        Err(LockError::Held(holder)) => {
-            let holder = holder.unwrap_or_else(|| "another process".to_owned());
-            Err(ImageError::new(path, ErrorKind::Locked { holder }))
-        }
-        Err(LockError::Io(e)) => Err(ImageError::io(path, "lock", e)),
-    }
+    crate::open::lock(&file, lock)?;
+    Ok(file)
 }
 
 /// Refuses sizes that a layer cannot have.

@@ -47,7 +47,8 @@ impl NodeRef {
     /// Every block below is absent.
     pub(super) const ABSENT: Self = Self(0);
     /// Every block below is zero.
-    pub(super) const ZERO: Self = Self(1);
+    #[cfg(test)]
+    const ZERO: Self = Self(1);
 
     pub(super) fn new(offset: u64, len: usize) -> Self {
         let units = len.div_ceil(NODE_ALIGNMENT) as u64;

@@ -227,7 +227,7 @@ impl<E: Engine> LayerQueue<E> {
         let mut inbox = std::mem::take(&mut self.inbox);
         {
             let mut core = self.driver.layer.core();
-            std::mem::swap(&mut inbox, &mut core.ports[self.port].inbox);
+            core.swap_inbox(self.port, &mut inbox);
             self.epochs.drain(..).for_each(|epoch| core.segments.leave(epoch));
         }
         let any = !finished.is_empty() || !inbox.is_empty();

@@ -113,6 +113,18 @@ impl Segments {
         (self.list.len() - self.free.len()) as u64 * self.bytes()
     }
 
+    /// Blocks of used segments that are not mapped; `head_blocks` are taken in the one being filled.
+    pub(super) fn dead_blocks(&self, head: u32, head_blocks: u32) -> u64 {
+        let taken = |(i, s): (u32, &Segment)| match s.state {
+            State::Used | State::Retired | State::Draining => {
+                self.segment_blocks.saturating_sub(s.live_blocks)
+            }
+            State::Log if i == head => head_blocks.saturating_sub(s.live_blocks),
+            _ => 0,
+        };
+        (0..).zip(&self.list).map(taken).map(u64::from).sum()
+    }
+
     /// Counts newly mapped places, all in one segment.
     pub(super) fn take_blocks(&mut self, place: u32, count: u32) {
         self.live_blocks += u64::from(count);

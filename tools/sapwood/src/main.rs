@@ -1,2 +1,35 @@
-//! The `sapwood` command.
-fn main() {}
+//! The `sapwood` command: makes, looks at, copies and serves virtual disks.
+
+mod cli;
+mod host;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+/// Exit code of a command line that cannot be understood (`EX_USAGE` of sysexits.h).
+const EXIT_USAGE: u8 = 64;
+
+fn main() -> ExitCode {
+    let cli = match cli::Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => {
+            let code = if error.use_stderr() { EXIT_USAGE } else { 0 };
+            // When not even the help can be printed there is nobody to tell.
+            let _ = error.print();
+            return code.into();
+        }
+    };
+    let level = if cli.is_server() { "info" } else { "warn" };
+    env_logger::Builder::from_env(env_logger::Env::new().filter_or("SAPWOOD_LOG", level))
+        .format_target(false)
+        .init();
+    let code_of_failure = cli.code_of_failure();
+    match cli.run() {
+        Ok(code) => code.into(),
+        Err(error) => {
+            eprintln!("sapwood: {error:#}");
+            code_of_failure.into()
+        }
+    }
+}

@@ -79,7 +79,7 @@ pub(super) fn file(op: &Op<HostFile>) -> Option<&HostFile> {
 }
 
 /// The entry for `op`, and what must live until it completes. `registered` is the index of
-/// [`file`].
+/// [`file()`].
 ///
 /// # Errors
 /// What keeps the operation from being started: a name with a zero byte, a directory that

@@ -1,0 +1,112 @@
+//! `sapwood create`.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use sapwood_image::layer::{BaseSpec, CreateLayer};
+use sapwood_image::probe::{Guess, probe};
+use sapwood_image::raw::CreateRaw;
+use sapwood_image::{CreateDisk, Format};
+
+use super::options::FormatOptions;
+use super::output;
+use super::size::{self, Size};
+use crate::host::Host;
+
+/// Make a new disk
+///
+/// A layer keeps what is written to it and reads everything else from its base, which must not
+/// change any more. Making one takes milliseconds, however large the base is.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  sapwood create disk.layer 10G                      an empty disk
+  sapwood create -b debian.raw -F raw vm1.layer      a disk over a base, of the base's size
+  sapwood create -b debian.raw -F raw vm2.layer 20G  the same, larger
+  sapwood create -f raw disk.raw 10G                 a sparse raw disk")]
+pub struct Create {
+    /// Format of the new disk: layer or raw
+    #[arg(short, long, value_name = "FORMAT", default_value_t = Format::Layer)]
+    format: Format,
+
+    /// The base; a relative path is relative to the new disk's folder, and kept so
+    #[arg(short, long, value_name = "BASE")]
+    backing: Option<PathBuf>,
+
+    /// Format of the base; needed unless that is a layer
+    #[arg(short = 'F', long, value_name = "FORMAT")]
+    backing_format: Option<Format>,
+
+    /// Options of the format, as NAME=VALUE,...; layer: size, backing_file, backing_fmt,
+    /// segment_size; raw: size, preallocation (off, falloc)
+    #[arg(short, value_name = "OPTIONS")]
+    options: Vec<String>,
+
+    /// Print nothing
+    #[arg(short, long)]
+    quiet: bool,
+
+    /// The new disk; a file that exists is not touched
+    #[arg(value_name = "DISK")]
+    path: PathBuf,
+
+    /// Size of the disk, for example 10G; by default the base's
+    #[arg(value_name = "SIZE")]
+    size: Option<Size>,
+}
+
+impl Create {
+    pub fn run(self, host: &Host) -> anyhow::Result<()> {
+        let options = FormatOptions::parse(&self.options, self.format)?;
+        let size = self.size.map(|Size(n)| n).or(options.size);
+        let backing = self.backing.clone().or(options.backing_file);
+        let backing_format = self.backing_format.or(options.backing_format);
+        let mut layer = CreateLayer { size, ..CreateLayer::default() };
+        layer.segment_size = options.segment_size.unwrap_or(layer.segment_size);
+        let disk = match (self.format, backing) {
+            (Format::Raw, Some(_)) => bail!("a raw disk has no base: use -f layer"),
+            (Format::Raw, None) => {
+                let size = size.context("how large? Give a SIZE, for example 10G")?;
+                CreateDisk::Raw(CreateRaw { size, allocate: options.allocate })
+            }
+            (Format::Layer, None) if size.is_none() => {
+                bail!("how large? Give a SIZE, for example 10G, or a base with -b")
+            }
+            (Format::Layer, None) if backing_format.is_some() => {
+                bail!("-F is the format of a base: give one with -b")
+            }
+            (Format::Layer, None) => CreateDisk::Layer(layer),
+            (Format::Layer, Some(base)) => {
+                let format = match backing_format {
+                    Some(format) => format,
+                    None => probe_base(host, &self.path, &base)?,
+                };
+                CreateDisk::Layer(CreateLayer { base: Some(BaseSpec { path: base, format }), ..layer })
+            }
+        };
+        let said = self.describe(&disk);
+        let (storage, path) = (host.storage(), self.path);
+        host.block_on(|io| async move { sapwood_image::create(&storage, &io, &path, disk).await })?;
+        if self.quiet { Ok(()) } else { output::print(&said) }
+    }
+
+    fn describe(&self, disk: &CreateDisk) -> String {
+        let (size, base) = match disk {
+            CreateDisk::Raw(raw) => (Some(raw.size), None),
+            CreateDisk::Layer(layer) => (layer.size, layer.base.as_ref()),
+        };
+        let size = size.map(|size| format!(", {}", size::display(size))).unwrap_or_default();
+        let base = base.map(|base| format!(", over {} ({})", base.path.display(), base.format));
+        format!("Created {}: {}{size}{}\n", self.path.display(), self.format, base.unwrap_or_default())
+    }
+}
+
+/// The format of a base that was named without one.
+fn probe_base(host: &Host, layer: &Path, base: &Path) -> anyhow::Result<Format> {
+    let path = layer.parent().unwrap_or(Path::new("")).join(base);
+    let storage = host.storage();
+    match host.block_on(move |io| async move { probe(&storage, &io, &path).await })? {
+        Guess::Layer => Ok(Format::Layer),
+        _ => bail!("{}: not a layer: give the format of the base, for example -F raw", base.display()),
+    }
+}

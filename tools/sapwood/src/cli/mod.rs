@@ -1,0 +1,73 @@
+//! The command line: one file per command.
+
+mod check;
+mod compare;
+mod convert;
+mod create;
+mod info;
+mod map;
+mod options;
+mod output;
+mod progress;
+mod resize;
+mod serve;
+mod size;
+
+use clap::{Parser, Subcommand};
+
+use crate::host::{EngineKind, Host};
+
+/// Copy-on-write disks for virtual machines: make them, look at them, copy them, serve them
+/// over vhost-user-blk.
+#[derive(Debug, Parser)]
+#[command(name = "sapwood", version, propagate_version = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    command: Command,
+
+    /// How bytes are moved; by default io_uring where the kernel allows it
+    #[arg(long, global = true, hide = true, value_enum, value_name = "ENGINE")]
+    engine: Option<EngineKind>,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Create(create::Create),
+    Info(info::Info),
+    Map(map::Map),
+    Check(check::Check),
+    Convert(convert::Convert),
+    Compare(compare::Compare),
+    Resize(resize::Resize),
+    Serve(serve::Serve),
+}
+
+impl Cli {
+    /// Whether the command goes on until it is told to stop.
+    pub fn is_server(&self) -> bool {
+        matches!(self.command, Command::Serve(_))
+    }
+
+    /// The exit code when the command could not do its work: 1, except where that is an answer.
+    pub fn code_of_failure(&self) -> u8 {
+        match self.command {
+            Command::Compare(_) => compare::EXIT_FAILED,
+            _ => 1,
+        }
+    }
+
+    /// Does what was asked; the exit code.
+    pub fn run(self) -> anyhow::Result<u8> {
+        let host = Host::new(self.engine);
+        match self.command {
+            Command::Create(command) => command.run(&host).map(|()| 0),
+            Command::Info(command) => command.run(&host).map(|()| 0),
+            Command::Map(command) => command.run(&host).map(|()| 0),
+            Command::Check(command) => command.run(&host),
+            Command::Convert(command) => command.run(&host).map(|()| 0),
+            Command::Compare(command) => command.run(&host),
+            Command::Resize(command) => command.run(&host).map(|()| 0),
+            Command::Serve(command) => command.run(&host).map(|()| 0),
+        }
+    }
+}

@@ -1,0 +1,155 @@
+//! `sapwood serve`.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::thread::{self, JoinHandle};
+
+use anyhow::Context;
+use clap::Args;
+use rustix::fs::Mode;
+use sapwood_blockdev::device::{BlockDevice, Geometry};
+use sapwood_blockdev::io::block_on;
+use sapwood_image::{Disk, Format, OpenDisk};
+use sapwood_vhost::{Options, Server};
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+use signal_hook::iterator::Signals;
+
+use super::{output, size};
+use crate::host::{Host, HostEngine};
+
+/// Exit code when a second signal comes before everything is durable.
+const EXIT_INTERRUPTED: i32 = 130;
+
+/// Serve a disk to a virtual machine over vhost-user-blk
+///
+/// Prints one line when it is ready, and serves one virtual machine after the other. SIGTERM or
+/// SIGINT ends it: requests are drained, everything is made durable, and the exit code is 0. A
+/// second signal ends it at once (exit code 130); then, as after a crash, the disk recovers when it
+/// is next opened: what was flushed is there.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  sapwood serve vm1.layer --socket /run/vm1.sock --queues 4
+  qemu-system-x86_64 -object memory-backend-memfd,id=mem,size=2G,share=on -machine q35,memory-backend=mem \\
+    -chardev socket,id=disk,path=/run/vm1.sock -device vhost-user-blk-pci,chardev=disk,num-queues=4 ...
+
+Notes go to standard error; SAPWOOD_LOG=debug shows more of them, SAPWOOD_LOG=warn fewer.")]
+pub struct Serve {
+    /// Format of the disk; needed unless it is a layer
+    #[arg(short, long, value_name = "FORMAT")]
+    format: Option<Format>,
+
+    /// Where the virtual machine connects; only this user may
+    #[arg(long, value_name = "PATH")]
+    socket: PathBuf,
+
+    /// Refuse writes; other readers may use the disk too
+    #[arg(long, alias = "read-only")]
+    readonly: bool,
+
+    /// Queues, each with a thread of its own
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
+    queues: u16,
+
+    /// The disk
+    #[arg(value_name = "DISK")]
+    path: PathBuf,
+}
+
+impl Serve {
+    pub fn run(self, host: &Host) -> anyhow::Result<()> {
+        abort_on_panic();
+        // Before there are threads: the socket, and all else we make, is this user's alone.
+        rustix::process::umask(Mode::RWXG | Mode::RWXO);
+        let mut signals = signals().context("cannot take signals")?;
+        let options = OpenDisk { format: self.format, read_only: self.readonly };
+        let (io, storage, path) = (host.io()?, host.storage(), self.path.clone());
+        let opening = {
+            let io = io.clone();
+            async move { Disk::open(&storage, &io, &path, options).await }
+        };
+        let disk = block_on(&io, opening)?;
+        let maintenance = if self.readonly { None } else { Some(maintain(host, &disk)?) };
+        let served = self.serve(*host, &disk, &mut signals);
+        let closing = {
+            let (disk, io) = (Arc::clone(&disk), io.clone());
+            async move { disk.close(&io).await }
+        };
+        let closed = block_on(&io, closing).context("what was not flushed may be lost");
+        if maintenance.is_some_and(|thread| thread.join().is_err()) {
+            log::error!("the maintenance thread panicked");
+        }
+        served?;
+        closed?;
+        log::info!("stopped: everything is durable");
+        Ok(())
+    }
+
+    /// Serves until a signal comes and all requests are drained.
+    fn serve(&self, host: Host, disk: &Arc<Disk<HostEngine>>, signals: &mut Signals) -> anyhow::Result<()> {
+        let server = Server::start(Arc::clone(disk), self.options(), move || host.engine())?;
+        output::print(&self.ready_line(disk))?;
+        signals.forever().next();
+        log::info!("stopping: a second signal ends this at once");
+        server.stop();
+        Ok(())
+    }
+
+    fn options(&self) -> Options {
+        let serial = self.path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Options { queues: self.queues, serial, ..Options::new(&self.socket) }
+    }
+
+    fn ready_line(&self, disk: &Disk<HostEngine>) -> String {
+        let Geometry { size, read_only, .. } = disk.geometry();
+        format!(
+            "Serving {} ({}, {}{}) at {} with {} queue{}\n",
+            self.path.display(),
+            disk.format(),
+            size::short(size),
+            if read_only { ", read-only" } else { "" },
+            self.socket.display(),
+            self.queues,
+            if self.queues == 1 { "" } else { "s" },
+        )
+    }
+}
+
+/// A failed assertion ends the process, whatever thread it is in: going on with a state that is
+/// known to be wrong is worse than recovering from a stop.
+fn abort_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
+}
+
+/// The signals that end the server. From the second one on they end the process.
+fn signals() -> std::io::Result<Signals> {
+    let asked = Arc::new(AtomicBool::new(false));
+    for signal in [SIGTERM, SIGINT] {
+        flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, Arc::clone(&asked))?;
+        flag::register(signal, Arc::clone(&asked))?;
+    }
+    Signals::new([SIGTERM, SIGINT])
+}
+
+/// Starts the thread that does the disk's work in the background, until the disk is closed.
+fn maintain(host: &Host, disk: &Arc<Disk<HostEngine>>) -> anyhow::Result<JoinHandle<()>> {
+    let (host, disk) = (*host, Arc::clone(disk));
+    let (ready, is_ready) = std::sync::mpsc::sync_channel(1);
+    let thread = thread::Builder::new().name("maintenance".into()).spawn(move || {
+        let io = match host.io() {
+            Ok(io) => io,
+            // The receiver waits.
+            Err(error) => return drop(ready.send(Err(error))),
+        };
+        drop(ready.send(Ok(())));
+        block_on(&io, disk.maintain(io.clone()));
+    })?;
+    is_ready.recv().context("the maintenance thread ended")??;
+    Ok(thread)
+}

@@ -1,0 +1,152 @@
+//! What every command promises: help, bad arguments, missing, corrupt and untouched input.
+
+use std::fs;
+
+use crate::harness::Place;
+
+/// A command that reads disks, and how it is called; `IN` is a disk of a format that is recognised.
+const READERS: [&str; 6] =
+    ["info IN", "map IN", "map --output=json IN", "check IN", "convert -O raw IN out.raw", "compare IN IN"];
+
+/// Commands that open a disk for writing.
+const WRITERS: [&str; 3] =
+    ["resize IN 16M", "serve IN --socket socket", "convert -n -f raw -O layer disk.raw IN"];
+
+const COMMANDS: [&str; 8] = ["create", "info", "map", "check", "convert", "compare", "resize", "serve"];
+
+/// The code for "could not", which for compare must not be the one for "different".
+fn code_of_failure(command: &str) -> i32 {
+    if command.starts_with("compare") { 2 } else { 1 }
+}
+
+fn place() -> Place {
+    let place = Place::new();
+    place.raw_disk("disk.raw");
+    place.sapwood("convert -f raw -O layer disk.raw disk.layer").text();
+    place
+}
+
+#[test]
+fn every_command_has_help_with_an_example() {
+    let place = Place::new();
+    let all = place.sapwood("--help").text();
+    for command in COMMANDS {
+        assert!(all.contains(command), "{command} is not listed");
+        let help = place.sapwood(&format!("{command} --help")).text();
+        assert!(help.contains(&format!("  sapwood {command} ")), "no example of {command}");
+        assert!(!help.contains("--engine"), "hidden");
+    }
+    assert!(place.sapwood("--version").text().starts_with("sapwood "));
+}
+
+#[test]
+fn every_command_refuses_bad_arguments() {
+    let place = Place::new();
+    for command in COMMANDS {
+        place.sapwood(command).fails(64, &["Usage"]);
+        place.sapwood(&format!("{command} --no-such-option x y")).fails(64, &["--no-such-option"]);
+    }
+    place.sapwood("").fails(64, &["Usage"]);
+    place.sapwood("nonsense").fails(64, &["nonsense"]);
+    place.sapwood("info -f qcow2 x").fails(64, &["qcow2", "raw and layer"]);
+    place.sapwood("create x 10Q").fails(64, &["10Q", "10G"]);
+    place.sapwood("serve x --socket s --queues 0").fails(64, &["0"]);
+    assert_eq!(fs::read_dir(place.path("")).unwrap().count(), 0, "nothing was made");
+}
+
+#[test]
+fn every_command_names_a_missing_input() {
+    let place = place();
+    for command in READERS.iter().chain(&WRITERS) {
+        let line = command.replace("IN", "missing.layer");
+        place.sapwood(&line).fails(code_of_failure(command), &["missing.layer", "No such file"]);
+        place.sapwood(&line.replace("missing.layer", ".")).fails(code_of_failure(command), &["."]);
+    }
+    assert!(!place.exists("out.raw"));
+}
+
+#[test]
+fn every_command_refuses_a_file_of_unknown_format() {
+    let place = place();
+    fs::write(place.path("text"), "not a disk").unwrap();
+    fs::write(place.path("empty"), "").unwrap();
+    fs::write(place.path("other.qcow2"), b"QFI\xfb\0\0\0\x03").unwrap();
+    // info describes what looks like nothing as raw, and a target's format is given, not guessed.
+    let commands = READERS.iter().chain(&WRITERS[..2]).filter(|command| !command.starts_with("info"));
+    for command in commands {
+        let code = code_of_failure(command);
+        place.sapwood(&command.replace("IN", "text")).fails(code, &["text", "-f raw"]);
+        place.sapwood(&command.replace("IN", "empty")).fails(code, &["empty", "-f raw"]);
+        place.sapwood(&command.replace("IN", "other.qcow2")).fails(code, &["qcow2", "convert"]);
+    }
+    place.sapwood("info other.qcow2").fails(1, &["qcow2"]);
+    assert!(!place.exists("out.raw"));
+}
+
+#[test]
+fn every_command_refuses_a_corrupt_layer() {
+    let place = place();
+    let whole = place.bytes("disk.layer");
+    fs::write(place.path("short.layer"), &whole[..8]).unwrap();
+    fs::write(place.path("cut.layer"), &whole[..4096]).unwrap();
+    let mut flipped = whole;
+    flipped[8..4096].iter_mut().for_each(|byte| *byte ^= 0xff);
+    fs::write(place.path("flipped.layer"), flipped).unwrap();
+    for disk in ["short.layer", "cut.layer", "flipped.layer"] {
+        for command in READERS.iter().chain(&WRITERS).filter(|command| !command.starts_with("check")) {
+            place.sapwood(&command.replace("IN", disk)).fails(code_of_failure(command), &[disk]);
+        }
+        let check = place.sapwood(&format!("check {disk}"));
+        assert!(check.code == 1 || check.code == 2, "{disk}: {check:?}");
+    }
+    assert!(!place.exists("out.raw"));
+    assert!(!place.exists("socket"));
+}
+
+#[test]
+fn readers_change_nothing() {
+    let place = place();
+    for disk in ["disk.layer", "disk.raw"] {
+        let before = place.bytes(disk);
+        let times = fs::metadata(place.path(disk)).unwrap().modified().unwrap();
+        for command in READERS {
+            let (name, rest) = command.split_once(' ').unwrap();
+            let rest = rest.replace("IN", disk);
+            let formats = match (disk, name) {
+                ("disk.raw", "compare") => "-f raw -F raw",
+                ("disk.raw", _) => "-f raw",
+                _ => "",
+            };
+            let answer = place.sapwood(&format!("{name} {formats} {rest}"));
+            let expected = if (disk, name) == ("disk.raw", "check") { 63 } else { 0 };
+            assert_eq!(answer.code, expected, "{command} {disk}: {answer:?}");
+            let _ = fs::remove_file(place.path("out.raw"));
+        }
+        assert!(place.bytes(disk) == before, "{disk}");
+        assert_eq!(fs::metadata(place.path(disk)).unwrap().modified().unwrap(), times, "{disk}");
+    }
+}
+
+#[test]
+fn quiet_commands_say_nothing() {
+    let place = place();
+    for line in [
+        "create -q new.layer 1G",
+        "check -q new.layer",
+        "compare -q disk.layer disk.layer",
+        "convert -q -O raw disk.layer out.raw",
+        "resize -q new.layer 2G",
+    ] {
+        let answer = place.sapwood(line);
+        assert_eq!((answer.code, answer.stdout.as_str(), answer.stderr.as_str()), (0, "", ""), "{line}");
+    }
+}
+
+#[test]
+fn both_engines_do_the_same() {
+    let place = place();
+    for engine in ["uring", "blocking"] {
+        place.sapwood(&format!("--engine {engine} convert -O raw disk.layer {engine}.raw")).text();
+        assert!(place.bytes(&format!("{engine}.raw")) == place.bytes("disk.raw"), "{engine}");
+    }
+}

@@ -1,0 +1,8 @@
+//! The contract of the command line, tried from outside: what every command promises, and what
+//! each does.
+
+mod contract;
+mod harness;
+mod layer;
+mod raw;
+mod serve;

@@ -1,0 +1,110 @@
+//! `sapwood serve`: ready, in use, told to stop.
+
+use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Stdio};
+
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::harness::{Place, SAPWOOD};
+
+/// A running server; killed when the test is over.
+struct Server(Child);
+
+impl Server {
+    /// Starts a server and waits until it says that it is ready.
+    fn start(place: &Place, arguments: &str) -> (Self, String) {
+        let mut command = place.command(SAPWOOD, &format!("serve {arguments} --socket socket"));
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("it starts");
+        let mut line = String::new();
+        let stdout = child.stdout.take().expect("piped");
+        let server = Self(child);
+        BufReader::new(stdout).read_line(&mut line).expect("a line");
+        (server, line)
+    }
+
+    fn signal(&self, signal: Signal) {
+        let pid = Pid::from_child(&self.0);
+        kill_process(pid, signal).expect("it runs");
+    }
+
+    fn code(mut self) -> Option<i32> {
+        self.0.wait().expect("it ends").code()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn it_is_ready_when_it_says_so_and_private() {
+    let place = Place::new();
+    place.raw_disk("disk.raw");
+    let (server, line) = Server::start(&place, "-f raw disk.raw --queues 2");
+    assert_eq!(line, "Serving disk.raw (raw, 8 MiB) at socket with 2 queues\n");
+    UnixStream::connect(place.path("socket")).unwrap();
+    let mode = place.path("socket").metadata().unwrap().permissions().mode();
+    assert_eq!(mode & 0o777, 0o700 & mode, "nobody else may connect: {mode:o}");
+    drop(server);
+}
+
+#[test]
+fn a_signal_ends_it_with_everything_durable() {
+    for signal in [Signal::TERM, Signal::INT] {
+        let place = Place::new();
+        place.sapwood("create disk.layer 1G").text();
+        let (server, _) = Server::start(&place, "disk.layer");
+        let _frontend = UnixStream::connect(place.path("socket")).unwrap();
+        server.signal(signal);
+        assert_eq!(server.code(), Some(0));
+        assert!(!place.exists("socket"));
+        let info = place.sapwood("info --output=json disk.layer").json();
+        assert_eq!(info["dirty-flag"], false);
+        place.sapwood("check disk.layer").text();
+    }
+}
+
+#[test]
+fn a_served_disk_is_in_use() {
+    let place = Place::new();
+    place.sapwood("create disk.layer 1G").text();
+    let (server, _) = Server::start(&place, "disk.layer");
+    for line in ["serve disk.layer --socket other", "resize disk.layer 2G", "convert disk.layer out.raw"] {
+        place.sapwood(line).fails(1, &["disk.layer", "in use by process", "serve"]);
+    }
+    place.sapwood("create other.layer 1G").text();
+    place.sapwood("serve other.layer --socket socket").fails(1, &["socket", "another process"]);
+    assert_eq!(place.sapwood("info --output=json other.layer").json()["dirty-flag"], false, "closed");
+    drop(server);
+    // Killed: the socket stays, and the disk is free.
+    assert!(place.exists("socket"));
+    let (server, _) = Server::start(&place, "disk.layer");
+    server.signal(Signal::TERM);
+    assert_eq!(server.code(), Some(0));
+}
+
+#[test]
+fn readers_share_a_disk() {
+    let place = Place::new();
+    place.raw_disk("disk.raw");
+    let (_server, line) = Server::start(&place, "--readonly -f raw disk.raw");
+    assert!(line.contains("read-only"), "{line}");
+    place.sapwood("convert -f raw disk.raw copy.raw").text();
+    place.sapwood("resize -f raw disk.raw 9M").fails(1, &["in use"]);
+}
+
+#[test]
+fn the_disk_must_be_named_rightly() {
+    let place = Place::new();
+    place.raw_disk("disk.raw");
+    std::fs::write(place.path("socket"), "a file").unwrap();
+    place.sapwood("serve -f raw disk.raw --socket socket").fails(1, &["not a socket"]);
+    assert_eq!(std::fs::read(place.path("socket")).unwrap(), b"a file");
+    place.sapwood("serve -f layer disk.raw --socket other").fails(1, &["disk.raw"]);
+}
