@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use super::layout::{Damage, FIRST_SEGMENT_BLOCK, PREAMBLE_BYTES, Slot};
+use super::layout::{Damage, FIRST_SEGMENT_BLOCK, PREAMBLE_BYTES, Slot, size_max};
 use super::map::Map;
 use super::node::{BRANCH_LEAVES, NodeKind, NodeRef, decode_leaf, decode_refs};
 use super::segments::Segments;
@@ -63,6 +63,10 @@ impl<E: Engine> Reader<'_, E> {
         let skip = (root % BLOCK_SIZE) as usize;
         let refs = decode_refs(&bytes[skip..skip + len as usize], NodeKind::Root, 0, file_end)
             .map_err(|damage| self.error(root, damage))?;
+        if (refs.len() as u64) << 30 > size_max(segments.segment_blocks()) {
+            let detail = "more branches than a disk of this layer can have";
+            return Err(ImageError::corrupt(self.path, "root.count", root, detail));
+        }
         segments.take_node_bytes(root, len as usize);
 
         let mut branches = Vec::new();

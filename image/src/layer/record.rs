@@ -60,6 +60,17 @@ impl Run {
         }
     }
 
+    /// First byte of the disk behind everything that the run speaks of.
+    pub(super) fn disk_end(&self) -> u64 {
+        match *self {
+            Self::Data { start, count } | Self::Zero { start, count } | Self::Absent { start, count } => {
+                (start + u64::from(count)) * BLOCK_SIZE
+            }
+            Self::Size { bytes } => bytes,
+            Self::Nodes { .. } | Self::CheckpointEnd { .. } => 0,
+        }
+    }
+
     fn encode(&self, out: &mut [u8]) {
         let (kind, start, operand) = match *self {
             Self::Data { start, count } => (1u64, start, u64::from(count)),

@@ -1,0 +1,115 @@
+//! Damage by name, and what becomes of each: which error, naming which field, or what is still
+//! there. On host files, with the blocking engine.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+
+use sapwood_image::{ErrorKind, ImageError};
+use sapwood_tests::damage::corrupt::{self, Image};
+use sapwood_tests::damage::format::{self, record, slot};
+use sapwood_tests::damage::lab::{Bench, HostLab, check};
+use sapwood_tests::damage::meter::{Meter, metered};
+use sapwood_tests::damage::specimen::{self, Specimen};
+
+#[global_allocator]
+static METER: Meter = Meter;
+
+/// Memory that no specimen needs, in bytes.
+const MEMORY_MAX: usize = 64 << 20;
+
+/// A folder with a layer file in it.
+struct Scene {
+    folder: tempfile::TempDir,
+    path: PathBuf,
+}
+
+fn scene(image: &Image) -> Scene {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    std::fs::write(&path, image).unwrap();
+    Scene { folder, path }
+}
+
+/// How opening ends, the same for readers and writers; the file as it was.
+fn refusal(image: &Image) -> ImageError {
+    let scene = scene(image);
+    let refusal = refusal_at(&scene.path);
+    assert!(std::fs::read(&scene.path).unwrap() == *image, "a refused layer is not changed");
+    refusal
+}
+
+fn refusal_at(path: &Path) -> ImageError {
+    let open = |read_only| {
+        let (result, peak) = metered(MEMORY_MAX, || Bench::open(&HostLab, path, read_only));
+        let error = result.err().expect("it was opened");
+        assert!(peak < MEMORY_MAX, "{peak} bytes of memory");
+        assert_eq!(error.path, path, "the error names the file");
+        error
+    };
+    let (reader, writer) = (open(true), open(false));
+    assert_eq!(reader.to_string(), writer.to_string());
+    writer
+}
+
+/// Damages a specimen; opening must fail with this field and offset, and `check` must say so.
+#[track_caller]
+fn refused(specimen: &Specimen, damage: impl FnOnce(&mut Image), field: &str, at: impl Into<Option<usize>>) {
+    let mut image = specimen.bytes.clone();
+    damage(&mut image);
+    let error = refusal(&image);
+    let ErrorKind::Corrupt { field: named, offset, .. } = &error.kind else { panic!("{error}") };
+    assert_eq!(*named, field, "{error}");
+    if let Some(at) = at.into() {
+        assert_eq!(*offset, at as u64, "{error}");
+    }
+    let report = check(&HostLab, &scene(&image).path).unwrap();
+    assert_eq!(report.errors, [error.kind.to_string()]);
+}
+
+/// Damages a specimen; it must open and hold `disk`, also for a writer, who leaves it in order.
+#[track_caller]
+fn recovered(specimen: &Specimen, damage: impl FnOnce(&mut Image), disk: &[u8]) {
+    let mut image = specimen.bytes.clone();
+    damage(&mut image);
+    let scene = scene(&image);
+    std::fs::write(scene.folder.path().join("base"), specimen::base()).unwrap();
+    for read_only in [true, false, true] {
+        let mut bench = Bench::open(&HostLab, &scene.path, read_only).unwrap();
+        let held = bench.read(0, bench.size() as usize).unwrap();
+        assert_eq!(held.len(), disk.len());
+        assert_eq!(held.iter().zip(disk).position(|(a, b)| a != b), None, "the first byte that differs");
+        bench.close().unwrap();
+    }
+    assert_eq!(check(&HostLab, &scene.path).unwrap().errors, [""; 0]);
+}
+
+/// Makes newest and older slot the same but for the generation, so that neither is a way out.
+fn in_both_slots(b: &mut Image, mut change: impl FnMut(&mut [u8])) {
+    for at in format::slots(b) {
+        change(&mut b[at..at + 512]);
+    }
+    sapwood_tests::damage::seal::seal_slots(b);
+}
+
+#[test]
+fn a_generation_that_cannot_be_counted_on_is_refused() {
+    refused(&specimen::written(), corrupt::huge_generation, "slot.generation", None);
+}
+
+#[test]
+fn a_size_that_the_root_cannot_describe_is_refused() {
+    let size = |slot: &mut [u8]| format::put_u64(slot, slot::SIZE, 64 << 40);
+    refused(&specimen::written(), |b| in_both_slots(b, size), "slot.size", None);
+}
+
+#[test]
+fn a_record_beyond_the_largest_disk_is_not_believed() {
+    let specimen = specimen::abandoned();
+    let first = specimen.history[0].clone();
+    let last_block = (1 << 34) - 1;
+    for kind in [record::ZERO, record::ABSENT] {
+        recovered(&specimen, |b| corrupt::log_run(b, kind, last_block, 1), &first);
+        recovered(&specimen, |b| corrupt::log_run(b, kind, 0, u64::from(u32::MAX)), &first);
+    }
+    recovered(&specimen, |b| corrupt::log_run(b, record::SIZE, 64 << 40, 0), &first);
+}
