@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use sapwood_image::{ErrorKind, ImageError};
 use sapwood_tests::damage::corrupt::{self, Image};
-use sapwood_tests::damage::format::{self, record, slot};
+use sapwood_tests::damage::format::{self, node, record, slot};
 use sapwood_tests::damage::lab::{Bench, HostLab, check};
 use sapwood_tests::damage::meter::{Meter, metered};
 use sapwood_tests::damage::specimen::{self, Specimen};
@@ -112,4 +112,28 @@ fn a_record_beyond_the_largest_disk_is_not_believed() {
         recovered(&specimen, |b| corrupt::log_run(b, kind, 0, u64::from(u32::MAX)), &first);
     }
     recovered(&specimen, |b| corrupt::log_run(b, record::SIZE, 64 << 40, 0), &first);
+}
+
+#[test]
+fn a_node_that_is_not_as_long_as_its_reference_is_refused() {
+    refused(&specimen::written(), corrupt::reference_length, "node.count", None);
+    let longer = |slot: &mut [u8]| {
+        let len = format::u32_at(slot, slot::ROOT_LEN);
+        format::put_u32(slot, slot::ROOT_LEN, len + 8);
+    };
+    refused(&specimen::written(), |b| in_both_slots(b, longer), "node.count", None);
+}
+
+#[test]
+fn a_node_that_crosses_segments_is_refused() {
+    let specimen = specimen::written();
+    let end = specimen::SEGMENT as u64 + 64 * 1024;
+    let crossing = |slot: &mut [u8]| format::put_u64(slot, slot::ROOT, end - 8);
+    refused(&specimen, |b| in_both_slots(b, crossing), "slot.root", end as usize - 8);
+    let crossing = |b: &mut Image| {
+        let root = corrupt::first_node(b, &[node::ROOT]);
+        let len = format::u64_at(b, root.at + node::BODY) & 0xffff;
+        corrupt::change_node(b, &root, |n| format::put_u64(n, node::BODY, (end - 8) << 16 | len));
+    };
+    refused(&specimen, crossing, "node.reference", None);
 }

@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use super::layout::FIRST_SEGMENT_BLOCK;
+use super::layout::{FIRST_SEGMENT_BLOCK, PREAMBLE_BYTES};
 use super::node::{NODE_ALIGNMENT, NodeRef};
 use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
 
@@ -99,6 +99,12 @@ impl Segments {
         (place - FIRST_SEGMENT_BLOCK) / self.segment_blocks
     }
 
+    /// Whether bytes of the file lie in one segment.
+    pub(super) fn holds(&self, offset: u64, len: usize) -> bool {
+        let Some(start) = offset.checked_sub(PREAMBLE_BYTES) else { return false };
+        start / self.bytes() < self.list.len() as u64 && start % self.bytes() + len as u64 <= self.bytes()
+    }
+
     fn of_offset(&self, offset: u64) -> u32 {
         self.of_place((offset / BLOCK_SIZE) as u32)
     }
@@ -125,16 +131,19 @@ impl Segments {
         (0..).zip(&self.list).map(taken).map(u64::from).sum()
     }
 
-    /// Counts newly mapped places, all in one segment.
+    /// Counts newly mapped places, all in one segment. While a map is loaded its entries may lie: the
+    /// counts stop at their ends, and [`overfull`](Self::overfull) finds them.
     pub(super) fn take_blocks(&mut self, place: u32, count: u32) {
         self.live_blocks += u64::from(count);
         let segment = self.of_place(place) as usize;
-        self.list[segment].live_blocks += count;
+        let live = &mut self.list[segment].live_blocks;
+        *live = live.saturating_add(count);
     }
 
-    /// A segment with more live blocks than it has blocks: the map refers to some twice.
+    /// A segment with more in it than it has room for: the map refers to some of it twice.
     pub(super) fn overfull(&self) -> Option<u32> {
-        (0..).zip(&self.list).find(|(_, s)| s.live_blocks > self.segment_blocks).map(|(i, _)| i)
+        let bytes = |s: &Segment| u64::from(s.live_blocks) * BLOCK_SIZE + u64::from(s.node_bytes);
+        (0..).zip(&self.list).find(|(_, s)| bytes(s) > self.bytes()).map(|(i, _)| i)
     }
 
     /// Counts a place that is no longer mapped.
@@ -161,7 +170,8 @@ impl Segments {
     /// Counts `len` bytes of nodes, all in one segment.
     pub(super) fn take_node_bytes(&mut self, offset: u64, len: usize) {
         let segment = self.of_offset(offset) as usize;
-        self.list[segment].node_bytes += len.next_multiple_of(NODE_ALIGNMENT) as u32;
+        let bytes = &mut self.list[segment].node_bytes;
+        *bytes = bytes.saturating_add(len.next_multiple_of(NODE_ALIGNMENT) as u32);
     }
 
     /// The opposite of [`take_node_bytes`](Self::take_node_bytes).
