@@ -137,3 +137,48 @@ fn a_node_that_crosses_segments_is_refused() {
     };
     refused(&specimen, crossing, "node.reference", None);
 }
+
+#[test]
+fn a_log_that_would_overwrite_what_the_map_needs_is_refused() {
+    let specimen = specimen::written();
+    let looping = |slot: &mut [u8]| {
+        let segment = format::u32_at(slot, slot::LOG_SEGMENT);
+        format::put_u32(slot, slot::NEXT_SEGMENT, segment);
+    };
+    refused(&specimen, |b| in_both_slots(b, looping), "slot.next_segment", None);
+    let over_data = |slot: &mut [u8]| format::put_u32(slot, slot::NEXT_SEGMENT, 0);
+    refused(&specimen, |b| in_both_slots(b, over_data), "map", None);
+    refused(&specimen, corrupt::leaf_place_future, "map", None);
+}
+
+#[test]
+fn a_record_that_sends_the_log_elsewhere_is_not_believed() {
+    let specimen = specimen::abandoned();
+    recovered(&specimen, corrupt::log_turns, &specimen.history[0]);
+}
+
+#[test]
+fn a_damaged_log_below_the_newest_checkpoint_is_refused() {
+    // A checkpoint made while a guest writes names a position before its own nodes; when the log
+    // breaks between the two, the nodes must not be overwritten.
+    let specimen = specimen::abandoned();
+    let turn_back = |b: &mut Image| {
+        let root = corrupt::first_node(b, &[node::ROOT]);
+        let found = corrupt::record_of(b, root.at);
+        let index = b[found.at..found.at + 64].to_vec();
+        corrupt::change_slot(b, |slot| {
+            format::put_u32(slot, slot::LOG_SEGMENT, found.segment);
+            format::put_u32(slot, slot::LOG_BLOCK, found.block as u32);
+            format::put_u32(slot, slot::NEXT_SEGMENT, format::u32_at(&index, record::NEXT_SEGMENT));
+            format::put_u64(slot, slot::SEQUENCE, format::u64_at(&index, record::SEQUENCE) - 1);
+            format::put_u32(slot, slot::CHAIN, format::u32_at(&index, record::PREVIOUS));
+        });
+        found
+    };
+    recovered(&specimen, |b| drop(turn_back(b)), specimen.history.last().unwrap());
+    let and_break = |b: &mut Image| {
+        let found = turn_back(b);
+        b[found.at + record::CHECKSUM] ^= 1;
+    };
+    refused(&specimen, and_break, "map", None);
+}

@@ -168,7 +168,7 @@ async fn recover<E: Engine>(
         found_end |= record.runs.iter().any(
             |(run, _)| matches!(run, Run::CheckpointEnd { generation, .. } if *generation == slot.generation + 1),
         );
-        if u64::from(record.end.next_segment) >= u64::from(core.segments.count()) + SEGMENTS_BEYOND_END {
+        if u64::from(record.end.next_segment) >= reach {
             let offset = core.segments.offset(record.end.segment).0;
             return Err(ImageError::corrupt(
                 reader.path,
@@ -188,6 +188,11 @@ async fn recover<E: Engine>(
         );
         return Err(ImageError::corrupt(reader.path, "slot", at, detail));
     }
+    if let Some(place) = core.find_ahead() {
+        let offset = Core::file_offset(place).0;
+        let detail = "the map refers to what the log has not written: a part of the log is damaged, or the map";
+        return Err(ImageError::corrupt(reader.path, "map", offset, detail));
+    }
     if let Some(other) = newest.other.filter(|other| other.clean && slot.clean && other.root == slot.root) {
         // A clean stop: both slots name one map, so what it does not use can be used at once.
         core.segments.free_unused(other.log.segment);
@@ -196,6 +201,18 @@ async fn recover<E: Engine>(
 }
 
 impl Core {
+    /// A place that something refers to although the log has yet to write it.
+    fn find_ahead(&self) -> Option<u32> {
+        let head = self.log.head;
+        let (start, blocks) = (self.segments.first_block(head.segment), self.segments.segment_blocks());
+        let (filling, next) =
+            (start + head.block..start + blocks, self.segments.first_block(head.next_segment));
+        let is_ahead = |place: u32| filling.contains(&place) || (next..next + blocks).contains(&place);
+        let root = (self.root.offset.0 / BLOCK_SIZE) as u32;
+        let root = Some(root).filter(|&place| self.root.len > 0 && is_ahead(place));
+        root.or_else(|| self.map.find_place(is_ahead))
+    }
+
     /// Enters a record that was found on recovery.
     fn replay(&mut self, runs: &[(Run, u32)], end: super::layout::LogPosition) {
         if end.segment != self.log.head.segment {

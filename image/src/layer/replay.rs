@@ -79,7 +79,7 @@ impl<'a, E: Engine> Replay<'a, E> {
         let Ok((index, chain)) = Index::decode(self.bytes(offset, BLOCK_SIZE).await?) else {
             return Ok(None);
         };
-        if !self.follows(&index, block) {
+        if !self.follows(&index, segment, block) {
             return Ok(None);
         }
         let data = self.bytes(offset + BLOCK_SIZE, u64::from(index.data_blocks) * BLOCK_SIZE).await?;
@@ -109,11 +109,17 @@ impl<'a, E: Engine> Replay<'a, E> {
     }
 
     /// Whether an index block that is whole is that of the next record.
-    fn follows(&self, index: &Index, block: u32) -> bool {
+    fn follows(&self, index: &Index, segment: u32, block: u32) -> bool {
+        // All records of a segment agree on where the log goes on after it, and it is elsewhere.
+        let goes_on = match segment == self.position.segment {
+            true => index.next_segment == self.position.next_segment,
+            false => index.next_segment != segment,
+        };
         let chained = index.nonce == self.position.nonce && index.previous == self.position.chain;
         index.layer_id == self.header.layer_id
             && index.sequence == self.position.sequence + 1
             && (chained || breaks!(self.tuning, RecoveryIgnoresChain))
+            && goes_on
             && index.next_segment < self.segments_max
             && index.runs.iter().all(|run| run.disk_end() <= self.disk_end_max)
             && block + 1 + index.data_blocks <= self.header.segment_blocks
