@@ -182,3 +182,14 @@ fn a_damaged_log_below_the_newest_checkpoint_is_refused() {
     };
     refused(&specimen, and_break, "map", None);
 }
+
+#[test]
+fn records_that_say_what_none_would_are_not_believed() {
+    let specimen = specimen::abandoned();
+    let first = specimen.history[0].clone();
+    recovered(&specimen, |b| corrupt::log_run(b, record::SIZE, 1 << 20 | 1, 0), &first);
+    recovered(&specimen, corrupt::void_with_runs, &first);
+    recovered(&specimen, |b| corrupt::log_run(b, record::NODES, 0, 0), &first);
+    recovered(&specimen, |b| corrupt::log_run(b, record::DATA, 0, 1), &first);
+    recovered(&specimen, |b| corrupt::log_run(b, 77, 0, 1), &first);
+}

@@ -11,7 +11,7 @@ use super::base::Base;
 use super::core::{Core, Root};
 use super::device::Layer;
 use super::driver::Driver;
-use super::layout::{Header, PREAMBLE_BYTES, Slot, SlotState, slot_offset};
+use super::layout::{Header, LayerId, PREAMBLE_BYTES, Slot, SlotState, slot_offset};
 use super::load::Reader;
 use super::log::Log;
 use super::record::Run;
@@ -50,15 +50,16 @@ impl<E: Engine> Layer<E> {
         path: &Path,
         options: &OpenLayer,
     ) -> Result<Arc<Self>, ImageError> {
-        Self::open_at_depth(storage, io, path, options, 0).await
+        Self::open_below(storage, io, path, options, &[]).await
     }
 
-    pub(super) async fn open_at_depth<S: Storage<File = E::File>>(
+    /// Opens a layer that is the base of others: `above`, topmost first.
+    pub(super) async fn open_below<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
         path: &Path,
         options: &OpenLayer,
-        depth: u32,
+        above: &[LayerId],
     ) -> Result<Arc<Self>, ImageError> {
         let (mode, lock) = match options.read_only {
             true => (OpenOptions::READ, Lock::Shared),
@@ -76,9 +77,13 @@ impl<E: Engine> Layer<E> {
         let reader = Reader { io, file: &file, path };
         let start = reader.read(0, 3 * BLOCK_SIZE).await?;
         let header = Header::decode(&start).map_err(|damage| reader.error(0, damage))?;
+        if above.contains(&header.layer_id) {
+            return Err(ImageError::new(path, ErrorKind::Base("its bases form a loop".to_owned())));
+        }
         let newest = choose_slot(&reader, &header, &start)?;
+        let chain = [above, &[header.layer_id]].concat();
         let base = match &header.base {
-            Some(record) => Some(Base::open_recorded(storage, io, path, record, depth + 1).await?),
+            Some(record) => Some(Base::open_recorded(storage, io, path, record, &chain).await?),
             None => None,
         };
         let mut core = recover(&reader, &header, &newest, options).await?;
