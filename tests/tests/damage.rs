@@ -193,3 +193,51 @@ fn records_that_say_what_none_would_are_not_believed() {
     recovered(&specimen, |b| corrupt::log_run(b, record::DATA, 0, 1), &first);
     recovered(&specimen, |b| corrupt::log_run(b, 77, 0, 1), &first);
 }
+
+/// A layer over a layer whose base is `below`.
+fn chain(folder: &Path, name: &str, id: u8, below: Option<(&str, &Image)>) -> Image {
+    let mut image = specimen::empty().bytes;
+    corrupt::rename_layer(&mut image, [id; 16]);
+    if let Some((path, below)) = below {
+        corrupt::layer_base(&mut image, path, below);
+    }
+    std::fs::write(folder.join(name), &image).unwrap();
+    image
+}
+
+#[test]
+fn bases_in_a_loop_are_refused_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let a = chain(folder.path(), "a", 1, None);
+    let b = chain(folder.path(), "b", 2, Some(("a", &a)));
+    chain(folder.path(), "a", 1, Some(("b", &b)));
+    chain(folder.path(), "self", 3, Some(("self", &a)));
+    for name in ["a", "b", "self"] {
+        let path = folder.path().join(name);
+        let error = Bench::open(&HostLab, &path, true).err().unwrap();
+        let ErrorKind::Base(text) = &error.kind else { panic!("{error}") };
+        assert!(text.contains("its bases form a loop"), "{error}");
+        assert!(text.len() < 1000, "{error}");
+        assert!(matches!(Bench::open(&HostLab, &path, false).err().unwrap().kind, ErrorKind::Base(_)));
+    }
+}
+
+#[test]
+fn a_long_chain_of_bases_needs_no_deep_stack() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut below = chain(folder.path(), "0", 0, None);
+    const LENGTH: usize = 900;
+    for i in 1..LENGTH {
+        let mut image = specimen::empty().bytes;
+        let mut id = [7; 16];
+        id[..8].copy_from_slice(&(i as u64).to_le_bytes());
+        corrupt::rename_layer(&mut image, id);
+        corrupt::layer_base(&mut image, &(i - 1).to_string(), &below);
+        std::fs::write(folder.path().join(i.to_string()), &image).unwrap();
+        below = image;
+    }
+    let top = folder.path().join((LENGTH - 1).to_string());
+    let mut bench = Bench::open(&HostLab, &top, true).unwrap();
+    assert_eq!(bench.read(4096, 4096).unwrap(), [0; 4096]);
+    bench.layer.extents(0..1 << 20).unwrap();
+}
