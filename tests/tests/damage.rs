@@ -10,6 +10,7 @@ use sapwood_tests::damage::format::{self, node, record, slot};
 use sapwood_tests::damage::lab::{Bench, HostLab, check};
 use sapwood_tests::damage::meter::{Meter, metered};
 use sapwood_tests::damage::specimen::{self, Specimen};
+use sapwood_tests::damage::walk;
 
 #[global_allocator]
 static METER: Meter = Meter;
@@ -154,7 +155,9 @@ fn a_log_that_would_overwrite_what_the_map_needs_is_refused() {
 #[test]
 fn a_record_that_sends_the_log_elsewhere_is_not_believed() {
     let specimen = specimen::abandoned();
-    recovered(&specimen, corrupt::log_turns, &specimen.history[0]);
+    let log = walk::log(&specimen.bytes, corrupt::newest(&specimen.bytes));
+    let inside = (1..log.len()).find(|&i| log[i].segment == log[i - 1].segment).unwrap();
+    recovered(&specimen, |b| corrupt::log_turns(b, inside), &specimen.history[inside]);
 }
 
 #[test]
@@ -175,7 +178,13 @@ fn a_damaged_log_below_the_newest_checkpoint_is_refused() {
         });
         found
     };
-    recovered(&specimen, |b| drop(turn_back(b)), specimen.history.last().unwrap());
+    recovered(
+        &specimen,
+        |b| {
+            turn_back(b);
+        },
+        specimen.history.last().unwrap(),
+    );
     let and_break = |b: &mut Image| {
         let found = turn_back(b);
         b[found.at + record::CHECKSUM] ^= 1;
@@ -223,21 +232,36 @@ fn bases_in_a_loop_are_refused_at_once() {
 }
 
 #[test]
-fn a_long_chain_of_bases_needs_no_deep_stack() {
+fn a_chain_of_bases_has_a_length_that_every_stack_holds() {
     let folder = tempfile::tempdir().unwrap();
+    let name = |i: u8| i.to_string();
     let mut below = chain(folder.path(), "0", 0, None);
-    const LENGTH: usize = 900;
-    for i in 1..LENGTH {
-        let mut image = specimen::empty().bytes;
-        let mut id = [7; 16];
-        id[..8].copy_from_slice(&(i as u64).to_le_bytes());
-        corrupt::rename_layer(&mut image, id);
-        corrupt::layer_base(&mut image, &(i - 1).to_string(), &below);
-        std::fs::write(folder.path().join(i.to_string()), &image).unwrap();
-        below = image;
+    for i in 1..=101 {
+        below = chain(folder.path(), &name(i), i, Some((&name(i - 1), &below)));
     }
-    let top = folder.path().join((LENGTH - 1).to_string());
-    let mut bench = Bench::open(&HostLab, &top, true).unwrap();
+    let mut bench = Bench::open(&HostLab, &folder.path().join(name(100)), true).unwrap();
     assert_eq!(bench.read(4096, 4096).unwrap(), [0; 4096]);
     bench.layer.extents(0..1 << 20).unwrap();
+    let error = Bench::open(&HostLab, &folder.path().join(name(101)), true).err().unwrap();
+    assert!(error.to_string().contains("more than 100 bases in a chain"), "{error}");
+}
+
+#[test]
+fn the_cleaner_moves_no_damaged_block() {
+    for break_index in [false, true] {
+        let mut specimen = specimen::written();
+        let leaf = corrupt::first_node(&specimen.bytes, &[node::LEAF_RUNS]);
+        let place = format::u32_at(&specimen.bytes, leaf.at + node::BODY + 4) as usize;
+        let found = corrupt::record_of(&specimen.bytes, place * 4096);
+        let flip = if break_index { found.at + record::CHECKSUM } else { place * 4096 };
+        specimen.bytes[flip] ^= 1;
+        let scene = scene(&specimen.bytes);
+        let before = check(&HostLab, &scene.path).unwrap();
+        assert!(!before.errors.is_empty());
+        let bench = Bench::open(&HostLab, &scene.path, false).unwrap();
+        (0..10).for_each(|_| assert!(bench.clean().is_ok()));
+        bench.close().unwrap();
+        let after = check(&HostLab, &scene.path).unwrap();
+        assert_eq!(after.errors, before.errors, "the damage is still there to be seen");
+    }
 }

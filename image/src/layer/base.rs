@@ -13,8 +13,8 @@ use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::{Lock, OpenOptions, Storage, StorageFile};
 use sapwood_blockdev::units::SECTOR_SIZE;
 
-/// Bases below one another, at most: a chain that is longer is likely a loop.
-const DEPTH_MAX: usize = 1000;
+/// Bases below one another, at most: opening and reading go down the chain, some KiB of stack each.
+const DEPTH_MAX: usize = 100;
 
 /// An opened base.
 pub(super) enum Base<E: Engine> {

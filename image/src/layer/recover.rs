@@ -195,7 +195,8 @@ async fn recover<E: Engine>(
     }
     if let Some(place) = core.find_ahead() {
         let offset = Core::file_offset(place).0;
-        let detail = "the map refers to what the log has not written: a part of the log is damaged, or the map";
+        let detail =
+            "the map refers to what the log has not written: a part of the log is damaged, or the map";
         return Err(ImageError::corrupt(reader.path, "map", offset, detail));
     }
     if let Some(other) = newest.other.filter(|other| other.clean && slot.clean && other.root == slot.root) {

@@ -37,6 +37,19 @@ struct Segment {
     last_sequence: u64,
     /// The host has given it space.
     allocated: bool,
+    /// It holds live blocks that cannot be moved, because they are damaged.
+    pinned: bool,
+}
+
+impl Segment {
+    const FREE: Self = Self {
+        state: State::Free,
+        live_blocks: 0,
+        node_bytes: 0,
+        last_sequence: 0,
+        allocated: false,
+        pinned: false,
+    };
 }
 
 /// All segments of a layer.
@@ -53,8 +66,7 @@ pub(super) struct Segments {
 impl Segments {
     /// `count` segments of which nothing is known yet: in use until checkpoints say otherwise.
     pub(super) fn new(segment_blocks: u32, count: u32) -> Self {
-        let used =
-            Segment { state: State::Used, live_blocks: 0, node_bytes: 0, last_sequence: 0, allocated: true };
+        let used = Segment { state: State::Used, allocated: true, ..Segment::FREE };
         Self {
             list: vec![used; count as usize],
             free: BTreeSet::new(),
@@ -183,15 +195,8 @@ impl Segments {
     /// Marks a segment that the log fills or will fill next. The list grows to hold it.
     pub(super) fn set_log(&mut self, segment: u32) {
         while self.list.len() <= segment as usize {
-            let fresh = Segment {
-                state: State::Free,
-                live_blocks: 0,
-                node_bytes: 0,
-                last_sequence: 0,
-                allocated: false,
-            };
             self.free.insert(self.list.len() as u32);
-            self.list.push(fresh);
+            self.list.push(Segment::FREE);
         }
         self.free.remove(&segment);
         self.list[segment as usize].state = State::Log;
@@ -221,8 +226,19 @@ impl Segments {
 
     /// Gives back a segment that was chosen and not used.
     pub(super) fn unchoose(&mut self, segment: u32) {
-        self.list[segment as usize].state = State::Free;
+        let segment_state = &mut self.list[segment as usize];
+        (segment_state.state, segment_state.pinned) = (State::Free, false);
         self.free.insert(segment);
+    }
+
+    /// Mapped blocks in a segment.
+    pub(super) fn live_blocks_in(&self, segment: u32) -> u32 {
+        self.list[segment as usize].live_blocks
+    }
+
+    /// Has the cleaner leave a segment alone from now on.
+    pub(super) fn pin(&mut self, segment: u32) {
+        self.list[segment as usize].pinned = true;
     }
 
     pub(super) fn is_allocated(&self, segment: u32) -> bool {
@@ -302,7 +318,7 @@ impl Segments {
         (0..)
             .zip(&self.list)
             .filter(|(_, s)| s.state == State::Used && s.last_sequence <= published)
-            .filter(|(_, s)| s.live_blocks > 0 || s.node_bytes > 0)
+            .filter(|(_, s)| !s.pinned && (s.live_blocks > 0 || s.node_bytes > 0))
             .filter(|(_, s)| {
                 s.live_blocks + s.node_bytes.div_ceil(BLOCK_SIZE as u32) < self.segment_blocks * 7 / 8
             })
@@ -422,5 +438,21 @@ mod tests {
         assert_eq!(segments.choose(), Some(3), "a reader holds it");
         segments.leave(reader);
         assert_eq!(segments.choose(), Some(0));
+    }
+
+    #[test]
+    fn a_pinned_segment_is_no_victim_until_it_was_freed() {
+        let mut segments = Segments::new(16, 2);
+        segments.set_log(1);
+        segments.take_blocks(FIRST_SEGMENT_BLOCK, 1);
+        assert_eq!(segments.victim(0), Some(0));
+        segments.pin(0);
+        assert_eq!(segments.victim(0), None);
+        segments.release_block(FIRST_SEGMENT_BLOCK);
+        (0..2).for_each(|_| segments.retire(&segments.dead(0), false));
+        assert_eq!(segments.choose(), Some(0));
+        segments.set_used(0, 0);
+        segments.take_blocks(FIRST_SEGMENT_BLOCK, 1);
+        assert_eq!(segments.victim(0), Some(0));
     }
 }

@@ -50,10 +50,10 @@ pub fn change_slot(b: &mut Image, change: impl FnOnce(&mut [u8])) {
     seal_slots(b);
 }
 
-/// Changes the first record after the newest slot and makes everything after it follow.
-pub fn change_log(b: &mut Image, change: impl FnOnce(&mut [u8])) {
-    let first = log(b, newest(b))[0];
-    change(&mut b[first.at..first.at + BLOCK]);
+/// Changes a record after the newest slot and makes everything after it follow.
+pub fn change_log(b: &mut Image, number: usize, change: impl FnOnce(&mut [u8])) {
+    let found = log(b, newest(b))[number];
+    change(&mut b[found.at..found.at + BLOCK]);
     Seal::ALL.apply(b);
 }
 
@@ -280,7 +280,7 @@ pub fn log_outside(b: &mut Image) {
 
 /// Puts a run into the first record of the log, in place of its data.
 pub fn log_run(b: &mut Image, kind: u64, start: u64, operand: u64) {
-    change_log(b, |index| {
+    change_log(b, 0, |index| {
         put_u32(index, record::RUN_COUNT, 1);
         put_u32(index, record::DATA_BLOCKS, 0);
         put_u64(index, record::RUNS, kind << 56 | start);
@@ -289,12 +289,12 @@ pub fn log_run(b: &mut Image, kind: u64, start: u64, operand: u64) {
 }
 
 /// A record says that the log goes on elsewhere than all others of its segment say.
-pub fn log_turns(b: &mut Image) {
-    change_log(b, |index| put_u32(index, record::NEXT_SEGMENT, 60));
+pub fn log_turns(b: &mut Image, number: usize) {
+    change_log(b, number, |index| put_u32(index, record::NEXT_SEGMENT, 60));
 }
 
 /// A void record that says something.
 pub fn void_with_runs(b: &mut Image) {
     log_run(b, record::ZERO, 0, 1 << 20);
-    change_log(b, |index| put_u32(index, record::KIND, 1));
+    change_log(b, 0, |index| put_u32(index, record::KIND, 1));
 }

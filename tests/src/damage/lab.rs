@@ -98,8 +98,7 @@ impl<L: Lab> Bench<L> {
     pub fn open(lab: &L, path: &Path, read_only: bool) -> Result<Self, ImageError> {
         let tuning = Tuning { space_slack: 256 << 10, ..Tuning::default() };
         let (path, options) = (path.to_owned(), OpenLayer { read_only, tuning });
-        let layer =
-            wait(lab, async move |storage, io| Layer::open(&storage, &io, &path, &options).await)?;
+        let layer = wait(lab, async move |storage, io| Layer::open(&storage, &io, &path, &options).await)?;
         let queue = layer.queue_on(Io::new(lab.engine()));
         Ok(Self { lab: lab.clone(), layer, queue })
     }
