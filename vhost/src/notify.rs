@@ -1,6 +1,8 @@
 //! Kick, call and error descriptors (vhost-user: SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR).
 //!
-//! They come from the frontend and may be anything. None may block a queue's thread.
+//! They come from the frontend and may be anything. None blocks a queue's thread, unless the
+//! frontend fills its own counter, and makes it blocking, just between the look and the write: it
+//! then holds up its own queue, and the orderly end of this server.
 
 use std::fs::File;
 use std::io;
@@ -30,6 +32,10 @@ impl Kick {
 
     /// Empties the counter. False when the descriptor is of no use: it would be readable for ever.
     pub(crate) fn clear(&self) -> bool {
+        // Whoever shares the open file can have made it block again.
+        if poll(&mut [PollFd::new(&*self.0, PollFlags::IN)], Some(&Timespec::default())) == Ok(0) {
+            return true;
+        }
         match read(&*self.0, &mut [0; 8]) {
             Ok(n) => n > 0,
             Err(error) => matches!(error, Errno::AGAIN | Errno::INTR),

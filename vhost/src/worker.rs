@@ -325,9 +325,14 @@ impl<D: BlockDevice<Engine: WatchFd>> Loop<D> {
     /// Stops taking requests and waits for those in flight.
     fn stop(&mut self) -> Option<u16> {
         self.queue.with_engine(|engine| engine.watch(None));
-        // The engine may be polled once more for what was outstanding: the device's own work.
-        while self.queue.outstanding() > 0 {
-            if !self.report() {
+        // What is outstanding may be the device's own work, whose end is no report: look before
+        // every wait.
+        loop {
+            let moved = self.report();
+            if self.queue.outstanding() == 0 {
+                break;
+            }
+            if !moved {
                 self.queue.wait(None);
             }
         }
