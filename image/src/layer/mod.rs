@@ -18,6 +18,8 @@ mod clean;
 mod core;
 mod create;
 mod device;
+#[cfg(feature = "fuzzing")]
+pub mod doors;
 mod driver;
 mod layout;
 mod load;

@@ -14,7 +14,7 @@ pub type Image = Vec<u8>;
 ///
 /// # Panics
 /// If there is none.
-pub fn newest(b: &Image) -> usize {
+pub fn newest(b: &[u8]) -> usize {
     slots(b)[0]
 }
 
@@ -22,7 +22,7 @@ pub fn newest(b: &Image) -> usize {
 ///
 /// # Panics
 /// If there is none.
-pub fn first_node(b: &Image, kinds: &[u16]) -> NodeAt {
+pub fn first_node(b: &[u8], kinds: &[u16]) -> NodeAt {
     *nodes(b, newest(b)).iter().find(|n| kinds.contains(&n.kind)).expect("such a node")
 }
 
@@ -30,7 +30,7 @@ pub fn first_node(b: &Image, kinds: &[u16]) -> NodeAt {
 ///
 /// # Panics
 /// If there is none.
-pub fn record_of(b: &Image, at: usize) -> RecordAt {
+pub fn record_of(b: &[u8], at: usize) -> RecordAt {
     let holds = |r: &&RecordAt| (r.at..r.at + (1 + r.data_blocks) * BLOCK).contains(&at);
     *records(b).iter().find(holds).expect("a record")
 }

@@ -53,10 +53,15 @@ impl Seal {
     }
 }
 
-fn seal_range(b: &mut [u8], start: usize, checksum: usize) {
-    if let Some(covered) = b.get(start..start + checksum) {
-        let sum = crc32fast::hash(covered);
-        put_u32(b, start + checksum, sum);
+/// The checksum that the format uses.
+pub fn checksum(bytes: &[u8]) -> u32 {
+    crc32fast::hash(bytes)
+}
+
+fn seal_range(b: &mut [u8], start: usize, len: usize) {
+    if let Some(covered) = b.get(start..start + len) {
+        let sum = checksum(covered);
+        put_u32(b, start + len, sum);
     }
 }
 
@@ -102,7 +107,7 @@ pub fn seal_record(b: &mut [u8], found: &RecordAt) {
         let block: [u8; BLOCK] = bytes(b, found.at + (1 + i) * BLOCK);
         let at = sums.saturating_add(i * 4);
         if at + 4 <= record::CHECKSUM {
-            put_u32(b, found.at + at, crc32fast::hash(&block));
+            put_u32(b, found.at + at, checksum(&block));
         }
     }
     seal_range(b, found.at, record::CHECKSUM);

@@ -1,0 +1,60 @@
+//! Doors for the fuzzers: the parsers of stored bytes, which are private, behind functions of
+//! bytes. Only with the cargo feature `fuzzing`, which nothing but the fuzz crate enables.
+//!
+//! Each panics when what was decoded does not survive being encoded and decoded again.
+
+use super::layout::{Header, Slot, SlotState, slot_offset};
+use super::node::{NodeKind, decode_leaf, decode_refs, encode_leaf, encode_refs};
+use super::record::Index;
+use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE};
+
+/// The first blocks of a layer: header and slots. Says whether there is a header.
+pub fn header_and_slots(bytes: &[u8]) -> bool {
+    let Ok(header) = Header::decode(bytes) else { return false };
+    assert_eq!(Header::decode(&header.encode()).as_ref(), Ok(&header));
+    for parity in [0, 1] {
+        let at = slot_offset(parity).0 as usize;
+        let Some(block) = bytes.get(at..at + BLOCK_SIZE as usize) else { continue };
+        if let SlotState::Valid(slot) = Slot::decode(block, &header) {
+            let SlotState::Valid(again) = Slot::decode(&slot.encode(), &header) else {
+                panic!("{slot:?} was refused")
+            };
+            assert_eq!(slot, again);
+        }
+    }
+    true
+}
+
+/// The index block of a record. Says whether it is one.
+pub fn record(bytes: &[u8]) -> bool {
+    let Ok((index, chain)) = Index::decode(bytes) else { return false };
+    let mut block = vec![0; BLOCK_BYTES];
+    index.encode(&mut block);
+    let (again, chain_again) = Index::decode(&block).expect("what was decoded can be encoded");
+    assert_eq!(index, again);
+    // Reserved bytes are not kept, so that the checksum of a record may change.
+    assert!(index.stands_for.is_none() || chain == chain_again);
+    true
+}
+
+/// A map node of any kind, as leaf, branch or root `index` of a file with this many blocks. Says
+/// whether it is one.
+pub fn node(bytes: &[u8], index: u32, blocks: u32) -> bool {
+    if let Ok(table) = decode_leaf(bytes, index, blocks) {
+        let mut encoded = encode_leaf(index, &table);
+        encoded.resize(encoded.len().next_multiple_of(8), 0);
+        assert_eq!(decode_leaf(&encoded, index, blocks).as_ref(), Ok(&table));
+        return true;
+    }
+    let holds = |offset: u64, len: usize| {
+        offset.checked_add(len as u64).is_some_and(|end| end <= u64::from(blocks) * BLOCK_SIZE)
+    };
+    for kind in [NodeKind::Branch, NodeKind::Root] {
+        if let Ok(refs) = decode_refs(bytes, kind, index, holds) {
+            let encoded = encode_refs(kind, index, &refs);
+            assert_eq!(decode_refs(&encoded, kind, index, holds).as_ref(), Ok(&refs));
+            return true;
+        }
+    }
+    false
+}
