@@ -213,7 +213,11 @@ impl Core {
         if self.latched.is_some() {
             return self.end(waiter, Err(DeviceError::Latched), 0);
         }
-        if self.sync.durable >= self.log.published.sequence || breaks!(self.tuning, FlushWithoutSync) {
+        if breaks!(self.tuning, FlushWithoutSync) {
+            self.sync.unsynced_since = None;
+            return self.end(waiter, Ok(()), 0);
+        }
+        if self.sync.durable >= self.log.published.sequence {
             return self.end(waiter, Ok(()), 0);
         }
         match &mut self.sync.running {
