@@ -262,6 +262,8 @@ impl<E: Engine> DeviceQueue for LayerQueue<E> {
     }
 
     fn poll(&mut self, done: &mut Vec<Done>) {
+        // Ends only after `collect` has found the inbox empty.
+        self.layer().core().attend(self.port);
         loop {
             self.driver.set_active(!self.pending.is_empty() || !self.held.is_empty());
             self.driver.pump();
