@@ -259,8 +259,9 @@ impl Model {
         };
         let reads = |kind: &Kind| matches!(kind, Kind::Read);
         let collides = |flight: &Flight| {
-            let apart = flight.sectors.end <= sectors.start || sectors.end <= flight.sectors.start;
-            !apart && !(reads(&flight.kind) && reads(&kind))
+            let meet = flight.sectors.start < sectors.end && sectors.start < flight.sectors.end;
+            let both_read = reads(&flight.kind) && reads(&kind);
+            meet && !both_read
         };
         if !matches!(kind, Kind::Flush) && self.flights.iter().any(collides) {
             // The same request is tried again when others have finished.

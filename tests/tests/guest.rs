@@ -13,7 +13,7 @@ use sapwood_tests::guest::lab::{Lab, Served, output};
 use sapwood_tests::guest::{Backend, BackendSpec, Disk, Guest, GuestReport};
 
 /// How long a guest may take until its writers are at work.
-const READY_LIMIT: Duration = Duration::from_secs(150);
+const READY_LIMIT: Duration = Duration::from_secs(240);
 /// The size of the data disks in MiB.
 const DATA_MIB: u32 = 256;
 

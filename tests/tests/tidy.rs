@@ -1,6 +1,8 @@
 //! Style that a compiler does not check: sizes, documents that name what exists, where `unsafe` may
 //! be, and clean text. Each check lists everything it finds.
 
+#![allow(clippy::unwrap_used)]
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -228,7 +230,7 @@ fn code(document: &str) -> Vec<&str> {
 
 /// The variants of an enum of commands in a source file, as clap names them.
 fn commands(path: &str, name: &str) -> BTreeSet<String> {
-    let text = fs::read_to_string(root().join(path)).unwrap();
+    let text = fs::read_to_string(root().join(path)).expect("the file with the commands");
     let body = text.split_once(&format!("enum {name} {{")).expect("the enum of the commands").1;
     let body = body.split_once("\n}").expect("its end").0;
     let variants = body.lines().filter_map(|line| {

@@ -67,9 +67,9 @@ impl<D: BlockDevice> Backend<D> {
         Self { device, workers, vrings, map, features, protocol, writeback: true }
     }
 
-    /// Whether the frontend accepted a protocol feature.
-    pub(crate) fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
-        self.protocol.contains(feature)
+    /// Whether the frontend takes notices of a changed configuration.
+    pub(crate) fn takes_notices(&self) -> bool {
+        self.protocol.contains(VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::BACKEND_REQ)
     }
 
     /// Stops all rings, at once, and waits until they have drained.

@@ -1,16 +1,19 @@
 //! An ordinary client, over a real socket: the `virtio-driver` crate, which shares no code with
 //! this one.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 mod support;
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use sapwood_blockdev::engine::BlockingEngine;
 use sapwood_tests::frontend::{Command, Frontend, Options, every_feature};
 use sapwood_tests::model::{Model, Run};
-use sapwood_vhost::ServerError;
 use sapwood_vhost::features::Features;
+use sapwood_vhost::{Server, ServerError};
 use support::ramdisk::RamDisk;
 use support::{Served, eventually, serve};
 
@@ -76,10 +79,14 @@ fn without_flush_writes_go_through() {
 fn random(queues: u16, options: Options, run: Run) {
     let served = serve(RamDisk::new(SIZE), queues);
     served.disk.delay_us.store(50, Ordering::Relaxed);
-    let mut client = connect(&served, &Options { queues: queues.into(), ..options });
+    random_on(&served.socket, queues, options, &run);
+}
+
+fn random_on(socket: &Path, queues: u16, options: Options, run: &Run) {
+    let mut client = Frontend::connect(socket, &Options { queues: queues.into(), ..options }).unwrap();
     let mut model = Model::zeroes(SIZE as u64);
     model.discards_zero = true;
-    let report = model.run(&mut client, &run).unwrap();
+    let report = model.run(&mut client, run).unwrap();
     assert!(report.depth > run.depth / 2, "{report:?}");
     model.verify(&mut client).unwrap();
 }
@@ -92,6 +99,17 @@ fn random_requests_on_one_queue() {
 #[test]
 fn random_requests_on_four_queues() {
     random(4, Options::default(), Run { seed: 2, operations: 4000, ..Run::default() });
+}
+
+#[test]
+fn random_requests_without_io_uring() {
+    let disk = Arc::new(RamDisk::<BlockingEngine>::with(SIZE, false));
+    disk.delay_us.store(50, Ordering::Relaxed);
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("disk.sock");
+    let options = sapwood_vhost::Options { queues: 2, ..sapwood_vhost::Options::new(&socket) };
+    let _server = Server::start(disk, options, BlockingEngine::new).unwrap();
+    random_on(&socket, 2, Options::default(), &Run { seed: 6, ..Run::default() });
 }
 
 #[test]
@@ -108,8 +126,9 @@ fn random_requests_in_many_segments_out_of_alignment() {
 
 #[test]
 fn a_small_queue_wraps_often() {
-    let options = Options { queue_size: 4, ..Options::default() };
-    random(1, options, Run { seed: 5, operations: 70_000, depth: 1, sectors_max: 1 });
+    let served = serve(RamDisk::new(SIZE), 1);
+    let run = Run { seed: 5, operations: 70_000, depth: 1, sectors_max: 1 };
+    random_on(&served.socket, 1, Options { queue_size: 4, ..Options::default() }, &run);
 }
 
 #[test]
@@ -128,7 +147,7 @@ fn frontends_come_and_go() {
 #[test]
 fn a_frontend_that_goes_under_load_leaves_nothing_behind() {
     let served = serve(RamDisk::new(SIZE), 1);
-    served.disk.delay_us.store(2000, Ordering::Relaxed);
+    served.disk.delay_us.store(20_000, Ordering::Relaxed);
     for _ in 0..3 {
         let mut client = connect(&served, &Options::default());
         for tag in 0..20 {
@@ -146,7 +165,7 @@ fn a_frontend_that_goes_under_load_leaves_nothing_behind() {
 #[test]
 fn stopping_under_load_drains() {
     let served = serve(RamDisk::new(SIZE), 4);
-    served.disk.delay_us.store(1000, Ordering::Relaxed);
+    served.disk.delay_us.store(20_000, Ordering::Relaxed);
     let mut client = connect(&served, &Options { queues: 4, ..Options::default() });
     for tag in 0..20 {
         for queue in &mut client.queues {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::device::Layer;
-use super::layout::{BaseIdentity, BaseRecord};
+use super::layout::{BaseIdentity, BaseRecord, LayerId};
 use super::{OpenLayer, open_file};
 use crate::error::{ErrorKind, ImageError};
 use crate::format::Format;
@@ -13,8 +13,8 @@ use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::{Lock, OpenOptions, Storage, StorageFile};
 use sapwood_blockdev::units::SECTOR_SIZE;
 
-/// Bases below one another, at most: a chain that is longer is likely a loop.
-const DEPTH_MAX: u32 = 1000;
+/// Bases below one another, at most: opening and reading go down the chain, some KiB of stack each.
+const DEPTH_MAX: usize = 100;
 
 /// An opened base.
 pub(super) enum Base<E: Engine> {
@@ -35,15 +35,16 @@ fn raw_size(bytes: u64) -> u64 {
 }
 
 impl<E: Engine> Base<E> {
-    /// Opens a base for reading and tells its identity.
+    /// Opens a base for reading and tells its identity. `above` are the layers over it, topmost
+    /// first.
     pub(super) async fn open<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
         path: &Path,
         format: Format,
-        depth: u32,
+        above: &[LayerId],
     ) -> Result<(Self, BaseIdentity), ImageError> {
-        if depth > DEPTH_MAX {
+        if above.len() > DEPTH_MAX {
             return Err(ImageError::new(
                 path,
                 ErrorKind::Base(format!("more than {DEPTH_MAX} bases in a chain")),
@@ -58,7 +59,7 @@ impl<E: Engine> Base<E> {
             }
             Format::Layer => {
                 let options = OpenLayer { read_only: true, ..OpenLayer::default() };
-                let layer = Box::pin(Layer::open_at_depth(storage, io, path, &options, depth)).await?;
+                let layer = Box::pin(Layer::open_below(storage, io, path, &options, above)).await?;
                 let identity = layer.identity();
                 Ok((Self::Layer(layer), identity))
             }
@@ -71,10 +72,10 @@ impl<E: Engine> Base<E> {
         io: &Io<E>,
         layer: &Path,
         record: &BaseRecord,
-        depth: u32,
+        above: &[LayerId],
     ) -> Result<Self, ImageError> {
         let path = resolve(layer, &record.path);
-        let (base, found) = Self::open(storage, io, &path, record.identity.format(), depth)
+        let (base, found) = Self::open(storage, io, &path, record.identity.format(), above)
             .await
             .map_err(|e| ImageError::new(layer, ErrorKind::Base(format!("its base cannot be used: {e}"))))?;
         match describe_change(&record.identity, &found) {

@@ -24,6 +24,14 @@ struct Live {
     place: u32,
 }
 
+impl Live {
+    /// The checksum of its data in its segment's `contents`, which begin at block `first`.
+    fn checksum(&self, contents: &[u8], first: u32) -> u32 {
+        let at = (self.place - first) as usize * BLOCK_BYTES;
+        crc32fast::hash(&contents[at..at + BLOCK_BYTES])
+    }
+}
+
 impl<E: Engine> Driver<E> {
     /// Empties the used segment with the least in it; `false` when none is worth it.
     pub(super) async fn clean_segment(&self) -> Result<bool> {
@@ -45,7 +53,7 @@ impl<E: Engine> Driver<E> {
         let buf = AlignedBuf::zeroed(bytes as usize);
         let outcome = self.io.run(Op::read(self.layer.file(), start, buf)).await;
         let contents = outcome.zero_filled()?.into_buf();
-        let mut live = self.live_blocks(&contents, first);
+        let Some(mut live) = self.live_blocks(&contents, segment) else { return Ok(()) };
         live.sort_unstable_by_key(|live| live.block);
         let unit = self.layer.part_blocks_max() as usize;
         let neighbours = |a: &Live, b: &Live| a.block + 1 == b.block;
@@ -62,27 +70,38 @@ impl<E: Engine> Driver<E> {
         Ok(())
     }
 
-    /// The blocks of a segment that the map refers to, by the records in it.
-    fn live_blocks(&self, contents: &[u8], first: u32) -> Vec<Live> {
+    /// The blocks of a segment that the map refers to, by the records in it. `None` when some of
+    /// them cannot be found, or are not what their record says: such a segment is left alone, since
+    /// to move a damaged block would give it a checksum that hides the damage.
+    fn live_blocks(&self, contents: &[u8], segment: u32) -> Option<Vec<Live>> {
         let mut live = Vec::new();
         let mut at = 0;
         let blocks = contents.len() / BLOCK_BYTES;
-        let core = self.layer.core();
+        let mut core = self.layer.core();
+        let first = core.segments.first_block(segment);
         while at < blocks {
             let Ok((index, _)) = Index::decode(&contents[at * BLOCK_BYTES..(at + 1) * BLOCK_BYTES]) else {
                 break;
             };
+            let sums = |place: u32| index.checksums.get((place - first) as usize - at - 1);
             let mut place = first + at as u32 + 1;
             for run in &index.runs {
                 if let Run::Data { start, count } = *run {
                     let each = (0..count).map(|i| Live { block: start + u64::from(i), place: place + i });
-                    live.extend(each.filter(|l| core.map.lookup(l.block).place() == Some(l.place)));
+                    let mapped = each.filter(|l| core.map.lookup(l.block).place() == Some(l.place));
+                    live.extend(mapped.filter(|l| sums(l.place) == Some(&l.checksum(contents, first))));
                 }
                 place += run.data_blocks();
             }
             at += 1 + index.data_blocks as usize;
         }
-        live
+        if live.len() as u64 == u64::from(core.segments.live_blocks_in(segment)) {
+            return Some(live);
+        }
+        let (path, offset) = (self.layer.path().display(), core.segments.offset(segment).0);
+        log::error!("{path}: damaged data in the segment at offset {offset:#x}; check the layer");
+        core.segments.pin(segment);
+        None
     }
 
     /// Appends groups of neighbouring blocks again, but for those that a writer is at.

@@ -330,16 +330,8 @@ impl Core {
             Err(errno) if breaks!(self.tuning, FailedRecordNotVoided) => FlightState::Voided(errno),
             Err(errno) => FlightState::Failed(errno),
         };
-        let done = flight.state == FlightState::Done;
-        if done && breaks!(self.tuning, ReportBeforeEarlierRecord) {
-            let waiters = std::mem::take(&mut flight.waiters);
-            let runs = std::mem::take(&mut flight.runs);
-            self.apply(&runs);
-            waiters.into_iter().for_each(|(waiter, place)| self.end(waiter, Ok(()), place));
-        } else if done && breaks!(self.tuning, PublishOutOfOrder) {
-            let runs = std::mem::take(&mut flight.runs);
-            self.apply(&runs);
-        }
+        #[cfg(feature = "mutations")]
+        self.breach_order(sequence);
         self.publish(now);
     }
 

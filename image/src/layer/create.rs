@@ -78,7 +78,7 @@ async fn identify<S: Storage, E: Engine<File = S::File>>(
             ImageError::invalid(path, format!("the base's path must be UTF-8 of 1 to {BASE_PATH_MAX} bytes"))
         })?;
     let resolved = resolve(path, stored);
-    let (_, identity) = Base::<E>::open(storage, io, &resolved, spec.format, 1).await?;
+    let (_, identity) = Base::<E>::open(storage, io, &resolved, spec.format, &[]).await?;
     Ok(BaseRecord { path: stored.to_owned(), identity })
 }
 

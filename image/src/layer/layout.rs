@@ -10,6 +10,7 @@
 //! All integers are little-endian. `docs/format-layer.md` is the reference.
 
 use super::bytes::{array, get_u32, get_u64, put};
+use super::record::DATA_BLOCKS_MAX;
 use crate::format::Format;
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, FileOffset, SECTOR_SIZE};
 
@@ -28,8 +29,17 @@ pub(super) const SEGMENT_BLOCKS_MIN: u32 = 16;
 pub(super) const SEGMENT_BLOCKS_MAX: u32 = 16384;
 /// Default segment size in bytes.
 pub const SEGMENT_SIZE_DEFAULT: u32 = 4 << 20;
+/// Generations end here: they have 56 bits in a record, and this leaves room to count on.
+pub(super) const GENERATION_MAX: u64 = 1 << 55;
 /// Longest base path in bytes.
 pub(super) const BASE_PATH_MAX: usize = 1024;
+
+/// Largest guest-visible size in bytes for a segment size: the root of the map names every GiB in
+/// 8 bytes and must fit into one record.
+pub(super) fn size_max(segment_blocks: u32) -> u64 {
+    let root_max = u64::from(segment_blocks - 1).min(u64::from(DATA_BLOCKS_MAX)) * BLOCK_SIZE;
+    SIZE_MAX.min((root_max / 8 - 2) << 30)
+}
 
 const H_VERSION: usize = 8;
 const H_INCOMPATIBLE: usize = H_VERSION + 8;
@@ -321,14 +331,20 @@ impl Slot {
         if self.layer_id != header.layer_id {
             return Err(damage("slot.layer_id", S_LAYER_ID, "it belongs to another layer"));
         }
-        if self.size > SIZE_MAX || !self.size.is_multiple_of(SECTOR_SIZE) {
+        if self.size > size_max(header.segment_blocks) || !self.size.is_multiple_of(SECTOR_SIZE) {
             return Err(damage("slot.size", S_SIZE, self.size));
         }
         if self.log.block > header.segment_blocks {
             return Err(damage("slot.log_block", S_LOG_BLOCK, self.log.block));
         }
-        if self.generation == 0 || self.generation == u64::MAX || self.log.sequence > u64::MAX / 2 {
+        if self.log.next_segment == self.log.segment {
+            return Err(damage("slot.next_segment", S_NEXT_SEGMENT, "the log would overwrite itself"));
+        }
+        if self.generation == 0 || self.generation > GENERATION_MAX {
             return Err(damage("slot.generation", S_GENERATION, self.generation));
+        }
+        if self.log.sequence > u64::MAX / 2 {
+            return Err(damage("slot.sequence", S_SEQUENCE, self.log.sequence));
         }
         Ok(())
     }

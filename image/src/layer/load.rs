@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use super::layout::{Damage, FIRST_SEGMENT_BLOCK, PREAMBLE_BYTES, Slot};
+use super::layout::{Damage, FIRST_SEGMENT_BLOCK, Slot, size_max};
 use super::map::Map;
 use super::node::{BRANCH_LEAVES, NodeKind, NodeRef, decode_leaf, decode_refs};
 use super::segments::Segments;
@@ -51,18 +51,19 @@ impl<E: Engine> Reader<'_, E> {
         if slot.root_len == 0 {
             return Ok(map);
         }
-        let file_end = PREAMBLE_BYTES + u64::from(segments.count()) * segments.bytes();
         let (root, len) = (slot.root.0, u64::from(slot.root_len));
-        if root < PREAMBLE_BYTES
-            || len > WINDOW_BYTES
-            || root.checked_add(len).is_none_or(|end| end > file_end)
-        {
-            return Err(ImageError::corrupt(self.path, "slot.root", root, "it lies outside the segments"));
+        if len > WINDOW_BYTES || !segments.holds(root, len as usize) {
+            return Err(ImageError::corrupt(self.path, "slot.root", root, "it does not lie in a segment"));
         }
         let bytes = self.read_span(root, root + len).await?;
         let skip = (root % BLOCK_SIZE) as usize;
-        let refs = decode_refs(&bytes[skip..skip + len as usize], NodeKind::Root, 0, file_end)
+        let bytes = &bytes[skip..skip + len as usize];
+        let refs = decode_refs(bytes, NodeKind::Root, 0, |o, n| segments.holds(o, n))
             .map_err(|damage| self.error(root, damage))?;
+        if (refs.len() as u64) << 30 > size_max(segments.segment_blocks()) {
+            let detail = "more branches than a disk of this layer can have";
+            return Err(ImageError::corrupt(self.path, "root.count", root, detail));
+        }
         segments.take_node_bytes(root, len as usize);
 
         let mut branches = Vec::new();
@@ -73,7 +74,7 @@ impl<E: Engine> Reader<'_, E> {
         let mut leaves = Vec::new();
         self.read_nodes(branches, |branch, node, bytes| {
             let (offset, _) = node.stored().unwrap_or_default();
-            let refs = decode_refs(bytes, NodeKind::Branch, branch, file_end)
+            let refs = decode_refs(bytes, NodeKind::Branch, branch, |o, n| segments.holds(o, n))
                 .map_err(|damage| self.error(offset, damage))?;
             for (i, node) in refs.into_iter().enumerate() {
                 let leaf = branch * BRANCH_LEAVES as u32 + i as u32;

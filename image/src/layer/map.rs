@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use super::node::{BRANCH_LEAVES, Entry, LEAF_ENTRIES, NodeKind, NodeRef, encode_refs, run_length};
 use super::segments::Segments;
+use sapwood_blockdev::units::BLOCK_SIZE;
 
 /// The 512 entries of one leaf.
 pub(super) type LeafTable = [Entry; LEAF_ENTRIES];
@@ -385,6 +386,27 @@ impl Map {
         };
         let slot = &mut self.branch(leaf as usize / BRANCH_LEAVES).table()[leaf as usize % BRANCH_LEAVES];
         *slot = LeafSlot { leaf: loaded, node, dirty: false };
+    }
+
+    /// A place in the file that the map refers to and that `f` is true of, if there is one: of a
+    /// mapped block, or of the first block of a stored node.
+    pub(super) fn find_place(&self, f: impl Fn(u32) -> bool) -> Option<u32> {
+        let of_node = |node: NodeRef| {
+            let place = (node.stored()?.0 / BLOCK_SIZE) as u32;
+            f(place).then_some(place)
+        };
+        let of_leaf = |slot: &LeafSlot| {
+            of_node(slot.node).or_else(|| match &slot.leaf {
+                Leaf::Uniform(_) => None,
+                Leaf::Table(table) => table.iter().filter_map(|entry| entry.place()).find(|&place| f(place)),
+            })
+        };
+        self.branches.iter().find_map(|slot| {
+            of_node(slot.node).or_else(|| match &slot.branch {
+                Branch::Uniform(_) => None,
+                Branch::Table(leaves) => leaves.iter().find_map(of_leaf),
+            })
+        })
     }
 
     fn leaf_slot(&mut self, leaf: u32) -> Option<&mut LeafSlot> {

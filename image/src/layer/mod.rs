@@ -42,7 +42,7 @@ use std::path::{Path, PathBuf};
 use crate::error::ImageError;
 use crate::format::Format;
 use sapwood_blockdev::storage::{Lock, OpenOptions, Storage};
-use sapwood_blockdev::units::{BLOCK_SIZE, SECTOR_SIZE};
+use sapwood_blockdev::units::SECTOR_SIZE;
 
 pub use check::{CheckReport, check};
 pub use create::create;
@@ -136,9 +136,7 @@ fn check_size(path: &Path, size: u64, segment_blocks: u32) -> Result<(), ImageEr
     if size > SIZE_MAX {
         return Err(ImageError::invalid(path, "the largest size is 64 TiB"));
     }
-    // The root of the map names every GiB in 8 bytes and must fit into one record.
-    let root_max = u64::from(segment_blocks - 1).min(u64::from(record::DATA_BLOCKS_MAX)) * BLOCK_SIZE;
-    if (size.div_ceil(1 << 30) + 2) * 8 > root_max {
+    if size > layout::size_max(segment_blocks) {
         return Err(ImageError::invalid(path, "the segments are too small for a disk of this size"));
     }
     Ok(())

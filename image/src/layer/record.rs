@@ -6,7 +6,7 @@
 
 use super::bytes::{array, get_u32, get_u64, put};
 use super::layout::{Damage, LayerId, SIZE_MAX, damage};
-use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE};
+use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, SECTOR_SIZE};
 
 const MAGIC: [u8; 8] = *b"SAPWRECD";
 const R_LAYER_ID: usize = 8;
@@ -60,6 +60,17 @@ impl Run {
         }
     }
 
+    /// First byte of the disk behind everything that the run speaks of.
+    pub(super) fn disk_end(&self) -> u64 {
+        match *self {
+            Self::Data { start, count } | Self::Zero { start, count } | Self::Absent { start, count } => {
+                (start + u64::from(count)) * BLOCK_SIZE
+            }
+            Self::Size { bytes } => bytes,
+            Self::Nodes { .. } | Self::CheckpointEnd { .. } => 0,
+        }
+    }
+
     fn encode(&self, out: &mut [u8]) {
         let (kind, start, operand) = match *self {
             Self::Data { start, count } => (1u64, start, u64::from(count)),
@@ -85,7 +96,7 @@ impl Run {
             2 if in_range => Ok(Self::Zero { start, count }),
             3 if in_range => Ok(Self::Absent { start, count }),
             4 if count > 0 => Ok(Self::Nodes { count }),
-            5 if start <= SIZE_MAX => Ok(Self::Size { bytes: start }),
+            5 if start <= SIZE_MAX && start.is_multiple_of(SECTOR_SIZE) => Ok(Self::Size { bytes: start }),
             6 => Ok(Self::CheckpointEnd { generation: start, nonce: operand }),
             _ => Err(damage("record.run", at, format!("kind {kind}, start {start}, operand {operand}"))),
         }
@@ -186,6 +197,9 @@ impl Index {
                 R_RUN_COUNT,
                 format!("{run_count} runs, {data_blocks} blocks"),
             ));
+        }
+        if stands_for.is_some() && run_count > 0 {
+            return Err(damage("record.run_count", R_RUN_COUNT, "a void record says nothing"));
         }
         let runs: Vec<Run> =
             (0..run_count).map(|i| Run::decode(b, R_RUNS + i * RUN_BYTES)).collect::<Result<_, _>>()?;

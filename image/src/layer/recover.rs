@@ -11,7 +11,7 @@ use super::base::Base;
 use super::core::{Core, Root};
 use super::device::Layer;
 use super::driver::Driver;
-use super::layout::{Header, PREAMBLE_BYTES, Slot, SlotState, slot_offset};
+use super::layout::{Header, LayerId, PREAMBLE_BYTES, Slot, SlotState, slot_offset};
 use super::load::Reader;
 use super::log::Log;
 use super::record::Run;
@@ -50,15 +50,16 @@ impl<E: Engine> Layer<E> {
         path: &Path,
         options: &OpenLayer,
     ) -> Result<Arc<Self>, ImageError> {
-        Self::open_at_depth(storage, io, path, options, 0).await
+        Self::open_below(storage, io, path, options, &[]).await
     }
 
-    pub(super) async fn open_at_depth<S: Storage<File = E::File>>(
+    /// Opens a layer that is the base of others: `above`, topmost first.
+    pub(super) async fn open_below<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
         path: &Path,
         options: &OpenLayer,
-        depth: u32,
+        above: &[LayerId],
     ) -> Result<Arc<Self>, ImageError> {
         let (mode, lock) = match options.read_only {
             true => (OpenOptions::READ, Lock::Shared),
@@ -76,9 +77,13 @@ impl<E: Engine> Layer<E> {
         let reader = Reader { io, file: &file, path };
         let start = reader.read(0, 3 * BLOCK_SIZE).await?;
         let header = Header::decode(&start).map_err(|damage| reader.error(0, damage))?;
+        if above.contains(&header.layer_id) {
+            return Err(ImageError::new(path, ErrorKind::Base("its bases form a loop".to_owned())));
+        }
         let newest = choose_slot(&reader, &header, &start)?;
+        let chain = [above, &[header.layer_id]].concat();
         let base = match &header.base {
-            Some(record) => Some(Base::open_recorded(storage, io, path, record, depth + 1).await?),
+            Some(record) => Some(Base::open_recorded(storage, io, path, record, &chain).await?),
             None => None,
         };
         let mut core = recover(&reader, &header, &newest, options).await?;
@@ -168,7 +173,7 @@ async fn recover<E: Engine>(
         found_end |= record.runs.iter().any(
             |(run, _)| matches!(run, Run::CheckpointEnd { generation, .. } if *generation == slot.generation + 1),
         );
-        if u64::from(record.end.next_segment) >= u64::from(core.segments.count()) + SEGMENTS_BEYOND_END {
+        if u64::from(record.end.next_segment) >= reach {
             let offset = core.segments.offset(record.end.segment).0;
             return Err(ImageError::corrupt(
                 reader.path,
@@ -188,6 +193,12 @@ async fn recover<E: Engine>(
         );
         return Err(ImageError::corrupt(reader.path, "slot", at, detail));
     }
+    if let Some(place) = core.find_ahead() {
+        let offset = Core::file_offset(place).0;
+        let detail =
+            "the map refers to what the log has not written: a part of the log is damaged, or the map";
+        return Err(ImageError::corrupt(reader.path, "map", offset, detail));
+    }
     if let Some(other) = newest.other.filter(|other| other.clean && slot.clean && other.root == slot.root) {
         // A clean stop: both slots name one map, so what it does not use can be used at once.
         core.segments.free_unused(other.log.segment);
@@ -196,6 +207,18 @@ async fn recover<E: Engine>(
 }
 
 impl Core {
+    /// A place that something refers to although the log has yet to write it.
+    fn find_ahead(&self) -> Option<u32> {
+        let head = self.log.head;
+        let (start, blocks) = (self.segments.first_block(head.segment), self.segments.segment_blocks());
+        let (filling, next) =
+            (start + head.block..start + blocks, self.segments.first_block(head.next_segment));
+        let is_ahead = |place: u32| filling.contains(&place) || (next..next + blocks).contains(&place);
+        let root = (self.root.offset.0 / BLOCK_SIZE) as u32;
+        let root = Some(root).filter(|&place| self.root.len > 0 && is_ahead(place));
+        root.or_else(|| self.map.find_place(is_ahead))
+    }
+
     /// Enters a record that was found on recovery.
     fn replay(&mut self, runs: &[(Run, u32)], end: super::layout::LogPosition) {
         if end.segment != self.log.head.segment {

@@ -5,7 +5,7 @@
 //! checksum that the index states. The first place where one of these fails is the end of the
 //! log: what lies beyond was never reported durable (docs/format-layer.md, "Recovery").
 
-use super::layout::{FIRST_SEGMENT_BLOCK, Header, LogPosition};
+use super::layout::{FIRST_SEGMENT_BLOCK, Header, LogPosition, size_max};
 use super::load::Reader;
 use super::record::{DATA_BLOCKS_MAX, Index, Run};
 use super::segments::Segments;
@@ -32,6 +32,8 @@ pub(super) struct Replay<'a, E: Engine> {
     header: &'a Header,
     tuning: &'a Tuning,
     segments_max: u32,
+    /// Where the largest disk ends that this layer can hold.
+    disk_end_max: u64,
     /// After the last record that was believed.
     pub(super) position: LogPosition,
     /// Bytes of the file from `window_at`.
@@ -48,8 +50,9 @@ impl<'a, E: Engine> Replay<'a, E> {
         position: LogPosition,
     ) -> Self {
         let segments_max = Segments::count_max(header.segment_blocks);
+        let disk_end_max = size_max(header.segment_blocks);
         let window = AlignedBuf::zeroed(0);
-        Self { reader, header, tuning, segments_max, position, window, window_at: 0 }
+        Self { reader, header, tuning, segments_max, disk_end_max, position, window, window_at: 0 }
     }
 
     /// The next record, or `None` at the end of the log.
@@ -76,7 +79,7 @@ impl<'a, E: Engine> Replay<'a, E> {
         let Ok((index, chain)) = Index::decode(self.bytes(offset, BLOCK_SIZE).await?) else {
             return Ok(None);
         };
-        if !self.follows(&index, block) {
+        if !self.follows(&index, segment, block) {
             return Ok(None);
         }
         let data = self.bytes(offset + BLOCK_SIZE, u64::from(index.data_blocks) * BLOCK_SIZE).await?;
@@ -106,12 +109,19 @@ impl<'a, E: Engine> Replay<'a, E> {
     }
 
     /// Whether an index block that is whole is that of the next record.
-    fn follows(&self, index: &Index, block: u32) -> bool {
+    fn follows(&self, index: &Index, segment: u32, block: u32) -> bool {
+        // All records of a segment agree on where the log goes on after it, and it is elsewhere.
+        let goes_on = match segment == self.position.segment {
+            true => index.next_segment == self.position.next_segment,
+            false => index.next_segment != segment,
+        };
         let chained = index.nonce == self.position.nonce && index.previous == self.position.chain;
         index.layer_id == self.header.layer_id
             && index.sequence == self.position.sequence + 1
             && (chained || breaks!(self.tuning, RecoveryIgnoresChain))
+            && goes_on
             && index.next_segment < self.segments_max
+            && index.runs.iter().all(|run| run.disk_end() <= self.disk_end_max)
             && block + 1 + index.data_blocks <= self.header.segment_blocks
     }
 

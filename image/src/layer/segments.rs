@@ -12,7 +12,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use super::layout::FIRST_SEGMENT_BLOCK;
+use super::layout::{FIRST_SEGMENT_BLOCK, PREAMBLE_BYTES};
 use super::node::{NODE_ALIGNMENT, NodeRef};
 use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
 
@@ -37,6 +37,19 @@ struct Segment {
     last_sequence: u64,
     /// The host has given it space.
     allocated: bool,
+    /// It holds live blocks that cannot be moved, because they are damaged.
+    pinned: bool,
+}
+
+impl Segment {
+    const FREE: Self = Self {
+        state: State::Free,
+        live_blocks: 0,
+        node_bytes: 0,
+        last_sequence: 0,
+        allocated: false,
+        pinned: false,
+    };
 }
 
 /// All segments of a layer.
@@ -53,8 +66,7 @@ pub(super) struct Segments {
 impl Segments {
     /// `count` segments of which nothing is known yet: in use until checkpoints say otherwise.
     pub(super) fn new(segment_blocks: u32, count: u32) -> Self {
-        let used =
-            Segment { state: State::Used, live_blocks: 0, node_bytes: 0, last_sequence: 0, allocated: true };
+        let used = Segment { state: State::Used, allocated: true, ..Segment::FREE };
         Self {
             list: vec![used; count as usize],
             free: BTreeSet::new(),
@@ -99,6 +111,12 @@ impl Segments {
         (place - FIRST_SEGMENT_BLOCK) / self.segment_blocks
     }
 
+    /// Whether bytes of the file lie in one segment.
+    pub(super) fn holds(&self, offset: u64, len: usize) -> bool {
+        let Some(start) = offset.checked_sub(PREAMBLE_BYTES) else { return false };
+        start / self.bytes() < self.list.len() as u64 && start % self.bytes() + len as u64 <= self.bytes()
+    }
+
     fn of_offset(&self, offset: u64) -> u32 {
         self.of_place((offset / BLOCK_SIZE) as u32)
     }
@@ -125,16 +143,19 @@ impl Segments {
         (0..).zip(&self.list).map(taken).map(u64::from).sum()
     }
 
-    /// Counts newly mapped places, all in one segment.
+    /// Counts newly mapped places, all in one segment. While a map is loaded its entries may lie: the
+    /// counts stop at their ends, and [`overfull`](Self::overfull) finds them.
     pub(super) fn take_blocks(&mut self, place: u32, count: u32) {
         self.live_blocks += u64::from(count);
         let segment = self.of_place(place) as usize;
-        self.list[segment].live_blocks += count;
+        let live = &mut self.list[segment].live_blocks;
+        *live = live.saturating_add(count);
     }
 
-    /// A segment with more live blocks than it has blocks: the map refers to some twice.
+    /// A segment with more in it than it has room for: the map refers to some of it twice.
     pub(super) fn overfull(&self) -> Option<u32> {
-        (0..).zip(&self.list).find(|(_, s)| s.live_blocks > self.segment_blocks).map(|(i, _)| i)
+        let bytes = |s: &Segment| u64::from(s.live_blocks) * BLOCK_SIZE + u64::from(s.node_bytes);
+        (0..).zip(&self.list).find(|(_, s)| bytes(s) > self.bytes()).map(|(i, _)| i)
     }
 
     /// Counts a place that is no longer mapped.
@@ -161,7 +182,8 @@ impl Segments {
     /// Counts `len` bytes of nodes, all in one segment.
     pub(super) fn take_node_bytes(&mut self, offset: u64, len: usize) {
         let segment = self.of_offset(offset) as usize;
-        self.list[segment].node_bytes += len.next_multiple_of(NODE_ALIGNMENT) as u32;
+        let bytes = &mut self.list[segment].node_bytes;
+        *bytes = bytes.saturating_add(len.next_multiple_of(NODE_ALIGNMENT) as u32);
     }
 
     /// The opposite of [`take_node_bytes`](Self::take_node_bytes).
@@ -173,15 +195,8 @@ impl Segments {
     /// Marks a segment that the log fills or will fill next. The list grows to hold it.
     pub(super) fn set_log(&mut self, segment: u32) {
         while self.list.len() <= segment as usize {
-            let fresh = Segment {
-                state: State::Free,
-                live_blocks: 0,
-                node_bytes: 0,
-                last_sequence: 0,
-                allocated: false,
-            };
             self.free.insert(self.list.len() as u32);
-            self.list.push(fresh);
+            self.list.push(Segment::FREE);
         }
         self.free.remove(&segment);
         self.list[segment as usize].state = State::Log;
@@ -211,8 +226,19 @@ impl Segments {
 
     /// Gives back a segment that was chosen and not used.
     pub(super) fn unchoose(&mut self, segment: u32) {
-        self.list[segment as usize].state = State::Free;
+        let segment_state = &mut self.list[segment as usize];
+        (segment_state.state, segment_state.pinned) = (State::Free, false);
         self.free.insert(segment);
+    }
+
+    /// Mapped blocks in a segment.
+    pub(super) fn live_blocks_in(&self, segment: u32) -> u32 {
+        self.list[segment as usize].live_blocks
+    }
+
+    /// Has the cleaner leave a segment alone from now on.
+    pub(super) fn pin(&mut self, segment: u32) {
+        self.list[segment as usize].pinned = true;
     }
 
     pub(super) fn is_allocated(&self, segment: u32) -> bool {
@@ -292,7 +318,7 @@ impl Segments {
         (0..)
             .zip(&self.list)
             .filter(|(_, s)| s.state == State::Used && s.last_sequence <= published)
-            .filter(|(_, s)| s.live_blocks > 0 || s.node_bytes > 0)
+            .filter(|(_, s)| !s.pinned && (s.live_blocks > 0 || s.node_bytes > 0))
             .filter(|(_, s)| {
                 s.live_blocks + s.node_bytes.div_ceil(BLOCK_SIZE as u32) < self.segment_blocks * 7 / 8
             })
@@ -412,5 +438,21 @@ mod tests {
         assert_eq!(segments.choose(), Some(3), "a reader holds it");
         segments.leave(reader);
         assert_eq!(segments.choose(), Some(0));
+    }
+
+    #[test]
+    fn a_pinned_segment_is_no_victim_until_it_was_freed() {
+        let mut segments = Segments::new(16, 2);
+        segments.set_log(1);
+        segments.take_blocks(FIRST_SEGMENT_BLOCK, 1);
+        assert_eq!(segments.victim(0), Some(0));
+        segments.pin(0);
+        assert_eq!(segments.victim(0), None);
+        segments.release_block(FIRST_SEGMENT_BLOCK);
+        (0..2).for_each(|_| segments.retire(&segments.dead(0), false));
+        assert_eq!(segments.choose(), Some(0));
+        segments.set_used(0, 0);
+        segments.take_blocks(FIRST_SEGMENT_BLOCK, 1);
+        assert_eq!(segments.victim(0), Some(0));
     }
 }

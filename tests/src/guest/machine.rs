@@ -85,7 +85,7 @@ pub struct GuestSpec {
 
 impl GuestSpec {
     /// A guest that runs `script` in the Debian on the first of `disks`: 512 MiB, two processors,
-    /// five minutes.
+    /// ten minutes.
     pub fn new(disks: Vec<Disk>, script: impl Into<String>) -> Self {
         Self {
             disks,
@@ -93,7 +93,7 @@ impl GuestSpec {
             script: script.into(),
             memory_mib: 512,
             cpus: 2,
-            limit: Duration::from_secs(300),
+            limit: Duration::from_secs(600),
         }
     }
 

@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test file uses a part")]
 
 pub mod ramdisk;
+pub mod rig;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

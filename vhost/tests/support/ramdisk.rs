@@ -1,15 +1,17 @@
 //! A disk in memory over a real engine, with what tests want to decide: how long requests take,
 //! whether they fail.
 
+use std::marker::PhantomData;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use sapwood_blockdev::Errno;
 use sapwood_blockdev::device::{BlockDevice, Command, DeviceError, DeviceQueue, Done, Geometry, Request};
-use sapwood_blockdev::engine::{Engine, Time, UringEngine};
+use sapwood_blockdev::engine::{Engine, Time, UringEngine, WatchFd};
 
-pub struct RamDisk {
+pub struct RamDisk<E = UringEngine> {
+    engine: PhantomData<fn() -> E>,
     data: Mutex<Vec<u8>>,
     pub read_only: bool,
     /// How long each request takes, in microseconds.
@@ -23,13 +25,14 @@ pub struct RamDisk {
     pub queues: AtomicUsize,
 }
 
-impl RamDisk {
+impl<E> RamDisk<E> {
     pub fn new(size: usize) -> Arc<Self> {
         Arc::new(Self::with(size, false))
     }
 
     pub fn with(size: usize, read_only: bool) -> Self {
         Self {
+            engine: PhantomData,
             data: Mutex::new(vec![0; size]),
             read_only,
             delay_us: AtomicU64::new(0),
@@ -74,15 +77,15 @@ impl RamDisk {
     }
 }
 
-pub struct RamQueue {
-    disk: Arc<RamDisk>,
-    engine: UringEngine,
+pub struct RamQueue<E> {
+    disk: Arc<RamDisk<E>>,
+    engine: E,
     pending: Vec<(Time, Request)>,
 }
 
-impl BlockDevice for RamDisk {
-    type Engine = UringEngine;
-    type Queue = RamQueue;
+impl<E: WatchFd> BlockDevice for RamDisk<E> {
+    type Engine = E;
+    type Queue = RamQueue<E>;
 
     fn geometry(&self) -> Geometry {
         Geometry {
@@ -93,7 +96,7 @@ impl BlockDevice for RamDisk {
         }
     }
 
-    fn queue(self: &Arc<Self>, engine: UringEngine) -> RamQueue {
+    fn queue(self: &Arc<Self>, engine: E) -> RamQueue<E> {
         self.queues.fetch_add(1, Ordering::Relaxed);
         RamQueue { disk: Arc::clone(self), engine, pending: Vec::new() }
     }
@@ -103,8 +106,8 @@ impl BlockDevice for RamDisk {
     }
 }
 
-impl DeviceQueue for RamQueue {
-    type Engine = UringEngine;
+impl<E: Engine> DeviceQueue for RamQueue<E> {
+    type Engine = E;
 
     fn submit(&mut self, request: Request) {
         self.disk.outstanding.fetch_add(1, Ordering::Relaxed);
@@ -138,7 +141,7 @@ impl DeviceQueue for RamQueue {
         self.pending.len()
     }
 
-    fn with_engine<R>(&mut self, f: impl FnOnce(&mut UringEngine) -> R) -> R {
+    fn with_engine<R>(&mut self, f: impl FnOnce(&mut E) -> R) -> R {
         f(&mut self.engine)
     }
 }

@@ -1,0 +1,267 @@
+//! Damage by name, and what becomes of each: which error, naming which field, or what is still
+//! there. On host files, with the blocking engine.
+#![allow(missing_docs, clippy::unwrap_used)]
+
+use std::path::{Path, PathBuf};
+
+use sapwood_image::{ErrorKind, ImageError};
+use sapwood_tests::damage::corrupt::{self, Image};
+use sapwood_tests::damage::format::{self, node, record, slot};
+use sapwood_tests::damage::lab::{Bench, HostLab, check};
+use sapwood_tests::damage::meter::{Meter, metered};
+use sapwood_tests::damage::specimen::{self, Specimen};
+use sapwood_tests::damage::walk;
+
+#[global_allocator]
+static METER: Meter = Meter;
+
+/// Memory that no specimen needs, in bytes.
+const MEMORY_MAX: usize = 64 << 20;
+
+/// A folder with a layer file in it.
+struct Scene {
+    folder: tempfile::TempDir,
+    path: PathBuf,
+}
+
+fn scene(image: &Image) -> Scene {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("disk");
+    std::fs::write(&path, image).unwrap();
+    Scene { folder, path }
+}
+
+/// How opening ends, the same for readers and writers; the file as it was.
+fn refusal(image: &Image) -> ImageError {
+    let scene = scene(image);
+    let refusal = refusal_at(&scene.path);
+    assert!(std::fs::read(&scene.path).unwrap() == *image, "a refused layer is not changed");
+    refusal
+}
+
+fn refusal_at(path: &Path) -> ImageError {
+    let open = |read_only| {
+        let (result, peak) = metered(MEMORY_MAX, || Bench::open(&HostLab, path, read_only));
+        let error = result.err().expect("it was opened");
+        assert!(peak < MEMORY_MAX, "{peak} bytes of memory");
+        assert_eq!(error.path, path, "the error names the file");
+        error
+    };
+    let (reader, writer) = (open(true), open(false));
+    assert_eq!(reader.to_string(), writer.to_string());
+    writer
+}
+
+/// Damages a specimen; opening must fail with this field and offset, and `check` must say so.
+#[track_caller]
+fn refused(specimen: &Specimen, damage: impl FnOnce(&mut Image), field: &str, at: impl Into<Option<usize>>) {
+    let mut image = specimen.bytes.clone();
+    damage(&mut image);
+    let error = refusal(&image);
+    let ErrorKind::Corrupt { field: named, offset, .. } = &error.kind else { panic!("{error}") };
+    assert_eq!(*named, field, "{error}");
+    if let Some(at) = at.into() {
+        assert_eq!(*offset, at as u64, "{error}");
+    }
+    let report = check(&HostLab, &scene(&image).path).unwrap();
+    assert_eq!(report.errors, [error.kind.to_string()]);
+}
+
+/// Damages a specimen; it must open and hold `disk`, also for a writer, who leaves it in order.
+#[track_caller]
+fn recovered(specimen: &Specimen, damage: impl FnOnce(&mut Image), disk: &[u8]) {
+    let mut image = specimen.bytes.clone();
+    damage(&mut image);
+    let scene = scene(&image);
+    std::fs::write(scene.folder.path().join("base"), specimen::base()).unwrap();
+    for read_only in [true, false, true] {
+        let mut bench = Bench::open(&HostLab, &scene.path, read_only).unwrap();
+        let held = bench.read(0, bench.size() as usize).unwrap();
+        assert_eq!(held.len(), disk.len());
+        assert_eq!(held.iter().zip(disk).position(|(a, b)| a != b), None, "the first byte that differs");
+        bench.close().unwrap();
+    }
+    assert_eq!(check(&HostLab, &scene.path).unwrap().errors, [""; 0]);
+}
+
+/// Makes newest and older slot the same but for the generation, so that neither is a way out.
+fn in_both_slots(b: &mut Image, mut change: impl FnMut(&mut [u8])) {
+    for at in format::slots(b) {
+        change(&mut b[at..at + 512]);
+    }
+    sapwood_tests::damage::seal::seal_slots(b);
+}
+
+#[test]
+fn a_generation_that_cannot_be_counted_on_is_refused() {
+    refused(&specimen::written(), corrupt::huge_generation, "slot.generation", None);
+}
+
+#[test]
+fn a_size_that_the_root_cannot_describe_is_refused() {
+    let size = |slot: &mut [u8]| format::put_u64(slot, slot::SIZE, 64 << 40);
+    refused(&specimen::written(), |b| in_both_slots(b, size), "slot.size", None);
+}
+
+#[test]
+fn a_record_beyond_the_largest_disk_is_not_believed() {
+    let specimen = specimen::abandoned();
+    let first = specimen.history[0].clone();
+    let last_block = (1 << 34) - 1;
+    for kind in [record::ZERO, record::ABSENT] {
+        recovered(&specimen, |b| corrupt::log_run(b, kind, last_block, 1), &first);
+        recovered(&specimen, |b| corrupt::log_run(b, kind, 0, u64::from(u32::MAX)), &first);
+    }
+    recovered(&specimen, |b| corrupt::log_run(b, record::SIZE, 64 << 40, 0), &first);
+}
+
+#[test]
+fn a_node_that_is_not_as_long_as_its_reference_is_refused() {
+    refused(&specimen::written(), corrupt::reference_length, "node.count", None);
+    let longer = |slot: &mut [u8]| {
+        let len = format::u32_at(slot, slot::ROOT_LEN);
+        format::put_u32(slot, slot::ROOT_LEN, len + 8);
+    };
+    refused(&specimen::written(), |b| in_both_slots(b, longer), "node.count", None);
+}
+
+#[test]
+fn a_node_that_crosses_segments_is_refused() {
+    let specimen = specimen::written();
+    let end = specimen::SEGMENT as u64 + 64 * 1024;
+    let crossing = |slot: &mut [u8]| format::put_u64(slot, slot::ROOT, end - 8);
+    refused(&specimen, |b| in_both_slots(b, crossing), "slot.root", end as usize - 8);
+    let crossing = |b: &mut Image| {
+        let root = corrupt::first_node(b, &[node::ROOT]);
+        let len = format::u64_at(b, root.at + node::BODY) & 0xffff;
+        corrupt::change_node(b, &root, |n| format::put_u64(n, node::BODY, (end - 8) << 16 | len));
+    };
+    refused(&specimen, crossing, "node.reference", None);
+}
+
+#[test]
+fn a_log_that_would_overwrite_what_the_map_needs_is_refused() {
+    let specimen = specimen::written();
+    let looping = |slot: &mut [u8]| {
+        let segment = format::u32_at(slot, slot::LOG_SEGMENT);
+        format::put_u32(slot, slot::NEXT_SEGMENT, segment);
+    };
+    refused(&specimen, |b| in_both_slots(b, looping), "slot.next_segment", None);
+    let over_data = |slot: &mut [u8]| format::put_u32(slot, slot::NEXT_SEGMENT, 0);
+    refused(&specimen, |b| in_both_slots(b, over_data), "map", None);
+    refused(&specimen, corrupt::leaf_place_future, "map", None);
+}
+
+#[test]
+fn a_record_that_sends_the_log_elsewhere_is_not_believed() {
+    let specimen = specimen::abandoned();
+    let log = walk::log(&specimen.bytes, corrupt::newest(&specimen.bytes));
+    let inside = (1..log.len()).find(|&i| log[i].segment == log[i - 1].segment).unwrap();
+    recovered(&specimen, |b| corrupt::log_turns(b, inside), &specimen.history[inside]);
+}
+
+#[test]
+fn a_damaged_log_below_the_newest_checkpoint_is_refused() {
+    // A checkpoint made while a guest writes names a position before its own nodes; when the log
+    // breaks between the two, the nodes must not be overwritten.
+    let specimen = specimen::abandoned();
+    let turn_back = |b: &mut Image| {
+        let root = corrupt::first_node(b, &[node::ROOT]);
+        let found = corrupt::record_of(b, root.at);
+        let index = b[found.at..found.at + 64].to_vec();
+        corrupt::change_slot(b, |slot| {
+            format::put_u32(slot, slot::LOG_SEGMENT, found.segment);
+            format::put_u32(slot, slot::LOG_BLOCK, found.block as u32);
+            format::put_u32(slot, slot::NEXT_SEGMENT, format::u32_at(&index, record::NEXT_SEGMENT));
+            format::put_u64(slot, slot::SEQUENCE, format::u64_at(&index, record::SEQUENCE) - 1);
+            format::put_u32(slot, slot::CHAIN, format::u32_at(&index, record::PREVIOUS));
+        });
+        found
+    };
+    recovered(
+        &specimen,
+        |b| {
+            turn_back(b);
+        },
+        specimen.history.last().unwrap(),
+    );
+    let and_break = |b: &mut Image| {
+        let found = turn_back(b);
+        b[found.at + record::CHECKSUM] ^= 1;
+    };
+    refused(&specimen, and_break, "map", None);
+}
+
+#[test]
+fn records_that_say_what_none_would_are_not_believed() {
+    let specimen = specimen::abandoned();
+    let first = specimen.history[0].clone();
+    recovered(&specimen, |b| corrupt::log_run(b, record::SIZE, 1 << 20 | 1, 0), &first);
+    recovered(&specimen, corrupt::void_with_runs, &first);
+    recovered(&specimen, |b| corrupt::log_run(b, record::NODES, 0, 0), &first);
+    recovered(&specimen, |b| corrupt::log_run(b, record::DATA, 0, 1), &first);
+    recovered(&specimen, |b| corrupt::log_run(b, 77, 0, 1), &first);
+}
+
+/// A layer over a layer whose base is `below`.
+fn chain(folder: &Path, name: &str, id: u8, below: Option<(&str, &Image)>) -> Image {
+    let mut image = specimen::empty().bytes;
+    corrupt::rename_layer(&mut image, [id; 16]);
+    if let Some((path, below)) = below {
+        corrupt::layer_base(&mut image, path, below);
+    }
+    std::fs::write(folder.join(name), &image).unwrap();
+    image
+}
+
+#[test]
+fn bases_in_a_loop_are_refused_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let a = chain(folder.path(), "a", 1, None);
+    let b = chain(folder.path(), "b", 2, Some(("a", &a)));
+    chain(folder.path(), "a", 1, Some(("b", &b)));
+    chain(folder.path(), "self", 3, Some(("self", &a)));
+    for name in ["a", "b", "self"] {
+        let path = folder.path().join(name);
+        let error = Bench::open(&HostLab, &path, true).err().unwrap();
+        let ErrorKind::Base(text) = &error.kind else { panic!("{error}") };
+        assert!(text.contains("its bases form a loop"), "{error}");
+        assert!(text.len() < 1000, "{error}");
+        assert!(matches!(Bench::open(&HostLab, &path, false).err().unwrap().kind, ErrorKind::Base(_)));
+    }
+}
+
+#[test]
+fn a_chain_of_bases_has_a_length_that_every_stack_holds() {
+    let folder = tempfile::tempdir().unwrap();
+    let name = |i: u8| i.to_string();
+    let mut below = chain(folder.path(), "0", 0, None);
+    for i in 1..=101 {
+        below = chain(folder.path(), &name(i), i, Some((&name(i - 1), &below)));
+    }
+    let mut bench = Bench::open(&HostLab, &folder.path().join(name(100)), true).unwrap();
+    assert_eq!(bench.read(4096, 4096).unwrap(), [0; 4096]);
+    bench.layer.extents(0..1 << 20).unwrap();
+    let error = Bench::open(&HostLab, &folder.path().join(name(101)), true).err().unwrap();
+    assert!(error.to_string().contains("more than 100 bases in a chain"), "{error}");
+}
+
+#[test]
+fn the_cleaner_moves_no_damaged_block() {
+    for break_index in [false, true] {
+        let mut specimen = specimen::written();
+        let leaf = corrupt::first_node(&specimen.bytes, &[node::LEAF_RUNS]);
+        let place = format::u32_at(&specimen.bytes, leaf.at + node::BODY + 4) as usize;
+        let found = corrupt::record_of(&specimen.bytes, place * 4096);
+        let flip = if break_index { found.at + record::CHECKSUM } else { place * 4096 };
+        specimen.bytes[flip] ^= 1;
+        let scene = scene(&specimen.bytes);
+        let before = check(&HostLab, &scene.path).unwrap();
+        assert!(!before.errors.is_empty());
+        let bench = Bench::open(&HostLab, &scene.path, false).unwrap();
+        (0..10).for_each(|_| assert!(bench.clean().is_ok()));
+        bench.close().unwrap();
+        let after = check(&HostLab, &scene.path).unwrap();
+        assert_eq!(after.errors, before.errors, "the damage is still there to be seen");
+    }
+}
