@@ -14,6 +14,7 @@ use super::driver::Driver;
 use super::waiter::Result;
 use crate::error::ImageError;
 use sapwood_blockdev::Errno;
+use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::device::DeviceError;
 use sapwood_blockdev::engine::{Engine, Op, Time};
 use sapwood_blockdev::io::Io;
@@ -115,7 +116,7 @@ impl<E: Engine> Layer<E> {
     /// # Errors
     /// What the storage says.
     pub async fn clean(self: &Arc<Self>, io: &Io<E>) -> std::result::Result<bool, ImageError> {
-        self.on_driver(io, async |driver| driver.clean_segment().await).await
+        self.on_driver(io, async |driver| driver.clean_segment(&mut AlignedBuf::zeroed(0)).await).await
     }
 
     /// Ends background work, makes everything durable in a checkpoint that leaves nothing to
@@ -200,12 +201,13 @@ impl<E: Engine> Driver<E> {
     }
 
     async fn clean_some(&self) -> Result {
+        let mut scratch = AlignedBuf::zeroed(0);
         for _ in 0..CLEAN_BATCH {
             let wanted = {
                 let core = self.layer.core();
                 !core.closing && !core.segments.has_retired() && core.is_over_space()
             };
-            if !wanted || !self.clean_segment().await? {
+            if !wanted || !self.clean_segment(&mut scratch).await? {
                 return Ok(());
             }
         }
