@@ -71,7 +71,7 @@ impl<E: Engine> Driver<E> {
                 blocks += group.len();
                 blocks <= BATCH_BLOCKS
             };
-            let (batch, after) = rest.split_at(rest.iter().take_while(fits).count());
+            let (batch, after) = rest.split_at(rest.iter().take_while(fits).count().max(1));
             self.move_groups(batch, contents, first).await?;
             rest = after;
         }
