@@ -22,8 +22,6 @@ use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
 
 /// Pause after background work has failed, for example because the host is full.
 const RETRY_PAUSE: Time = Time::from_secs(1);
-/// Free segments that keep their space, for the log to come.
-const FREE_SEGMENTS_KEPT: usize = 8;
 /// Segments cleaned before the checkpoint that lets them go.
 const CLEAN_BATCH: usize = 8;
 
@@ -197,7 +195,14 @@ impl<E: Engine> Driver<E> {
         } else if due.sync {
             self.flush().await?;
         }
-        self.punch_free(FREE_SEGMENTS_KEPT).await
+        self.punch_free(self.free_segments_kept()).await
+    }
+
+    /// Free segments that keep their space: what the log fills until a checkpoint frees the next
+    /// ones. To write where something was written before costs the file system less.
+    fn free_segments_kept(&self) -> usize {
+        let core = self.layer.core();
+        (core.tuning.checkpoint_bytes / core.segments.bytes()) as usize
     }
 
     async fn clean_some(&self) -> Result {
