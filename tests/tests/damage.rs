@@ -265,3 +265,15 @@ fn the_cleaner_moves_no_damaged_block() {
         assert_eq!(after.errors, before.errors, "the damage is still there to be seen");
     }
 }
+
+#[test]
+fn a_log_that_goes_on_inside_a_record_is_reported() {
+    let mut specimen = specimen::written();
+    let inside = |slot: &mut [u8]| {
+        let block = format::u32_at(slot, slot::LOG_BLOCK);
+        format::put_u32(slot, slot::LOG_BLOCK, block + 3);
+    };
+    in_both_slots(&mut specimen.bytes, inside);
+    let report = check(&HostLab, &scene(&specimen.bytes).path).unwrap();
+    assert!(report.errors[0].contains("where no record ends"), "{:?}", report.errors);
+}
