@@ -143,7 +143,9 @@ pub trait DeviceQueue {
     /// Blocks until polling may bring something new, or `deadline`. May return early.
     fn wait(&mut self, deadline: Option<Time>);
 
-    /// Requests submitted and not yet reported.
+    /// Requests submitted and not yet reported, and whatever else the device does on this queue's
+    /// engine, which must end before the queue is dropped. That ends without a report: poll, look
+    /// here, and only then wait (as [`drain`] does).
     fn outstanding(&self) -> usize;
 
     /// Access to the thread's engine: to watch a descriptor, to tell the time, to get a waker.

@@ -1,4 +1,8 @@
-//! Test support: damaged images, and the simulated world.
+//! Tests that need more than one crate, and the tools they share: real guests, a vhost-user client,
+//! a model of a disk, damaged images, and the simulated world.
 
 pub mod damage;
+pub mod frontend;
+pub mod guest;
+pub mod model;
 pub mod sim;

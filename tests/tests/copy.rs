@@ -1,5 +1,7 @@
 //! Copying and comparing disks.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::Path;
 
 use sapwood_blockdev::io::Io;

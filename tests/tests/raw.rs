@@ -1,5 +1,7 @@
 //! Raw disks: reads and writes of any alignment from several queues, and what failures mean.
 
+#![allow(clippy::unwrap_used)]
+
 use std::path::Path;
 use std::sync::Arc;
 

@@ -64,12 +64,15 @@ impl<D: BlockDevice> Backend<D> {
         let vrings = workers.iter().map(|_| Vring::default()).collect();
         let protocol = VhostUserProtocolFeatures::empty();
         let (map, features) = (GuestMap::default(), Features::default());
-        Self { device, workers, vrings, map, features, protocol, writeback: true }
+        let backend = Self { device, workers, vrings, map, features, protocol, writeback: true };
+        // Before a driver has accepted FLUSH it cannot ask for durability.
+        backend.apply_write_cache();
+        backend
     }
 
-    /// Whether the frontend accepted a protocol feature.
-    pub(crate) fn has(&self, feature: VhostUserProtocolFeatures) -> bool {
-        self.protocol.contains(feature)
+    /// Whether the frontend takes notices of a changed configuration.
+    pub(crate) fn takes_notices(&self) -> bool {
+        self.protocol.contains(VhostUserProtocolFeatures::CONFIG | VhostUserProtocolFeatures::BACKEND_REQ)
     }
 
     /// Stops all rings, at once, and waits until they have drained.
@@ -186,6 +189,7 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Backend<D> {
         self.vrings.fill_with(Vring::default);
         self.features = Features::default();
         self.writeback = true;
+        self.apply_write_cache();
         Ok(())
     }
 
@@ -201,9 +205,9 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Backend<D> {
         if self.features != Features(features) {
             self.stop_all();
             self.features = Features(features);
-            self.apply_write_cache();
             self.start_all();
         }
+        self.apply_write_cache();
         Ok(())
     }
 

@@ -1,6 +1,8 @@
 //! Kick, call and error descriptors (vhost-user: SET_VRING_KICK, SET_VRING_CALL, SET_VRING_ERR).
 //!
-//! They come from the frontend and may be anything. None may block a queue's thread.
+//! They come from the frontend and may be anything. None blocks a queue's thread, unless the
+//! frontend fills its own counter, and makes it blocking, just between the look and the write: it
+//! then holds up its own queue, and the orderly end of this server.
 
 use std::fs::File;
 use std::io;
@@ -30,6 +32,10 @@ impl Kick {
 
     /// Empties the counter. False when the descriptor is of no use: it would be readable for ever.
     pub(crate) fn clear(&self) -> bool {
+        // Whoever shares the open file can have made it block again.
+        if poll(&mut [PollFd::new(&*self.0, PollFlags::IN)], Some(&Timespec::default())) == Ok(0) {
+            return true;
+        }
         match read(&*self.0, &mut [0; 8]) {
             Ok(n) => n > 0,
             Err(error) => matches!(error, Errno::AGAIN | Errno::INTR),
@@ -86,5 +92,53 @@ impl Complaints {
     pub(crate) fn count(&mut self) -> Option<u64> {
         self.0 += 1;
         self.0.is_power_of_two().then_some(self.0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::event::{EventfdFlags, eventfd};
+    use std::os::unix::net::UnixStream;
+
+    fn blocking_counter() -> File {
+        File::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap())
+    }
+
+    #[test]
+    fn kicks_are_cleared_without_blocking() {
+        let file = blocking_counter();
+        let kick = Kick::new(file.try_clone().unwrap()).unwrap();
+        assert!(kick.clear(), "nothing to clear");
+        write(&file, &3u64.to_ne_bytes()).unwrap();
+        assert!(kick.clear());
+        assert_eq!(read(&file, &mut [0; 8]), Err(Errno::AGAIN), "cleared");
+    }
+
+    #[test]
+    fn a_descriptor_at_its_end_is_no_kick() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        drop(theirs);
+        assert!(!Kick::new(File::from(OwnedFd::from(ours))).unwrap().clear());
+    }
+
+    #[test]
+    fn a_full_counter_does_not_block() {
+        let file = blocking_counter();
+        let notifier = Notifier::default();
+        notifier.signal();
+        notifier.set(Some(file.try_clone().unwrap()));
+        write(&file, &(u64::MAX - 1).to_ne_bytes()).unwrap();
+        notifier.signal();
+        let mut counter = [0; 8];
+        read(&file, &mut counter).unwrap();
+        assert_eq!(u64::from_ne_bytes(counter), u64::MAX - 1);
+    }
+
+    #[test]
+    fn complaints_are_rationed() {
+        let mut complaints = Complaints::default();
+        let logged: Vec<u64> = (0..100).filter_map(|_| complaints.count()).collect();
+        assert_eq!(logged, [1, 2, 4, 8, 16, 32, 64]);
     }
 }

@@ -72,7 +72,7 @@ mod tests {
             spin.slept(us(10));
         }
         assert_eq!(spin.budget, us(50));
-        for _ in 0..4 {
+        for _ in 0..5 {
             spin.slept(us(1000));
         }
         assert!(!spin.again(|| us(0)));

@@ -283,6 +283,20 @@ struct Loop<D: BlockDevice> {
 
 impl<D: BlockDevice<Engine: WatchFd>> Loop<D> {
     fn run(mut self) {
+        while self.obey() {
+            if self.turn() {
+                self.spin.busy();
+            } else if self.spin.again(|| self.queue.with_engine(|engine| engine.now())) {
+                std::hint::spin_loop();
+            } else {
+                self.sleep();
+            }
+        }
+    }
+
+    /// Does what was commanded; false at the end. All of it, because one wake may stand for
+    /// several commands.
+    fn obey(&mut self) -> bool {
         loop {
             match self.commands.try_recv() {
                 Ok(Command::Start(start)) => self.start(*start),
@@ -291,18 +305,11 @@ impl<D: BlockDevice<Engine: WatchFd>> Loop<D> {
                     // Whoever asked may have gone.
                     let _ = reply.send(next);
                 }
-                Err(TryRecvError::Empty) => {}
+                Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => {
                     self.stop();
-                    return;
+                    return false;
                 }
-            }
-            if self.turn() {
-                self.spin.busy();
-            } else if self.spin.again(|| self.queue.with_engine(|engine| engine.now())) {
-                std::hint::spin_loop();
-            } else {
-                self.sleep();
             }
         }
     }
@@ -318,9 +325,14 @@ impl<D: BlockDevice<Engine: WatchFd>> Loop<D> {
     /// Stops taking requests and waits for those in flight.
     fn stop(&mut self) -> Option<u16> {
         self.queue.with_engine(|engine| engine.watch(None));
-        // The engine may be polled once more for what was outstanding: the device's own work.
-        while self.queue.outstanding() > 0 {
-            if !self.report() {
+        // What is outstanding may be the device's own work, whose end is no report: look before
+        // every wait.
+        loop {
+            let moved = self.report();
+            if self.queue.outstanding() == 0 {
+                break;
+            }
+            if !moved {
                 self.queue.wait(None);
             }
         }

@@ -7,7 +7,7 @@
 //!
 //! Two engines work on the host's files: [`UringEngine`] and, where the kernel has no io_uring
 //! or does not let us use it, [`BlockingEngine`]. They pass the same contract tests
-//! (`tests/engine_contract.rs`). The simulated one lives with the simulator.
+//! (`tests/engine_contract/main.rs`). The simulated one lives with the simulator.
 
 mod blocking;
 mod op;

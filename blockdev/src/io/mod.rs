@@ -19,7 +19,6 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
-use std::thread::{self, ThreadId};
 
 use futures_util::stream::{FuturesUnordered, Stream};
 use slab::Slab;
@@ -79,11 +78,15 @@ struct Flight {
     retries: u32,
 }
 
-/// Woken tasks raise a flag; [`Io::poll`] runs them. A task is mostly woken by its own thread; one
-/// woken by another also ends that thread's wait.
+/// Woken tasks raise a flag; [`Io::poll`] runs them. A task woken while its thread waits also ends
+/// that wait; while the thread runs, as it mostly does, the flag is enough.
+///
+/// The two sides set one flag and then look at the other, in one total order (`SeqCst`): either
+/// the waiter sees that a task is awake, or the waker sees that the thread waits.
 struct Woken {
     flag: AtomicBool,
-    home: ThreadId,
+    /// From before [`Io::wait`] blocks until the next [`Io::poll`].
+    waiting: AtomicBool,
     engine: Waker,
 }
 
@@ -93,7 +96,7 @@ impl Wake for Woken {
     }
 
     fn wake_by_ref(self: &Arc<Self>) {
-        if !self.flag.swap(true, Ordering::AcqRel) && thread::current().id() != self.home {
+        if !self.flag.swap(true, Ordering::SeqCst) && self.waiting.load(Ordering::SeqCst) {
             self.engine.wake_by_ref();
         }
     }
@@ -121,8 +124,8 @@ impl<E: Engine> Clone for Io<E> {
 impl<E: Engine> Io<E> {
     /// A reactor over `engine`, for the calling thread.
     pub fn new(engine: E) -> Self {
-        let woken =
-            Woken { flag: AtomicBool::new(false), home: thread::current().id(), engine: engine.waker() };
+        let (flag, waiting) = (AtomicBool::new(false), AtomicBool::new(false));
+        let woken = Woken { flag, waiting, engine: engine.waker() };
         Self(Rc::new(Reactor {
             engine: RefCell::new(engine),
             flights: RefCell::default(),
@@ -149,7 +152,7 @@ impl<E: Engine> Io<E> {
     /// Runs a future beside the caller, on this thread, within [`Io::poll`].
     pub fn spawn(&self, future: impl Future<Output = ()> + 'static) {
         self.0.spawned.borrow_mut().push(Box::pin(future));
-        self.0.woken.flag.store(true, Ordering::Release);
+        self.0.woken.flag.store(true, Ordering::SeqCst);
     }
 
     /// Drops all futures given to [`Io::spawn`]; operations they had started run to their end.
@@ -174,6 +177,7 @@ impl<E: Engine> Io<E> {
     /// woken tasks. Outcomes of [`Io::start`] are appended to `finished`. Not to be called from a
     /// task.
     pub fn poll(&self, finished: &mut Vec<(u64, Outcome)>) {
+        self.0.woken.waiting.store(false, Ordering::SeqCst);
         for _ in 0..ROUNDS_MAX {
             let mut completions = self.0.completions.take();
             self.0.engine.borrow_mut().collect(&mut completions);
@@ -185,18 +189,19 @@ impl<E: Engine> Io<E> {
             while let Some(waker) = self.due(now) {
                 waker.wake();
             }
-            if !self.0.woken.flag.swap(false, Ordering::AcqRel) {
+            if !self.0.woken.flag.swap(false, Ordering::SeqCst) {
                 return;
             }
             self.run_tasks();
         }
         // Tasks are still awake: the next wait returns at once.
-        self.0.woken.flag.store(true, Ordering::Release);
+        self.0.woken.flag.store(true, Ordering::SeqCst);
     }
 
     /// Blocks until polling may bring something new, or `deadline`.
     pub fn wait(&self, deadline: Option<Time>) {
-        if self.0.woken.flag.load(Ordering::Acquire) {
+        self.0.woken.waiting.store(true, Ordering::SeqCst);
+        if self.0.woken.flag.load(Ordering::SeqCst) {
             return;
         }
         let timer = self.0.timers.borrow().next();

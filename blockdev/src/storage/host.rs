@@ -21,9 +21,12 @@ use crate::units::{BLOCK_BYTES, SECTOR_SIZE};
 /// Unit of `st_blocks` in bytes, whatever the file system's block size (stat(3type)).
 const STAT_BLOCK_SIZE: u64 = 512;
 
-/// How long a lock is waited for whose holder has ended, and how often it is looked at.
+/// How long a lock is waited for whose holder has ended.
 const ENDED_HOLDER_WAIT: Duration = Duration::from_secs(10);
-const ENDED_HOLDER_PAUSE: Duration = Duration::from_millis(2);
+/// How long, when nobody is seen to hold it: it may have been given up just now.
+const UNKNOWN_HOLDER_WAIT: Duration = Duration::from_millis(50);
+/// How often it is looked at meanwhile.
+const HOLDER_PAUSE: Duration = Duration::from_millis(2);
 
 /// The host's file systems and block devices.
 #[derive(Clone, Copy, Debug, Default)]
@@ -296,7 +299,7 @@ impl StorageFile for HostFile {
     /// For one that has ended it waits, within a bound: the kernel lets go of such files only when
     /// the operations in flight on them are over.
     fn lock(&self, lock: Lock) -> Result<(), LockError> {
-        let give_up = Instant::now() + ENDED_HOLDER_WAIT;
+        let begun = Instant::now();
         loop {
             match self.try_lock(lock) {
                 Ok(()) => {
@@ -307,8 +310,13 @@ impl StorageFile for HostFile {
                 Err(error) => return Err(LockError::Io(error.into())),
             }
             let holder = self.stat().ok().and_then(|stat| Holder::of(&stat));
-            if holder.as_ref().is_some_and(Holder::has_ended) && Instant::now() < give_up {
-                std::thread::sleep(ENDED_HOLDER_PAUSE);
+            let patience = match &holder {
+                Some(holder) if holder.has_ended() => ENDED_HOLDER_WAIT,
+                Some(_) => Duration::ZERO,
+                None => UNKNOWN_HOLDER_WAIT,
+            };
+            if begun.elapsed() < patience {
+                std::thread::sleep(HOLDER_PAUSE);
                 continue;
             }
             let name = holder.map(|holder| holder.name());

@@ -166,27 +166,9 @@ impl Core {
         let position = self.log.published;
         let dead = self.segments.dead(position.sequence);
         #[cfg(feature = "mutations")]
-        let frozen = self.fuzzy(frozen);
+        let frozen = self.breach_freeze(frozen);
         self.log.bytes_since_checkpoint = 0;
         Running { frozen, position, size: self.size, generation: self.generation + 1, root: self.root, dead }
-    }
-
-    /// The mutation that stores entries of records in flight.
-    #[cfg(feature = "mutations")]
-    fn fuzzy(&self, mut frozen: Frozen) -> Frozen {
-        if breaks!(self.tuning, FuzzyCheckpoint) {
-            for (run, place) in self.log.flights.iter().flat_map(|flight| &flight.runs) {
-                let Run::Data { start, count } = *run else { continue };
-                for i in 0..u64::from(count) {
-                    let (leaf, at) = (((start + i) / 512) as u32, ((start + i) % 512) as usize);
-                    let table = frozen.leaves.iter_mut().find(|(index, _)| *index == leaf);
-                    if let Some((_, table)) = table {
-                        std::sync::Arc::make_mut(table)[at] = super::node::Entry(place + i as u32);
-                    }
-                }
-            }
-        }
-        frozen
     }
 
     /// Takes note of where the root is now.

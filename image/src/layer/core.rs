@@ -45,6 +45,8 @@ pub(super) enum Job {
 struct Port {
     /// Ended parts and flushes of requests: the request's key, and how it ended.
     inbox: Vec<(usize, Result)>,
+    /// It holds writes back until less waits for the log.
+    held: bool,
     waker: Waker,
 }
 
@@ -156,7 +158,7 @@ impl Core {
     /// Adds a queue that is woken by `waker`.
     pub(super) fn add_port(&mut self, waker: Waker) -> usize {
         self.ports_added += 1;
-        self.ports.insert(self.ports_added, Port { inbox: Vec::new(), waker });
+        self.ports.insert(self.ports_added, Port { inbox: Vec::new(), held: false, waker });
         self.ports_added
     }
 
@@ -183,9 +185,24 @@ impl Core {
         }
     }
 
-    /// Whether guest writes should wait for staging memory.
-    pub(super) fn is_congested(&self) -> bool {
-        self.log.pending_bytes > PENDING_BYTES_MAX
+    /// Whether a queue's writes should wait until less waits for the log. Then the queue is woken
+    /// when it may try again.
+    pub(super) fn hold(&mut self, port: usize) -> bool {
+        let congested = self.log.pending_bytes > PENDING_BYTES_MAX;
+        if let Some(port) = self.ports.get_mut(&port) {
+            port.held = congested;
+        }
+        congested
+    }
+
+    /// Wakes the queues that hold writes back, once they need not.
+    fn release_held(&mut self) {
+        if self.log.pending_bytes <= PENDING_BYTES_MAX {
+            for port in self.ports.values_mut().filter(|port| port.held) {
+                port.held = false;
+                port.waker.wake_by_ref();
+            }
+        }
     }
 
     /// Makes all that is published durable, and tells `waiter`.
@@ -196,7 +213,11 @@ impl Core {
         if self.latched.is_some() {
             return self.end(waiter, Err(DeviceError::Latched), 0);
         }
-        if self.sync.durable >= self.log.published.sequence || breaks!(self.tuning, FlushWithoutSync) {
+        if breaks!(self.tuning, FlushWithoutSync) {
+            self.sync.unsynced_since = None;
+            return self.end(waiter, Ok(()), 0);
+        }
+        if self.sync.durable >= self.log.published.sequence {
             return self.end(waiter, Ok(()), 0);
         }
         match &mut self.sync.running {
@@ -237,7 +258,9 @@ impl Core {
         {
             return Some(Job::Reserve(self.start_reserve()?));
         }
-        self.log.form(&mut self.segments).map(Job::Record)
+        let record = self.log.form(&mut self.segments)?;
+        self.release_held();
+        Some(Job::Record(record))
     }
 
     /// Whether there is work that [`next_job`](Self::next_job) would hand out to some queue: then
@@ -275,7 +298,7 @@ impl Core {
                 return None;
             }
         }
-        for &segment in segments.iter().filter(|&&s| !self.segments.is_allocated(s)) {
+        for &segment in segments.iter().filter(|&&s| !self.segments.is_reserved(s)) {
             let start = self.segments.offset(segment).0;
             ranges.push(start..start + self.segments.bytes());
         }
@@ -291,7 +314,7 @@ impl Core {
         self.reserve.failed = result.is_err();
         match result {
             Ok(()) => {
-                segments.iter().for_each(|&segment| self.segments.set_allocated(segment));
+                segments.iter().for_each(|&segment| self.segments.set_reserved(segment));
                 self.log.opened = true;
                 self.log.spare = Some(spare);
             }
@@ -306,6 +329,7 @@ impl Core {
 
     fn fail_pending(&mut self, error: DeviceError) {
         self.log.pending_bytes = 0;
+        self.release_held();
         for part in std::mem::take(&mut self.log.pending) {
             self.end(part.waiter, Err(error), 0);
         }
@@ -322,16 +346,8 @@ impl Core {
             Err(errno) if breaks!(self.tuning, FailedRecordNotVoided) => FlightState::Voided(errno),
             Err(errno) => FlightState::Failed(errno),
         };
-        let done = flight.state == FlightState::Done;
-        if done && breaks!(self.tuning, ReportBeforeEarlierRecord) {
-            let waiters = std::mem::take(&mut flight.waiters);
-            let runs = std::mem::take(&mut flight.runs);
-            self.apply(&runs);
-            waiters.into_iter().for_each(|(waiter, place)| self.end(waiter, Ok(()), place));
-        } else if done && breaks!(self.tuning, PublishOutOfOrder) {
-            let runs = std::mem::take(&mut flight.runs);
-            self.apply(&runs);
-        }
+        #[cfg(feature = "mutations")]
+        self.breach_order(sequence);
         self.publish(now);
     }
 

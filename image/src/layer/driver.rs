@@ -21,8 +21,8 @@ use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::units::{BLOCK_BYTES, FileOffset};
 
-/// Staging buffers kept for reuse, of each size.
-const POOL_DEPTH: usize = 64;
+/// Bytes of staging buffers of one size that a thread keeps for reuse.
+const POOL_BYTES: usize = 512 << 10;
 
 /// A thread's handle on a layer. Clones share the thread's counters and buffers.
 pub(super) struct Driver<E: Engine> {
@@ -149,7 +149,7 @@ impl<E: Engine> Driver<E> {
 
     fn recycle(&self, buf: AlignedBuf) {
         if let Some(free) = self.local.pool.borrow_mut().get_mut(buf.len() / BLOCK_BYTES)
-            && free.len() < POOL_DEPTH
+            && (free.len() + 1) * buf.len() <= POOL_BYTES
         {
             free.push(buf);
         }
@@ -183,8 +183,12 @@ impl<E: Engine> Driver<E> {
     /// Waits for a ticket, keeping the log moving meanwhile.
     pub(super) async fn wait(&self, ticket: &Ticket) -> Result<Vec<u32>> {
         poll_fn(|cx| {
-            self.pump();
-            ticket.poll(cx)
+            // Registered before the look: whoever ends a job without going on wakes a waiter.
+            let ended = ticket.poll(cx);
+            if ended.is_pending() {
+                self.pump();
+            }
+            ended
         })
         .await
     }

@@ -187,6 +187,7 @@ impl Log {
         }
         let place = segments.first_block(self.head.segment) + self.head.block;
         let taken = self.take_parts(place, segment_blocks - self.head.block - 1);
+        assert!(!taken.waiters.is_empty(), "every part fits into an empty segment");
         Some(self.launch(place, taken, segments))
     }
 

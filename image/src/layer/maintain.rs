@@ -59,14 +59,16 @@ impl Core {
         }
     }
 
-    /// When something becomes due if nothing else happens.
-    fn next_due(&self) -> Option<Time> {
+    /// When something becomes due if nothing else happens. A sync may become due, by a write to
+    /// come, before a checkpoint does, so that nobody has to wake a maintenance that sleeps for one.
+    fn next_due(&self, now: Time) -> Option<Time> {
         if self.latched.is_some() {
             return None;
         }
         let sync = self.unsynced_since().map(|since| since + self.tuning.sync_interval);
         let checkpoint =
             self.is_checkpoint_wanted().then(|| self.checkpointed_at + self.tuning.checkpoint_interval);
+        let checkpoint = checkpoint.map(|due| due.min(now + self.tuning.sync_interval));
         sync.into_iter().chain(checkpoint).min()
     }
 
@@ -172,7 +174,7 @@ impl<E: Engine> Driver<E> {
             if due != Due::default() && now >= not_before {
                 return Poll::Ready(Some(due));
             }
-            let until = if due == Due::default() { core.next_due() } else { Some(not_before) };
+            let until = if due == Due::default() { core.next_due(now) } else { Some(not_before) };
             core.maintenance_idle = until.is_none();
             core.maintenance_wakers.push(cx.waker().clone());
             drop(core);

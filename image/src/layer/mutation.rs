@@ -4,6 +4,14 @@
 //! with the cargo feature `mutations`, which nothing but the test crate enables: a rule whose
 //! breach no test notices is not tested.
 
+use std::sync::Arc;
+
+use super::core::Core;
+use super::log::FlightState;
+use super::map::Frozen;
+use super::node::{Entry, LEAF_ENTRIES};
+use super::record::Run;
+
 /// A rule to break.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mutation {
@@ -70,4 +78,37 @@ impl Mutation {
         Self::ShrinkWithoutZeroing,
         Self::MergeWithoutMark,
     ];
+}
+
+impl Core {
+    /// [`Mutation::ReportBeforeEarlierRecord`] and [`Mutation::PublishOutOfOrder`].
+    pub(super) fn breach_order(&mut self, sequence: u64) {
+        let report = self.tuning.mutation == Some(Mutation::ReportBeforeEarlierRecord);
+        let publish = report || self.tuning.mutation == Some(Mutation::PublishOutOfOrder);
+        let flight = self.log.flight(sequence);
+        if !publish || flight.state != FlightState::Done {
+            return;
+        }
+        let runs = std::mem::take(&mut flight.runs);
+        let waiters = if report { std::mem::take(&mut flight.waiters) } else { Vec::new() };
+        self.apply(&runs);
+        waiters.into_iter().for_each(|(waiter, place)| self.end(waiter, Ok(()), place));
+    }
+
+    /// [`Mutation::FuzzyCheckpoint`].
+    pub(super) fn breach_freeze(&self, mut frozen: Frozen) -> Frozen {
+        if self.tuning.mutation != Some(Mutation::FuzzyCheckpoint) {
+            return frozen;
+        }
+        for (run, place) in self.log.flights.iter().flat_map(|flight| &flight.runs) {
+            let Run::Data { start, count } = *run else { continue };
+            for (block, place) in (start..start + u64::from(count)).zip(*place..) {
+                let leaf = (block / LEAF_ENTRIES as u64) as u32;
+                if let Some((_, table)) = frozen.leaves.iter_mut().find(|(index, _)| *index == leaf) {
+                    Arc::make_mut(table)[block as usize % LEAF_ENTRIES] = Entry(place);
+                }
+            }
+        }
+        frozen
+    }
 }

@@ -98,7 +98,7 @@ impl<E: Engine> LayerQueue<E> {
         match request.command {
             Command::Read(memory) => self.read(request.tag, request.offset.0, memory),
             Command::Flush => self.flush(request.tag),
-            _ if self.layer().core().is_congested() => self.held.push_back(request),
+            _ if self.layer().core().hold(self.port) => self.held.push_back(request),
             Command::Write(_) | Command::WriteZeroes | Command::Discard => self.write(request),
         }
         Ok(())
@@ -242,12 +242,20 @@ impl<E: Engine> LayerQueue<E> {
         any
     }
 
-    fn release_held(&mut self) {
-        while !self.held.is_empty() && !self.layer().core().is_congested() {
+    /// Starts writes that were held back; says whether there were any.
+    fn release_held(&mut self) -> bool {
+        let held = self.held.len();
+        while !self.held.is_empty() && !self.layer().core().hold(self.port) {
             if let Some(request) = self.held.pop_front() {
                 self.write(request);
             }
         }
+        self.held.len() < held
+    }
+
+    /// Whether this queue has an interest in the layer's progress.
+    fn is_active(&self) -> bool {
+        !self.pending.is_empty() || !self.held.is_empty()
     }
 }
 
@@ -263,11 +271,13 @@ impl<E: Engine> DeviceQueue for LayerQueue<E> {
 
     fn poll(&mut self, done: &mut Vec<Done>) {
         loop {
-            self.driver.set_active(!self.pending.is_empty() || !self.held.is_empty());
-            self.driver.pump();
-            let any = self.collect();
-            self.release_held();
-            if !any {
+            self.driver.set_active(self.is_active());
+            if self.is_active() {
+                self.driver.pump();
+            }
+            let collected = self.collect();
+            let released = self.release_held();
+            if !collected && !released {
                 break;
             }
         }
@@ -275,7 +285,7 @@ impl<E: Engine> DeviceQueue for LayerQueue<E> {
             let mut core = self.driver.layer.core();
             self.epochs.drain(..).for_each(|epoch| core.segments.leave(epoch));
         }
-        self.driver.set_active(!self.pending.is_empty() || !self.held.is_empty());
+        self.driver.set_active(self.is_active());
         done.append(&mut self.ready);
     }
 

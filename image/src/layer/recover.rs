@@ -199,7 +199,10 @@ async fn recover<E: Engine>(
             "the map refers to what the log has not written: a part of the log is damaged, or the map";
         return Err(ImageError::corrupt(reader.path, "map", offset, detail));
     }
-    if let Some(other) = newest.other.filter(|other| other.clean && slot.clean && other.root == slot.root) {
+    if let Some(other) = newest
+        .other
+        .filter(|other| other.clean && slot.clean && other.root == slot.root && core.log.head == slot.log)
+    {
         // A clean stop: both slots name one map, so what it does not use can be used at once.
         core.segments.free_unused(other.log.segment);
     }

@@ -35,8 +35,10 @@ struct Segment {
     node_bytes: u32,
     /// The newest record in it.
     last_sequence: u64,
-    /// The host has given it space.
+    /// The host may have given it space, which is to be given back.
     allocated: bool,
+    /// All its space was reserved in this session: writing it cannot fail for want of space.
+    reserved: bool,
     /// It holds live blocks that cannot be moved, because they are damaged.
     pinned: bool,
 }
@@ -48,6 +50,7 @@ impl Segment {
         node_bytes: 0,
         last_sequence: 0,
         allocated: false,
+        reserved: false,
         pinned: false,
     };
 }
@@ -55,7 +58,9 @@ impl Segment {
 /// All segments of a layer.
 pub(super) struct Segments {
     list: Vec<Segment>,
+    /// Free segments without space of the host, and those with it.
     free: BTreeSet<u32>,
+    free_allocated: BTreeSet<u32>,
     /// Draining segments and the epoch whose reads they wait for, oldest first.
     draining: VecDeque<(u32, u64)>,
     segment_blocks: u32,
@@ -70,6 +75,7 @@ impl Segments {
         Self {
             list: vec![used; count as usize],
             free: BTreeSet::new(),
+            free_allocated: BTreeSet::new(),
             draining: VecDeque::new(),
             segment_blocks,
             live_blocks: 0,
@@ -128,7 +134,7 @@ impl Segments {
 
     /// Bytes of segments that are not free for use.
     pub(super) fn occupied_bytes(&self) -> u64 {
-        (self.list.len() - self.free.len()) as u64 * self.bytes()
+        (self.list.len() - self.free.len() - self.free_allocated.len()) as u64 * self.bytes()
     }
 
     /// Blocks of used segments that are not mapped; `head_blocks` are taken in the one being filled.
@@ -198,7 +204,7 @@ impl Segments {
             self.free.insert(self.list.len() as u32);
             self.list.push(Segment::FREE);
         }
-        self.free.remove(&segment);
+        self.forget_free(segment);
         self.list[segment as usize].state = State::Log;
     }
 
@@ -209,14 +215,12 @@ impl Segments {
         segment.last_sequence = last_sequence;
     }
 
-    /// Chooses the segment for the log to fill after those it has: a free one, else a new one at
-    /// the end of the file. `None` when the file cannot have more.
+    /// Chooses the segment for the log to fill after those it has: a free one, best one that has its
+    /// space, else a new one at the end of the file. `None` when the file cannot have more.
     pub(super) fn choose(&mut self) -> Option<u32> {
         self.reap();
-        let segment = match self.free.first() {
-            Some(&segment) => segment,
-            None => self.count(),
-        };
+        let free = self.free_allocated.first().or_else(|| self.free.first());
+        let segment = free.copied().unwrap_or(self.count());
         if segment >= Self::count_max(self.segment_blocks) {
             return None;
         }
@@ -228,7 +232,13 @@ impl Segments {
     pub(super) fn unchoose(&mut self, segment: u32) {
         let segment_state = &mut self.list[segment as usize];
         (segment_state.state, segment_state.pinned) = (State::Free, false);
-        self.free.insert(segment);
+        let set = if segment_state.allocated { &mut self.free_allocated } else { &mut self.free };
+        set.insert(segment);
+    }
+
+    fn forget_free(&mut self, segment: u32) {
+        self.free.remove(&segment);
+        self.free_allocated.remove(&segment);
     }
 
     /// Mapped blocks in a segment.
@@ -241,12 +251,14 @@ impl Segments {
         self.list[segment as usize].pinned = true;
     }
 
-    pub(super) fn is_allocated(&self, segment: u32) -> bool {
-        self.list[segment as usize].allocated
+    /// Whether all space of a segment was reserved in this session.
+    pub(super) fn is_reserved(&self, segment: u32) -> bool {
+        self.list[segment as usize].reserved
     }
 
-    pub(super) fn set_allocated(&mut self, segment: u32) {
-        self.list[segment as usize].allocated = true;
+    pub(super) fn set_reserved(&mut self, segment: u32) {
+        let segment = &mut self.list[segment as usize];
+        (segment.allocated, segment.reserved) = (true, true);
     }
 
     /// Segments that a checkpoint as of `sequence` neither refers to nor replays. To be asked at
@@ -326,18 +338,22 @@ impl Segments {
             .map(|(segment, _)| segment)
     }
 
-    /// A free segment that still has the host's space, beyond the first `keep` of them; it cannot
-    /// be chosen until [`punched`](Self::punched).
+    /// A free segment that still has the host's space, if there are more than `keep` of them; it
+    /// cannot be chosen until [`punched`](Self::punched).
     pub(super) fn start_punch(&mut self, keep: usize) -> Option<u32> {
-        let segment = self.free.iter().copied().filter(|&s| self.list[s as usize].allocated).nth(keep)?;
-        self.free.remove(&segment);
+        if self.free_allocated.len() <= keep {
+            return None;
+        }
+        let segment = self.free_allocated.pop_last()?;
         self.list[segment as usize].state = State::Punching;
         Some(segment)
     }
 
     /// The space of a segment was given back (or could not be).
     pub(super) fn punched(&mut self, segment: u32, given_back: bool) {
-        self.list[segment as usize].allocated = !given_back;
+        let state = &mut self.list[segment as usize];
+        state.allocated = !given_back;
+        state.reserved &= !given_back;
         self.unchoose(segment);
     }
 
@@ -345,7 +361,7 @@ impl Segments {
     pub(super) fn trim(&mut self) -> u32 {
         while self.list.last().is_some_and(|s| s.state == State::Free) {
             self.list.pop();
-            self.free.remove(&self.count());
+            self.forget_free(self.count());
         }
         self.count()
     }

@@ -6,7 +6,7 @@
 //! - A writer holds the file exclusively, a reader shares it.
 //! - Two outstanding writes to neighbouring sectors never lose each other, whatever the storage
 //!   must be aligned to: where that is more than a sector, writes hold the ranges they touch
-//!   ([`ranges`]), and cut edges are read, changed and written while held.
+//!   (`ranges`), and cut edges are read, changed and written while held.
 //! - After a failed sync nothing is written and nothing is promised any more (the kernel may have
 //!   dropped what it had accepted): the device latches until it is reopened.
 

@@ -46,6 +46,12 @@ fn fill(value: Value, sector: u64, bytes: &mut [u8]) {
     }
 }
 
+/// The value and the place that a sector claims.
+fn claim(bytes: &[u8]) -> (Value, u64) {
+    let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
+    (Value(word(0)), !word(8))
+}
+
 /// The bytes of a base image of so many sectors.
 pub fn base_image(sectors: u64) -> Vec<u8> {
     let mut bytes = vec![0; (sectors * SECTOR) as usize];
@@ -73,6 +79,14 @@ impl Contents {
         value
     }
 
+    /// Whether a sector holds what a guest or a base put there or elsewhere, other than zeroes.
+    pub fn is_guests(&self, bytes: &[u8]) -> bool {
+        let (value, place) = claim(bytes);
+        let mut whole = [0; SECTOR_BYTES];
+        fill(value, place, &mut whole);
+        (value != ZERO && whole == bytes) || self.foreign.contains_key(bytes)
+    }
+
     /// The bytes of consecutive sectors.
     pub fn bytes(&self, first: u64, values: &[Value]) -> Vec<u8> {
         let mut bytes = vec![0; values.len() * SECTOR_BYTES];
@@ -93,8 +107,7 @@ impl Contents {
         if bytes.iter().all(|byte| *byte == 0) {
             return Ok(ZERO);
         }
-        let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("8 bytes"));
-        let (value, place) = (Value(word(0)), !word(8));
+        let (value, place) = claim(bytes);
         let mut whole = [0; SECTOR_BYTES];
         fill(value, place, &mut whole);
         if whole == bytes && place == sector {

@@ -6,7 +6,11 @@
 //! - A sector is never torn, and what a recovery showed stays, durably.
 //! - A discard zeroes the whole blocks inside it; the rest of it may go either way.
 //! - What lies past the end is gone: a disk that grows again reads as zeroes there.
+//!   A reported resize is durable.
 //! - With the write cache off, a reported write is a flushed one.
+
+use std::collections::BTreeSet;
+use std::fmt;
 
 use super::content::{Contents, SECTOR_BYTES, Value, ZERO};
 use super::register::{Crash, Register, Tick};
@@ -48,6 +52,12 @@ pub struct Ticket {
     size: Option<u64>,
 }
 
+impl fmt::Display for Ticket {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:?} submitted at {}", self.action, self.submitted)
+    }
+}
+
 /// A disk's history.
 #[derive(Debug)]
 pub struct Contract {
@@ -56,6 +66,8 @@ pub struct Contract {
     sectors: Vec<Register>,
     size: Register,
     now: Tick,
+    /// When the reads that are not reported were submitted.
+    reads: BTreeSet<Tick>,
     write_cache: bool,
     crash: Option<Crash>,
     dropped: bool,
@@ -70,6 +82,7 @@ impl Contract {
             sectors: (0..most).map(|at| Register::new(initial(at))).collect(),
             size: Register::new(Value(sectors)),
             now: 1,
+            reads: BTreeSet::new(),
             write_cache: true,
             crash: None,
             dropped: false,
@@ -91,7 +104,8 @@ impl Contract {
         let now = self.tick();
         let (mut changes, mut size) = (Vec::new(), None);
         match &action {
-            Action::Read(..) | Action::Flush => {}
+            Action::Flush => {}
+            Action::Read(..) => assert!(self.reads.insert(now)),
             Action::Write(first, values) => {
                 for (sector, value) in (*first..).zip(values) {
                     changes.push(self.change(sector, *value, true));
@@ -126,17 +140,19 @@ impl Contract {
     /// A read that returned what it must not.
     pub fn done(&mut self, ticket: &Ticket, data: &[u8]) -> Result<(), String> {
         let now = self.tick();
+        let durable = !self.write_cache || ticket.size.is_some();
         for change in &ticket.changes {
             let register = &mut self.sectors[change.sector as usize];
             if change.certain {
-                register.reported(change.version, now, !self.write_cache);
+                register.reported(change.version, now, durable);
             } else {
-                register.perhaps(change.version, now);
+                register.reported_optional(change.version, now);
             }
         }
         if let Some(version) = ticket.size {
-            self.size.reported(version, now, !self.write_cache);
+            self.size.reported(version, now, true);
         }
+        self.reads.remove(&ticket.submitted);
         match ticket.action {
             Action::Flush => self.flush(ticket.submitted),
             Action::Read(first, count) => return self.read(first, count, data, ticket.submitted, now),
@@ -148,17 +164,21 @@ impl Contract {
     /// The device reports a failure: the action may have happened, wholly or in part.
     pub fn failed(&mut self, ticket: &Ticket) {
         let now = self.tick();
+        self.reads.remove(&ticket.submitted);
         for change in &ticket.changes {
-            self.sectors[change.sector as usize].perhaps(change.version, now);
+            self.sectors[change.sector as usize].failed(change.version, now);
         }
         if let Some(version) = ticket.size {
-            self.size.perhaps(version, now);
+            self.size.failed(version, now);
         }
     }
 
     fn flush(&mut self, submitted: Tick) {
-        self.size.flush(submitted);
-        self.sectors.iter_mut().for_each(|sector| sector.flush(submitted));
+        let oldest = self.reads.first().copied().unwrap_or(self.now);
+        for register in self.sectors.iter_mut().chain([&mut self.size]) {
+            register.flush(submitted);
+            register.forget(oldest);
+        }
     }
 
     fn read(
@@ -208,6 +228,7 @@ impl Contract {
     pub fn crashed(&mut self, crash: Crash) {
         let crash = if self.dropped { Crash::Power } else { crash };
         self.crash = self.crash.max(Some(crash));
+        self.reads.clear();
     }
 
     /// A recovery shows this whole disk.
@@ -264,18 +285,21 @@ mod tests {
     }
 
     #[test]
-    fn a_regrown_disk_is_zero_and_an_unflushed_shrink_may_be_undone() {
+    fn a_regrown_disk_is_zero_and_an_unreported_shrink_may_be_undone() {
+        let values: Vec<Value> = (0..16).map(Value::base).collect();
         let mut contract = Contract::new(16, 16, 16);
+        let data = disk(&contract, &values);
+        contract.submit(Action::Resize(8));
+        contract.crashed(Crash::Power);
+        contract.recovered(&data).unwrap();
         let shrink = contract.submit(Action::Resize(8));
         contract.done(&shrink, &[]).unwrap();
         let grow = contract.submit(Action::Resize(16));
         contract.done(&grow, &[]).unwrap();
-        let values: Vec<Value> = (0..16).map(Value::base).collect();
-        let data = disk(&contract, &values);
         let read = contract.submit(Action::Read(0, 16));
         assert!(contract.done(&read, &data).unwrap_err().contains("sector 8 "));
         contract.crashed(Crash::Power);
-        contract.recovered(&data).unwrap();
+        assert!(contract.recovered(&data).unwrap_err().contains("sector 8 "));
     }
 
     #[test]

@@ -257,6 +257,13 @@ impl Medium {
         });
     }
 
+    /// The medium itself changes a sector.
+    pub fn damage(&mut self, number: u64, bytes: &[u8]) {
+        let content = Content::Data(Arc::from(bytes), 0);
+        self.sectors.insert(number, Sector { durable: content, versions: Vec::new() });
+        self.dirty.remove(&number);
+    }
+
     /// The power fails: `draw` decides what of the unsynced state persists.
     pub fn power_cut(&mut self, draw: &mut Draw) {
         for number in std::mem::take(&mut self.dirty) {

@@ -8,18 +8,30 @@
 //! - [`world`], [`storage`], [`engine`]: the clock, processes and crashes behind the storage and
 //!   engine seams of `sapwood-blockdev`;
 //! - [`content`], [`register`], [`contract`]: what a disk promises its guest, and whether it
-//!   keeps it.
+//!   keeps it;
+//! - [`subject`]: what is tested; [`layer`]: layers; [`toy`]: a small disk that tests the simulator itself;
+//! - [`plan`], [`session`], [`history`], [`explore`]: histories, how they run, and what is
+//!   reported of those that fail.
 
 pub mod content;
 pub mod contract;
+mod drive;
 pub mod engine;
+pub mod explore;
 pub mod faults;
+pub mod history;
 mod landing;
+pub mod layer;
 pub mod medium;
 pub mod names;
 pub mod persist;
+pub mod plan;
+mod recovery;
 pub mod register;
 pub mod rng;
+pub mod session;
 pub mod storage;
+pub mod subject;
+pub mod toy;
 pub mod trace;
 pub mod world;

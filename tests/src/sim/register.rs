@@ -26,23 +26,28 @@ enum State {
     Pending,
     /// Reported as done.
     Reported,
-    /// Reported as failed, or done with no promise that it changed anything.
-    Perhaps,
+    /// Reported as done, with no promise that it changed anything.
+    Optional,
+    /// Reported as failed: it may still come to light at the next recovery, whatever reads showed
+    /// before, but not after a later write.
+    Failed,
 }
 
 #[derive(Clone, Debug)]
 struct Version {
     id: u64,
     value: Value,
-    /// It happened after every version that ended before this.
     submitted: Tick,
+    /// A read that began at this time saw it: it happened after whatever had ended by then.
+    observed: Tick,
     ended: Option<Tick>,
     state: State,
     flushed: bool,
     /// When a read that saw it was reported first.
     seen: Option<Tick>,
-    /// A read saw something later.
-    overtaken: bool,
+    /// When a read that saw something later was reported first: no read that begins afterwards
+    /// sees this.
+    overtaken: Option<Tick>,
     /// A read saw something later that was reported itself: a kill does not bring it back.
     replaced: bool,
 }
@@ -60,11 +65,12 @@ impl Version {
             id,
             value,
             submitted,
+            observed: submitted,
             ended: None,
             state: State::Pending,
             flushed: false,
             seen: None,
-            overtaken: false,
+            overtaken: None,
             replaced: false,
         }
     }
@@ -80,7 +86,8 @@ impl Version {
 
     /// Whether it certainly happened before `other`.
     fn precedes(&self, other: &Self) -> bool {
-        self.id != other.id && self.ended.is_some_and(|ended| ended < other.submitted)
+        let since = if self.state == State::Failed { other.submitted } else { other.observed };
+        self.id != other.id && self.ended.is_some_and(|ended| ended < since)
     }
 }
 
@@ -112,12 +119,16 @@ impl Register {
         if durable && let Some(version) = self.versions.iter_mut().find(|version| version.id == id) {
             version.flushed = true;
         }
-        self.prune();
     }
 
-    /// A write was reported as failed, or as done without a promise.
-    pub fn perhaps(&mut self, id: u64, now: Tick) {
-        self.end(id, now, State::Perhaps);
+    /// Something that may have changed the sector was reported as done.
+    pub fn reported_optional(&mut self, id: u64, now: Tick) {
+        self.end(id, now, State::Optional);
+    }
+
+    /// A write was reported as failed.
+    pub fn failed(&mut self, id: u64, now: Tick) {
+        self.end(id, now, State::Failed);
     }
 
     fn end(&mut self, id: u64, now: Tick, state: State) {
@@ -133,13 +144,17 @@ impl Register {
             let covered = version.ended.is_some_and(|ended| ended < submitted);
             version.flushed |= covered && version.state == State::Reported;
         }
-        self.prune();
     }
 
-    /// Forgets what no crash can bring back.
-    fn prune(&mut self) {
-        let flushed: Vec<Version> = self.versions.iter().filter(|version| version.flushed).cloned().collect();
-        self.versions.retain(|version| !flushed.iter().any(|later| version.precedes(later)));
+    /// Forgets what neither a crash nor a read can bring back; `oldest` is when the oldest read
+    /// that is not reported was submitted.
+    pub fn forget(&mut self, oldest: Tick) {
+        if self.versions.len() > 1 {
+            let settled =
+                |version: &&Version| version.flushed && version.ended.is_some_and(|ended| ended < oldest);
+            let settled: Vec<Version> = self.versions.iter().filter(settled).cloned().collect();
+            self.versions.retain(|version| !settled.iter().any(|later| version.precedes(later)));
+        }
     }
 
     /// A read that lasted from `submitted` to `now` returned `value`.
@@ -156,7 +171,7 @@ impl Register {
         }
         if let [only] = matching[..] {
             let only = &mut self.versions[only];
-            only.submitted = only.submitted.max(submitted);
+            only.observed = only.observed.max(submitted);
             only.seen = only.seen.or(Some(now));
         }
         let reported = matching.iter().all(|at| {
@@ -166,8 +181,8 @@ impl Register {
         for at in 0..self.versions.len() {
             let version = &mut self.versions[at];
             if !matching.contains(&at) && version.ended.is_some_and(|ended| ended < submitted) {
-                version.overtaken = true;
-                version.replaced |= reported && version.state != State::Perhaps;
+                version.overtaken = version.overtaken.or(Some(now));
+                version.replaced |= reported && version.state != State::Failed;
             }
         }
         Ok(())
@@ -175,7 +190,7 @@ impl Register {
 
     fn readable(&self, at: usize, submitted: Tick) -> bool {
         let version = &self.versions[at];
-        !version.overtaken
+        version.overtaken.is_none_or(|since| since >= submitted)
             && !self.versions.iter().any(|later| {
                 later.established().is_some_and(|since| since < submitted) && version.precedes(later)
             })
@@ -253,15 +268,27 @@ mod tests {
     }
 
     #[test]
+    fn a_read_that_began_before_a_write_may_miss_it() {
+        let mut sector = Register::new(A);
+        let write = sector.submit(B, 2);
+        sector.reported(write, 3, true);
+        sector.forget(1);
+        assert!(sector.read(B, 4, 5).is_ok());
+        assert!(sector.read(A, 1, 6).is_ok(), "it began before");
+        assert!(sector.read(A, 4, 6).is_err());
+    }
+
+    #[test]
     fn a_failed_write_may_have_happened_but_not_after_a_later_one() {
         let mut sector = Register::new(A);
         let write = sector.submit(B, 1);
-        sector.perhaps(write, 2);
-        assert_eq!(sector.recoverable(Crash::Kill), [A, B]);
-        let write = sector.submit(C, 3);
-        sector.reported(write, 4, false);
+        sector.failed(write, 2);
+        assert!(sector.read(A, 3, 4).is_ok());
+        assert!(sector.read(B, 5, 6).is_err(), "it has not happened");
+        assert_eq!(sector.recoverable(Crash::Kill), [A, B], "yet");
+        let write = sector.submit(C, 7);
+        sector.reported(write, 8, false);
         assert_eq!(sector.recoverable(Crash::Kill), [C]);
-        assert!(sector.read(B, 5, 6).is_err());
     }
 
     #[test]

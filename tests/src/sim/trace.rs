@@ -6,7 +6,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use sapwood_blockdev::engine::Time;
 
 /// Lines kept: the end of a history tells most.
-const LINES_MAX: usize = 3000;
+const LINES_MAX: usize = 20_000;
 
 /// The latest lines, when somebody wants them.
 #[derive(Debug)]

@@ -17,8 +17,8 @@ use sapwood_blockdev::storage::Lock;
 
 use super::engine::{SimEngine, WakeFlag};
 use super::faults::{Fate, Faults};
-use super::medium::{Medium, Stamp};
-use super::names::Names;
+use super::medium::{Medium, SECTOR, Stamp};
+use super::names::{FileId, Names};
 use super::persist::{Draw, Persistence};
 use super::rng::Rng;
 use super::storage::{Description, SimFile, SimStorage};
@@ -37,6 +37,15 @@ pub enum Waiting {
     /// It notes what the thread sleeps for and returns: for a runner of several engines, which
     /// asks [`World::runnable`] and moves the clock itself.
     IsNoted,
+}
+
+/// A sector that went bad.
+#[derive(Debug)]
+pub struct Damage {
+    file: FileId,
+    sector: u64,
+    before: Vec<u8>,
+    noise: Vec<u8>,
 }
 
 /// What a world is like.
@@ -101,6 +110,7 @@ pub(super) struct State {
     pub now: Time,
     pub stamp: Stamp,
     pub events: u64,
+    pub failures: (u64, u64),
     pub files: Vec<File>,
     pub names: Names,
     pub flights: BTreeMap<Due, Flight>,
@@ -125,6 +135,7 @@ impl World {
             now: Duration::from_secs(1),
             stamp: 1,
             events: 0,
+            failures: (0, 0),
             files: Vec::new(),
             names: Names::default(),
             flights: BTreeMap::new(),
@@ -242,6 +253,12 @@ impl World {
         self.state().engines[engine].sleep = None;
     }
 
+    /// How many operations have failed so far, retries of interrupted ones aside; and syncs among
+    /// them.
+    pub fn failures(&self) -> (u64, u64) {
+        self.state().failures
+    }
+
     /// How many operations have taken effect so far: the points at which a history can be cut.
     pub fn events(&self) -> u64 {
         self.state().events
@@ -250,6 +267,41 @@ impl World {
     /// A process dies. What it had in flight may still reach the files, in part, much later.
     pub fn kill(&self, process: ProcessId) {
         self.state().kill(process);
+    }
+
+    /// A process has stopped by itself: its threads are gone, but what it forgot to close stays
+    /// open.
+    pub fn retire(&self, process: ProcessId) {
+        self.state().bury(process);
+    }
+
+    /// Fills a sector of a file with noise behind everybody's back. Nothing when there is no such
+    /// file.
+    pub fn damage(&self, path: &Path, sector: u64) -> Option<Damage> {
+        let mut state = self.state();
+        let file = state.names.get(path)?;
+        let mut noise = vec![0; SECTOR as usize];
+        state.luck.fill(&mut noise);
+        let mut before = vec![0; SECTOR as usize];
+        let medium = &mut state.files[file].medium;
+        medium.read(sector * SECTOR, &mut before);
+        medium.damage(sector, &noise);
+        let now = state.now;
+        state.trace.add(now, || format!("DAMAGE sector {sector} of {}", path.display()));
+        Some(Damage { file, sector, before, noise })
+    }
+
+    /// Undoes damage, unless the sector was written since.
+    pub fn mend(&self, damage: &Damage) {
+        let mut state = self.state();
+        let medium = &mut state.files[damage.file].medium;
+        let mut seen = vec![0; SECTOR as usize];
+        medium.read(damage.sector * SECTOR, &mut seen);
+        if seen == damage.noise {
+            medium.damage(damage.sector, &damage.before);
+            let now = state.now;
+            state.trace.add(now, || format!("MEND sector {}", damage.sector));
+        }
     }
 
     /// The power fails: every process dies, and what was not synced persists as `mode` says.
@@ -376,6 +428,9 @@ impl State {
                 self.flights.insert((due, id), flight);
             } else if !self.luck.percent(30) {
                 flight.orphan = true;
+                if matches!(flight.op, Op::Sync { .. }) {
+                    flight.fate = Fate::Done;
+                }
                 let late = Duration::from_micros(1 << self.luck.below(20));
                 self.flights.insert((now + late, id), flight);
             }

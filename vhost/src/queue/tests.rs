@@ -1,3 +1,5 @@
+//! Rings made by hand, as a driver makes them and as none should.
+
 use super::*;
 use crate::guest::{Place, Region};
 

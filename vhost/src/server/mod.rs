@@ -9,7 +9,7 @@
 use std::io;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -17,7 +17,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use sapwood_blockdev::device::BlockDevice;
 use sapwood_blockdev::engine::WatchFd;
 use thiserror::Error;
-use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError, VhostUserProtocolFeatures};
+use vhost::vhost_user::{BackendReqHandler, Error as ProtocolError};
 
 use crate::backend::Backend;
 use crate::request::layout::ID_BYTES;
@@ -139,7 +139,8 @@ impl Server {
 
     /// Returns when the server has stopped.
     pub fn wait(&self) {
-        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        // Whoever comes second waits for the lock, and so for the thread too.
+        let mut thread = lock(&self.thread);
         if thread.take().is_some_and(|thread| thread.join().is_err()) {
             log::error!("the server's thread panicked");
         }
@@ -208,30 +209,28 @@ fn session<D: BlockDevice>(
     );
     let mut result = Ok(());
     while result.is_ok() && control.readable(&stream) {
-        let channel = channel::peek(&stream);
+        if let Some(channel) = channel::peek(&stream)
+            && lock(&backend).takes_notices()
+        {
+            // Before the message is acknowledged: from then on the frontend relies on it.
+            control.set_channel(channel);
+        }
         result = handler.handle_request();
-        match &result {
-            Ok(()) => {
-                if let Some(channel) = channel {
-                    let backend = backend.lock().unwrap_or_else(PoisonError::into_inner);
-                    if backend.has(VhostUserProtocolFeatures::CONFIG) {
-                        control.set_channel(channel);
-                    }
-                }
-            }
-            Err(ProtocolError::ReqHandlerError(why)) => {
-                log::warn!("a message was refused: {why}");
-                result = Ok(());
-            }
-            Err(_) => {}
+        if let Err(ProtocolError::ReqHandlerError(why)) = &result {
+            log::warn!("a message was refused: {why}");
+            result = Ok(());
         }
     }
     control.end();
-    backend.lock().unwrap_or_else(PoisonError::into_inner).stop_all();
+    lock(&backend).stop_all();
     match result {
         Err(ProtocolError::Disconnected) => Ok(()),
         // A stop shuts the socket down under a message.
         Err(_) if control.stopping() => Ok(()),
         other => other,
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -54,10 +54,9 @@ fn remove_stale(path: &Path) -> Result<(), ServerError> {
 
 impl Drop for SocketFile {
     fn drop(&mut self) {
-        if self.identity.is_some() && identity(&self.path) == self.identity {
-            if let Err(error) = fs::remove_file(&self.path) {
-                log::warn!("{}: {error}", self.path.display());
-            }
+        let ours = self.identity.is_some() && identity(&self.path) == self.identity;
+        if ours && let Err(error) = fs::remove_file(&self.path) {
+            log::warn!("{}: {error}", self.path.display());
         }
     }
 }

@@ -29,7 +29,8 @@ pub struct Convert {
     #[arg(short = 'O', long, value_name = "FORMAT", default_value_t = Format::Raw)]
     target_format: Format,
 
-    /// Options of the target's format, as NAME=VALUE,...; raw: preallocation (off, falloc)
+    /// Options of the target's format, as NAME=VALUE,...; layer: size, segment_size; raw: size,
+    /// preallocation (off, falloc)
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
 
@@ -68,8 +69,11 @@ impl Convert {
             return self.copy(host, source, Target::Used);
         }
         let mut disk = CreateDisk::empty(self.target_format, options.size.unwrap_or(source.size()));
-        if let CreateDisk::Raw(raw) = &mut disk {
-            raw.allocate = options.allocate;
+        match &mut disk {
+            CreateDisk::Raw(raw) => raw.allocate = options.allocate,
+            CreateDisk::Layer(layer) => {
+                layer.segment_size = options.segment_size.unwrap_or(layer.segment_size);
+            }
         }
         let (storage, path) = (host.storage(), self.target.clone());
         host.block_on(|io| async move { sapwood_image::create(&storage, &io, &path, disk).await })?;

@@ -39,6 +39,43 @@ fn every_command_has_help_with_an_example() {
     assert!(place.sapwood("--version").text().starts_with("sapwood "));
 }
 
+/// The section of docs/cli.md about a command.
+fn section(command: &str) -> &'static str {
+    let (_, rest) = include_str!("../../../../docs/cli.md")
+        .split_once(&format!("\n## sapwood {command}\n"))
+        .unwrap_or_else(|| panic!("docs/cli.md has nothing about {command}"));
+    rest.split("\n## ").next().expect("a first piece")
+}
+
+#[test]
+fn every_option_is_documented() {
+    let place = Place::new();
+    for command in COMMANDS {
+        let help = place.sapwood(&format!("{command} --help")).text();
+        let options = help.lines().filter_map(|line| {
+            let words: Vec<&str> = line.split_whitespace().take(2).collect();
+            words.into_iter().find(|word| word.starts_with("--"))
+        });
+        for option in options.filter(|option| !["--help", "--version"].contains(option)) {
+            let text = section(command).replace(['[', ']', '='], "`").replace(' ', "`");
+            assert!(text.contains(&format!("`{option}`")), "{command} {option}");
+        }
+    }
+}
+
+#[test]
+fn every_field_is_documented() {
+    let place = place();
+    place.sapwood("create -b disk.layer over.layer").text();
+    for command in ["info", "map", "check"] {
+        let answer = place.sapwood(&format!("{command} --output=json over.layer")).text();
+        let fields = answer.split('"').collect::<Vec<_>>();
+        for pair in fields.windows(2).filter(|pair| pair[1].starts_with(':')) {
+            assert!(section(command).contains(&format!("`{}`", pair[0])), "{command}: {}", pair[0]);
+        }
+    }
+}
+
 #[test]
 fn every_command_refuses_bad_arguments() {
     let place = Place::new();

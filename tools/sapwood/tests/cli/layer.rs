@@ -99,3 +99,19 @@ fn resize_keeps_a_layer_sound() {
     assert!(out[..2 << 20] == base[..2 << 20]);
     assert!(out[2 << 20..].iter().all(|byte| *byte == 0), "what was cut off does not come back");
 }
+
+#[test]
+fn check_finds_damaged_data() {
+    let place = Place::new();
+    place.raw_disk("disk.raw");
+    place.sapwood("convert -f raw -O layer disk.raw vm.layer").text();
+    let map = place.sapwood("map --output=json vm.layer").json();
+    let offset = map.as_array().unwrap().iter().find_map(|entry| entry["offset"].as_u64()).unwrap();
+    place.damage("vm.layer", offset + 100, b"damage");
+    let answer = place.sapwood("check vm.layer");
+    assert_eq!(answer.code, 2, "{answer:?}");
+    assert!(answer.stdout.contains("ERROR") && answer.stdout.contains("checksum"), "{answer:?}");
+    let json: serde_json::Value =
+        serde_json::from_str(&place.sapwood("check --output=json vm.layer").stdout).unwrap();
+    assert_eq!(json["corruptions"], 1);
+}

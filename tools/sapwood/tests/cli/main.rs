@@ -6,3 +6,4 @@ mod harness;
 mod layer;
 mod raw;
 mod serve;
+mod served;

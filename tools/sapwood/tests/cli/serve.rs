@@ -1,6 +1,6 @@
 //! `sapwood serve`: ready, in use, told to stop.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::process::{Child, Stdio};
@@ -10,27 +10,36 @@ use rustix::process::{Pid, Signal, kill_process};
 use crate::harness::{Place, SAPWOOD};
 
 /// A running server; killed when the test is over.
-struct Server(Child);
+pub struct Server(Child);
 
 impl Server {
     /// Starts a server and waits until it says that it is ready.
-    fn start(place: &Place, arguments: &str) -> (Self, String) {
+    pub fn start(place: &Place, arguments: &str) -> (Self, String) {
         let mut command = place.command(SAPWOOD, &format!("serve {arguments} --socket socket"));
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::null()).spawn().expect("it starts");
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
         let mut line = String::new();
         let stdout = child.stdout.take().expect("piped");
-        let server = Self(child);
         BufReader::new(stdout).read_line(&mut line).expect("a line");
-        (server, line)
+        if line.is_empty() {
+            let output = child.wait_with_output().expect("it ends");
+            panic!("not ready: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        (Self(child), line)
     }
 
-    fn signal(&self, signal: Signal) {
-        let pid = Pid::from_child(&self.0);
-        kill_process(pid, signal).expect("it runs");
+    /// Asks it to end, which it must do cleanly.
+    #[track_caller]
+    pub fn stops(self) {
+        self.stops_on(Signal::TERM);
     }
 
-    fn code(mut self) -> Option<i32> {
-        self.0.wait().expect("it ends").code()
+    #[track_caller]
+    fn stops_on(mut self, signal: Signal) {
+        kill_process(Pid::from_child(&self.0), signal).expect("it runs");
+        let status = self.0.wait().expect("it ends");
+        let mut notes = String::new();
+        self.0.stderr.take().expect("piped").read_to_string(&mut notes).expect("text");
+        assert_eq!(status.code(), Some(0), "{notes}");
     }
 }
 
@@ -61,8 +70,7 @@ fn a_signal_ends_it_with_everything_durable() {
         place.sapwood("create disk.layer 1G").text();
         let (server, _) = Server::start(&place, "disk.layer");
         let _frontend = UnixStream::connect(place.path("socket")).unwrap();
-        server.signal(signal);
-        assert_eq!(server.code(), Some(0));
+        server.stops_on(signal);
         assert!(!place.exists("socket"));
         let info = place.sapwood("info --output=json disk.layer").json();
         assert_eq!(info["dirty-flag"], false);
@@ -85,8 +93,7 @@ fn a_served_disk_is_in_use() {
     // Killed: the socket stays, and the disk is free.
     assert!(place.exists("socket"));
     let (server, _) = Server::start(&place, "disk.layer");
-    server.signal(Signal::TERM);
-    assert_eq!(server.code(), Some(0));
+    server.stops();
 }
 
 #[test]

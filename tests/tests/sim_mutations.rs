@@ -1,0 +1,26 @@
+//! Each rule of the layer's commit protocol, left out on purpose: the histories must notice.
+
+use sapwood_image::layer::{Mutation, Tuning};
+use sapwood_tests::sim::explore::first_failure;
+use sapwood_tests::sim::layer::LayerSubject;
+
+/// Seeds within which a breach must be noticed.
+const SEEDS_MAX: u64 = 2000;
+
+#[test]
+fn every_breach_of_the_commit_protocol_is_noticed() {
+    let mut missed = Vec::new();
+    let only = std::env::var("SAPWOOD_SIM_MUTATION").ok();
+    for mutation in Mutation::ALL {
+        if only.as_ref().is_some_and(|only| !only.contains(&format!("{mutation:?}"))) {
+            continue;
+        }
+        let tuning = Tuning { mutation: Some(mutation), ..Tuning::default() };
+        let (tried, failure) = first_failure(&LayerSubject { tuning }, 0..SEEDS_MAX);
+        match failure {
+            Some(failure) => println!("{mutation:?}: seed {}, {}", tried - 1, failure.message),
+            None => missed.push(mutation),
+        }
+    }
+    assert!(missed.is_empty(), "not noticed in {SEEDS_MAX} histories each: {missed:?}");
+}

@@ -1,0 +1,148 @@
+//! What `cargo xtask test` and `cargo xtask soak` run, in order.
+
+use std::cell::OnceCell;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Result;
+
+use super::fuzz;
+use super::{Step, Verdict};
+use crate::process;
+use crate::setup::{self, Outcome};
+use crate::workspace::Workspace;
+
+const fn minutes(count: u64) -> Duration {
+    Duration::from_secs(count * 60)
+}
+
+/// How much is done: the short suite of every change, or a soak.
+#[derive(Clone, Copy)]
+pub struct Effort {
+    /// `None` for the short suite; else the number of simulated histories asked of each
+    /// simulation test.
+    pub soak_seeds: Option<u64>,
+    /// How long each fuzz target runs after its corpus.
+    pub fuzz: Duration,
+}
+
+/// What the steps share.
+pub struct Suite<'a> {
+    workspace: &'a Workspace,
+    effort: Effort,
+    /// Why this machine has no guests; empty when it has them.
+    unable: OnceCell<Option<String>>,
+}
+
+impl<'a> Suite<'a> {
+    /// A suite over `workspace`.
+    pub fn new(workspace: &'a Workspace, effort: Effort) -> Self {
+        Self { workspace, effort, unable: OnceCell::new() }
+    }
+
+    /// The steps, in order.
+    ///
+    /// # Errors
+    /// The fuzz crate's manifest cannot be read.
+    pub fn steps(&'a self) -> Result<Vec<Step<'a>>> {
+        let mut steps = vec![Step::new("setup", || self.set_up())];
+        if self.effort.soak_seeds.is_none() {
+            steps.push(Step::new("fmt", || self.format()));
+            steps.push(Step::new("clippy", || self.clippy()));
+            steps.push(Step::new("docs", || self.docs()));
+        }
+        steps.push(Step::new("build", || self.build()));
+        steps.push(Step::new("tests", || self.tests()));
+        if self.effort.soak_seeds.is_none() {
+            steps.push(Step::new("doctests", || self.doctests()));
+        }
+        steps.extend(fuzz::steps(self.workspace, self.effort)?);
+        steps.push(Step::new("guests", || self.guests()));
+        Ok(steps)
+    }
+
+    fn unable(&self) -> Result<Option<String>> {
+        if let Some(known) = self.unable.get() {
+            return Ok(known.clone());
+        }
+        let unable = match setup::ensure(&self.workspace.guest())? {
+            Outcome::Ready(_) => None,
+            Outcome::Unable(reason) => Some(reason),
+        };
+        Ok(self.unable.get_or_init(|| unable).clone())
+    }
+
+    fn set_up(&self) -> Result<Verdict> {
+        Ok(self.unable()?.map_or(Verdict::Passed, Verdict::Skipped))
+    }
+
+    fn cargo(&self, arguments: &[&str], limit: Duration) -> Result<Verdict> {
+        let mut command = self.command(arguments);
+        process::run(&mut command, limit).map(|()| Verdict::Passed)
+    }
+
+    /// cargo with what the tests of this workspace read from their environment.
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = self.workspace.cargo();
+        command.args(arguments);
+        command.env("SAPWOOD_BIN", self.program()).env("SAPWOOD_GUEST_DIR", self.workspace.guest());
+        // An error's message says what happened; where it was wrapped does not.
+        command.env("RUST_LIB_BACKTRACE", "0");
+        if let Some(seeds) = self.effort.soak_seeds {
+            command.env("SAPWOOD_SOAK", "1").env("SAPWOOD_SIM_SEEDS", seeds.to_string());
+        }
+        command
+    }
+
+    /// The `sapwood` under test: another one can be named in the environment.
+    fn program(&self) -> PathBuf {
+        let named = std::env::var_os("SAPWOOD_BIN").map(PathBuf::from);
+        named.unwrap_or_else(|| self.workspace.target.join("release/sapwood"))
+    }
+
+    fn format(&self) -> Result<Verdict> {
+        self.cargo(&["fmt", "--all", "--check"], minutes(5))
+    }
+
+    fn clippy(&self) -> Result<Verdict> {
+        let arguments = ["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"];
+        self.cargo(&arguments, minutes(20))
+    }
+
+    fn docs(&self) -> Result<Verdict> {
+        let mut command = self.command(&["doc", "--workspace", "--no-deps", "--quiet"]);
+        // The readers of these pages read the code too: private items are theirs to see.
+        command
+            .env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private_intra_doc_links --document-private-items");
+        process::run(&mut command, minutes(15)).map(|()| Verdict::Passed)
+    }
+
+    fn build(&self) -> Result<Verdict> {
+        self.cargo(&["build", "--release", "--package", "sapwood"], minutes(20))
+    }
+
+    fn tests(&self) -> Result<Verdict> {
+        let arguments = ["test", "--workspace", "--lib", "--bins", "--tests", "--no-fail-fast"];
+        let limit = if self.effort.soak_seeds.is_some() { minutes(24 * 60) } else { minutes(30) };
+        self.cargo(&arguments, limit)
+    }
+
+    fn doctests(&self) -> Result<Verdict> {
+        self.cargo(&["test", "--workspace", "--doc"], minutes(15))
+    }
+
+    fn guests(&self) -> Result<Verdict> {
+        if let Some(reason) = self.unable()? {
+            return Ok(Verdict::Skipped(reason));
+        }
+        if !self.program().is_file() {
+            self.build()?;
+        }
+        // One guest at a time: under TCG each takes as many host threads as it has processors.
+        let arguments = ["test", "--package", "sapwood-tests", "--test", "guest", "--"];
+        let mut command = self.command(&arguments);
+        command.args(["--ignored", "--test-threads=1", "--show-output"]);
+        process::run(&mut command, minutes(30)).map(|()| Verdict::Passed)
+    }
+}
