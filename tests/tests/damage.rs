@@ -404,7 +404,7 @@ fn a_base_that_is_not_what_it_was_is_refused() {
         let error = refusal_at(&scene.path);
         let ErrorKind::Base(text) = error.kind else { panic!("{error}") };
         let report = check(&HostLab, &scene.path).unwrap();
-        assert_eq!(report.errors, [text.clone()]);
+        assert_eq!(report.errors, std::slice::from_ref(&text));
         text
     };
     assert!(trouble(|_| {}).contains("base: cannot open"));
