@@ -16,17 +16,15 @@ use super::layout::LogPosition;
 use super::log::{FlightState, Log, Part, RecordWrite};
 use super::map::Map;
 use super::node::Entry;
+use super::ports::Port;
 use super::record::Run;
 use super::segments::Segments;
 use super::tuning::{Tuning, breaks};
-use super::waiter::{Result, Waiter};
+use super::waiter::Waiter;
 use sapwood_blockdev::Errno;
 use sapwood_blockdev::device::DeviceError;
 use sapwood_blockdev::engine::Time;
 use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
-
-/// Data that may wait for a record, in bytes: more is left with the guest.
-const PENDING_BYTES_MAX: usize = 64 << 20;
 
 /// Something to do for the layer, by whoever asks.
 #[derive(Debug)]
@@ -41,22 +39,11 @@ pub(super) enum Job {
     Reserve(Vec<Range<u64>>),
 }
 
-/// A queue's mailbox.
-struct Port {
-    /// Ended parts and flushes of requests: the request's key, and how it ended.
-    inbox: Vec<(usize, Result)>,
-    /// It holds writes back until less waits for the log.
-    held: bool,
-    waker: Waker,
-    /// It looks into its inbox again before it may sleep: no need to wake it.
-    attentive: bool,
-}
-
 /// Flushes and the syncs that serve them.
 #[derive(Default)]
-struct Sync {
+pub(super) struct Sync {
     /// For the next sync.
-    waiting: Vec<Waiter>,
+    pub(super) waiting: Vec<Waiter>,
     /// For the one that is running, and the sequence that it covers.
     running: Option<(Vec<Waiter>, u64)>,
     /// Everything up to this sequence is durable.
@@ -91,8 +78,8 @@ pub(super) struct Core {
     pub(super) segments: Segments,
     pub(super) log: Log,
     /// Queues by number; a number is never used again.
-    ports: BTreeMap<usize, Port>,
-    ports_added: usize,
+    pub(super) ports: BTreeMap<usize, Port>,
+    pub(super) ports_added: usize,
     /// Blocks under merge: see `merge`.
     pub(super) merging: Vec<Range<u64>>,
     /// Tasks that wait for a merge to end or a record to be published.
@@ -116,7 +103,7 @@ pub(super) struct Core {
     pub(super) maintenance_idle: bool,
     /// Tasks that wait for background work to become due or to end.
     pub(super) maintenance_wakers: Vec<Waker>,
-    sync: Sync,
+    pub(super) sync: Sync,
     reserve: Reserve,
 }
 
@@ -157,32 +144,6 @@ impl Core {
         }
     }
 
-    /// Adds a queue that is woken by `waker`.
-    pub(super) fn add_port(&mut self, waker: Waker) -> usize {
-        self.ports_added += 1;
-        let port = Port { inbox: Vec::new(), held: false, attentive: false, waker };
-        self.ports.insert(self.ports_added, port);
-        self.ports_added
-    }
-
-    /// Removes a queue; how its outstanding requests end is no longer told.
-    pub(super) fn close_port(&mut self, port: usize) {
-        self.ports.remove(&port);
-    }
-
-    /// A queue is being polled: it need not be woken until it has found its inbox empty.
-    pub(super) fn attend(&mut self, port: usize) {
-        self.ports.get_mut(&port).into_iter().for_each(|port| port.attentive = true);
-    }
-
-    /// Swaps a queue's messages for `empty`.
-    pub(super) fn swap_inbox(&mut self, port: usize, empty: &mut Vec<(usize, Result)>) {
-        if let Some(port) = self.ports.get_mut(&port) {
-            std::mem::swap(&mut port.inbox, empty);
-            port.attentive &= !empty.is_empty();
-        }
-    }
-
     /// Appends a part to the log; its waiter hears of it exactly once.
     pub(super) fn append(&mut self, part: Part) {
         if let Waiter::Ticket(ticket) = &part.waiter {
@@ -191,26 +152,6 @@ impl Core {
         match self.latched {
             Some(_) => self.end(part.waiter, Err(DeviceError::Latched), 0),
             None => self.log.push(part),
-        }
-    }
-
-    /// Whether a queue's writes should wait until less waits for the log. Then the queue is woken
-    /// when it may try again.
-    pub(super) fn hold(&mut self, port: usize) -> bool {
-        let congested = self.log.pending_bytes > PENDING_BYTES_MAX;
-        if let Some(port) = self.ports.get_mut(&port) {
-            port.held = congested;
-        }
-        congested
-    }
-
-    /// Wakes the queues that hold writes back, once they need not.
-    fn release_held(&mut self) {
-        if self.log.pending_bytes <= PENDING_BYTES_MAX {
-            for port in self.ports.values_mut().filter(|port| port.held) {
-                port.held = false;
-                port.waker.wake_by_ref();
-            }
         }
     }
 
@@ -270,23 +211,6 @@ impl Core {
         let record = self.log.form(&mut self.segments)?;
         self.release_held();
         Some(Job::Record(record))
-    }
-
-    /// Whether there is work that [`next_job`](Self::next_job) would hand out to some queue: then
-    /// one of those who wait for it is woken.
-    pub(super) fn nudge(&self) {
-        let failed = self.log.flights.iter().find(|f| matches!(f.state, FlightState::Failed(_)));
-        let waiter = failed
-            .and_then(|flight| flight.waiters.first().map(|(waiter, _)| waiter))
-            .or_else(|| self.log.pending.front().map(|part| &part.waiter))
-            .or_else(|| self.sync.waiting.first());
-        match waiter {
-            Some(Waiter::Request { port, .. }) => {
-                self.ports.get(port).into_iter().for_each(|port| port.waker.wake_by_ref());
-            }
-            Some(Waiter::Ticket(ticket)) => ticket.nudge(),
-            None => {}
-        }
     }
 
     /// Chooses segments and says which ranges of the file need space for them.
@@ -449,21 +373,6 @@ impl Core {
         }
         self.merge_wakers.drain(..).for_each(Waker::wake);
         self.wake_maintenance();
-    }
-
-    /// Tells a waiter how its part, or its flush, has ended.
-    pub(super) fn end(&mut self, waiter: Waiter, result: Result, place: u32) {
-        match waiter {
-            Waiter::Request { port, key } => {
-                if let Some(port) = self.ports.get_mut(&port) {
-                    port.inbox.push((key, result));
-                    if !port.attentive {
-                        port.waker.wake_by_ref();
-                    }
-                }
-            }
-            Waiter::Ticket(ticket) => ticket.end(result, place),
-        }
     }
 
     /// Takes everything up to `sequence` for durable.
