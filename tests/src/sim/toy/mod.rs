@@ -133,9 +133,7 @@ impl ToyDisk {
     ) -> Result<(), DeviceError> {
         let mut data = data;
         data.resize(data.len().next_multiple_of(BLOCK as usize), 0);
-        while std::mem::replace(&mut self.log().writing, true) {
-            io.sleep_until(io.now() + Duration::from_micros(10)).await;
-        }
+        self.turn(io).await;
         let (header, at, mut bytes) = {
             let mut log = self.log();
             if log.latched {
@@ -167,13 +165,24 @@ impl ToyDisk {
         Ok(())
     }
 
+    /// One at a time: of two syncs in flight one may fail, dropping data, and the other succeed.
     async fn sync(&self, io: &Io<SimEngine>) -> Result<(), DeviceError> {
-        if let Err(errno) = io.run(Op::Sync { file: self.file.clone() }).await.result {
-            self.log().latched = !self.flawed(Flaw::SyncRetried);
-            return Err(errno.into());
+        self.turn(io).await;
+        let synced = io.run(Op::Sync { file: self.file.clone() }).await.result;
+        let mut log = self.log();
+        log.writing = false;
+        if log.latched {
+            return Err(DeviceError::Latched);
         }
-        // Another sync that failed meanwhile may have dropped what this one seems to cover.
-        if self.log().latched { Err(DeviceError::Latched) } else { Ok(()) }
+        log.latched = synced.is_err() && !self.flawed(Flaw::SyncRetried);
+        synced.map(drop).map_err(DeviceError::from)
+    }
+
+    /// Waits until nobody writes or syncs; the next one waits for the caller.
+    async fn turn(&self, io: &Io<SimEngine>) {
+        while std::mem::replace(&mut self.log().writing, true) {
+            io.sleep_until(io.now() + Duration::from_micros(10)).await;
+        }
     }
 
     async fn serve(self: &Arc<Self>, io: &Io<SimEngine>, mut request: Request) -> Result<(), DeviceError> {
