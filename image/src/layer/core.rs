@@ -8,7 +8,6 @@
 //! a flush joins only a sync not yet submitted; a failed record is voided before any later one is
 //! reported; a failed sync latches.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::task::Waker;
 
@@ -16,6 +15,7 @@ use super::layout::LogPosition;
 use super::log::{FlightState, Log, Part, RecordWrite};
 use super::map::Map;
 use super::node::Entry;
+use super::ports::Ports;
 use super::record::Run;
 use super::segments::Segments;
 use super::tuning::{Tuning, breaks};
@@ -39,17 +39,6 @@ pub(super) enum Job {
     Sync,
     /// Give these ranges of the file their space; then [`Core::reserve_done`].
     Reserve(Vec<Range<u64>>),
-}
-
-/// A queue's mailbox.
-struct Port {
-    /// Ended parts and flushes of requests: the request's key, and how it ended.
-    inbox: Vec<(usize, Result)>,
-    /// It holds writes back until less waits for the log.
-    held: bool,
-    waker: Waker,
-    /// It looks into its inbox again before it may sleep: no need to wake it.
-    attentive: bool,
 }
 
 /// Flushes and the syncs that serve them.
@@ -90,9 +79,7 @@ pub(super) struct Core {
     pub(super) map: Map,
     pub(super) segments: Segments,
     pub(super) log: Log,
-    /// Queues by number; a number is never used again.
-    ports: BTreeMap<usize, Port>,
-    ports_added: usize,
+    pub(super) ports: Ports,
     /// Blocks under merge: see `merge`.
     pub(super) merging: Vec<Range<u64>>,
     /// Tasks that wait for a merge to end or a record to be published.
@@ -136,8 +123,7 @@ impl Core {
             map,
             segments,
             log,
-            ports: BTreeMap::new(),
-            ports_added: 0,
+            ports: Ports::default(),
             merging: Vec::new(),
             merge_wakers: Vec::new(),
             write_cache: true,
@@ -157,32 +143,6 @@ impl Core {
         }
     }
 
-    /// Adds a queue that is woken by `waker`.
-    pub(super) fn add_port(&mut self, waker: Waker) -> usize {
-        self.ports_added += 1;
-        let port = Port { inbox: Vec::new(), held: false, attentive: false, waker };
-        self.ports.insert(self.ports_added, port);
-        self.ports_added
-    }
-
-    /// Removes a queue; how its outstanding requests end is no longer told.
-    pub(super) fn close_port(&mut self, port: usize) {
-        self.ports.remove(&port);
-    }
-
-    /// A queue is being polled: it need not be woken until it has found its inbox empty.
-    pub(super) fn attend(&mut self, port: usize) {
-        self.ports.get_mut(&port).into_iter().for_each(|port| port.attentive = true);
-    }
-
-    /// Swaps a queue's messages for `empty`.
-    pub(super) fn swap_inbox(&mut self, port: usize, empty: &mut Vec<(usize, Result)>) {
-        if let Some(port) = self.ports.get_mut(&port) {
-            std::mem::swap(&mut port.inbox, empty);
-            port.attentive &= !empty.is_empty();
-        }
-    }
-
     /// Appends a part to the log; its waiter hears of it exactly once.
     pub(super) fn append(&mut self, part: Part) {
         if let Waiter::Ticket(ticket) = &part.waiter {
@@ -198,19 +158,14 @@ impl Core {
     /// when it may try again.
     pub(super) fn hold(&mut self, port: usize) -> bool {
         let congested = self.log.pending_bytes > PENDING_BYTES_MAX;
-        if let Some(port) = self.ports.get_mut(&port) {
-            port.held = congested;
-        }
+        self.ports.set_held(port, congested);
         congested
     }
 
     /// Wakes the queues that hold writes back, once they need not.
     fn release_held(&mut self) {
         if self.log.pending_bytes <= PENDING_BYTES_MAX {
-            for port in self.ports.values_mut().filter(|port| port.held) {
-                port.held = false;
-                port.waker.wake_by_ref();
-            }
+            self.ports.release_held();
         }
     }
 
@@ -281,9 +236,7 @@ impl Core {
             .or_else(|| self.log.pending.front().map(|part| &part.waiter))
             .or_else(|| self.sync.waiting.first());
         match waiter {
-            Some(Waiter::Request { port, .. }) => {
-                self.ports.get(port).into_iter().for_each(|port| port.waker.wake_by_ref());
-            }
+            Some(Waiter::Request { port, .. }) => self.ports.wake(*port),
             Some(Waiter::Ticket(ticket)) => ticket.nudge(),
             None => {}
         }
@@ -454,14 +407,7 @@ impl Core {
     /// Tells a waiter how its part, or its flush, has ended.
     pub(super) fn end(&mut self, waiter: Waiter, result: Result, place: u32) {
         match waiter {
-            Waiter::Request { port, key } => {
-                if let Some(port) = self.ports.get_mut(&port) {
-                    port.inbox.push((key, result));
-                    if !port.attentive {
-                        port.waker.wake_by_ref();
-                    }
-                }
-            }
+            Waiter::Request { port, key } => self.ports.tell(port, key, result),
             Waiter::Ticket(ticket) => ticket.end(result, place),
         }
     }

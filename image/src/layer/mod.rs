@@ -30,6 +30,7 @@ mod merge;
 #[cfg(feature = "mutations")]
 pub mod mutation;
 mod node;
+mod ports;
 mod queue;
 mod read;
 mod record;
