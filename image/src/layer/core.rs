@@ -8,7 +8,6 @@
 //! a flush joins only a sync not yet submitted; a failed record is voided before any later one is
 //! reported; a failed sync latches.
 
-use std::collections::BTreeMap;
 use std::ops::Range;
 use std::task::Waker;
 
@@ -16,15 +15,18 @@ use super::layout::LogPosition;
 use super::log::{FlightState, Log, Part, RecordWrite};
 use super::map::Map;
 use super::node::Entry;
-use super::ports::Port;
+use super::ports::Ports;
 use super::record::Run;
 use super::segments::Segments;
 use super::tuning::{Tuning, breaks};
-use super::waiter::Waiter;
+use super::waiter::{Result, Waiter};
 use sapwood_blockdev::Errno;
 use sapwood_blockdev::device::DeviceError;
 use sapwood_blockdev::engine::Time;
 use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
+
+/// Data that may wait for a record, in bytes: more is left with the guest.
+const PENDING_BYTES_MAX: usize = 64 << 20;
 
 /// Something to do for the layer, by whoever asks.
 #[derive(Debug)]
@@ -41,9 +43,9 @@ pub(super) enum Job {
 
 /// Flushes and the syncs that serve them.
 #[derive(Default)]
-pub(super) struct Sync {
+struct Sync {
     /// For the next sync.
-    pub(super) waiting: Vec<Waiter>,
+    waiting: Vec<Waiter>,
     /// For the one that is running, and the sequence that it covers.
     running: Option<(Vec<Waiter>, u64)>,
     /// Everything up to this sequence is durable.
@@ -77,9 +79,7 @@ pub(super) struct Core {
     pub(super) map: Map,
     pub(super) segments: Segments,
     pub(super) log: Log,
-    /// Queues by number; a number is never used again.
-    pub(super) ports: BTreeMap<usize, Port>,
-    pub(super) ports_added: usize,
+    pub(super) ports: Ports,
     /// Blocks under merge: see `merge`.
     pub(super) merging: Vec<Range<u64>>,
     /// Tasks that wait for a merge to end or a record to be published.
@@ -103,7 +103,7 @@ pub(super) struct Core {
     pub(super) maintenance_idle: bool,
     /// Tasks that wait for background work to become due or to end.
     pub(super) maintenance_wakers: Vec<Waker>,
-    pub(super) sync: Sync,
+    sync: Sync,
     reserve: Reserve,
 }
 
@@ -123,8 +123,7 @@ impl Core {
             map,
             segments,
             log,
-            ports: BTreeMap::new(),
-            ports_added: 0,
+            ports: Ports::default(),
             merging: Vec::new(),
             merge_wakers: Vec::new(),
             write_cache: true,
@@ -152,6 +151,21 @@ impl Core {
         match self.latched {
             Some(_) => self.end(part.waiter, Err(DeviceError::Latched), 0),
             None => self.log.push(part),
+        }
+    }
+
+    /// Whether a queue's writes should wait until less waits for the log. Then the queue is woken
+    /// when it may try again.
+    pub(super) fn hold(&mut self, port: usize) -> bool {
+        let congested = self.log.pending_bytes > PENDING_BYTES_MAX;
+        self.ports.set_held(port, congested);
+        congested
+    }
+
+    /// Wakes the queues that hold writes back, once they need not.
+    fn release_held(&mut self) {
+        if self.log.pending_bytes <= PENDING_BYTES_MAX {
+            self.ports.release_held();
         }
     }
 
@@ -211,6 +225,21 @@ impl Core {
         let record = self.log.form(&mut self.segments)?;
         self.release_held();
         Some(Job::Record(record))
+    }
+
+    /// Whether there is work that [`next_job`](Self::next_job) would hand out to some queue: then
+    /// one of those who wait for it is woken.
+    pub(super) fn nudge(&self) {
+        let failed = self.log.flights.iter().find(|f| matches!(f.state, FlightState::Failed(_)));
+        let waiter = failed
+            .and_then(|flight| flight.waiters.first().map(|(waiter, _)| waiter))
+            .or_else(|| self.log.pending.front().map(|part| &part.waiter))
+            .or_else(|| self.sync.waiting.first());
+        match waiter {
+            Some(Waiter::Request { port, .. }) => self.ports.wake(*port),
+            Some(Waiter::Ticket(ticket)) => ticket.nudge(),
+            None => {}
+        }
     }
 
     /// Chooses segments and says which ranges of the file need space for them.
@@ -373,6 +402,14 @@ impl Core {
         }
         self.merge_wakers.drain(..).for_each(Waker::wake);
         self.wake_maintenance();
+    }
+
+    /// Tells a waiter how its part, or its flush, has ended.
+    pub(super) fn end(&mut self, waiter: Waiter, result: Result, place: u32) {
+        match waiter {
+            Waiter::Request { port, key } => self.ports.tell(port, key, result),
+            Waiter::Ticket(ticket) => ticket.end(result, place),
+        }
     }
 
     /// Takes everything up to `sequence` for durable.

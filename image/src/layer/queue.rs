@@ -51,7 +51,7 @@ pub struct LayerQueue<E: Engine> {
 impl<E: Engine> LayerQueue<E> {
     pub(super) fn new(layer: Arc<Layer<E>>, io: Io<E>) -> Self {
         let waker = io.with_engine(|engine| engine.waker());
-        let port = layer.core().add_port(waker);
+        let port = layer.core().ports.add(waker);
         Self {
             driver: Driver::new(layer, io),
             port,
@@ -238,7 +238,7 @@ impl<E: Engine> LayerQueue<E> {
         let mut inbox = std::mem::take(&mut self.inbox);
         {
             let mut core = self.driver.layer.core();
-            core.swap_inbox(self.port, &mut inbox);
+            core.ports.swap_inbox(self.port, &mut inbox);
             self.epochs.drain(..).for_each(|epoch| core.segments.leave(epoch));
         }
         let any = !finished.is_empty() || !inbox.is_empty();
@@ -282,7 +282,7 @@ impl<E: Engine> DeviceQueue for LayerQueue<E> {
 
     fn poll(&mut self, done: &mut Vec<Done>) {
         // Ends only after `collect` has found the inbox empty.
-        self.layer().core().attend(self.port);
+        self.layer().core().ports.attend(self.port);
         loop {
             self.driver.set_active(self.is_active());
             if self.is_active() {
@@ -318,6 +318,6 @@ impl<E: Engine> DeviceQueue for LayerQueue<E> {
 impl<E: Engine> Drop for LayerQueue<E> {
     fn drop(&mut self) {
         let mut core = self.driver.layer.core();
-        core.close_port(self.port);
+        core.ports.close(self.port);
     }
 }
