@@ -5,7 +5,7 @@ use sapwood_image::layer::doors;
 use sapwood_tests::damage::format::{BLOCK, put, slot_at};
 use sapwood_tests::damage::seal::{seal_header, seal_slots};
 
-use crate::bounded;
+use crate::{MEMORY, bounded};
 
 /// Bytes of the header that may differ from zero.
 pub const HEADER: usize = 1300;
@@ -28,7 +28,7 @@ pub fn run(data: &[u8]) {
         seal_slots(&mut bytes);
     }
     bytes.truncate(3 * BLOCK - usize::from(flags >> 2) * 8);
-    bounded(bytes.len(), || doors::header_and_slots(&bytes));
+    bounded(MEMORY, || doors::header_and_slots(&bytes));
 }
 
 /// The input for the start of a layer file.

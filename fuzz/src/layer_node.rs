@@ -5,7 +5,7 @@ use sapwood_image::layer::doors;
 use sapwood_tests::damage::format::{node, u16_at, u32_at};
 use sapwood_tests::damage::seal::seal_node;
 
-use crate::bounded;
+use crate::{MEMORY, bounded};
 
 /// Bytes before the node.
 const NODE: usize = 9;
@@ -20,7 +20,7 @@ pub fn run(data: &[u8]) {
         let len = node::BODY.saturating_add(body).min(bytes.len());
         seal_node(&mut bytes, 0, len);
     }
-    bounded(bytes.len(), || doors::node(&bytes, u32_at(data, 1), u32_at(data, 5)));
+    bounded(MEMORY, || doors::node(&bytes, u32_at(data, 1), u32_at(data, 5)));
 }
 
 /// The input for a node of a file.

@@ -13,6 +13,11 @@ use sapwood_tests::damage::specimen;
 
 use crate::{bounded, pack};
 
+/// Memory for a run whatever its input, in bytes: the largest segment twice, and buffers.
+const MEMORY_BASE: usize = 192 << 20;
+/// Memory for each byte of the file. A run of 16 bytes in a record may need a branch (16 KiB) and
+/// a leaf (2 KiB) of its own in memory.
+const MEMORY_PER_BYTE: usize = 1200;
 /// Operations on files for each run, whatever its input; and for each block of the file.
 const OPERATIONS_BASE: u64 = 20_000;
 const OPERATIONS_PER_BLOCK: u64 = 100;
@@ -27,7 +32,7 @@ pub fn run(data: &[u8]) {
     let storage = MemoryStorage::new(OPERATIONS_BASE + file.len() as u64 / 4096 * OPERATIONS_PER_BLOCK);
     storage.install(&specimen::path(), &file);
     storage.install(Path::new("base"), &specimen::base());
-    bounded(file.len(), || examine(&storage, data[1]));
+    bounded(MEMORY_BASE + file.len() * MEMORY_PER_BYTE, || examine(&storage, data[1]));
 }
 
 fn examine(storage: &MemoryStorage, how: u8) {

@@ -5,7 +5,7 @@ use sapwood_image::layer::doors;
 use sapwood_tests::damage::format::{BLOCK, put, put_u32, record};
 use sapwood_tests::damage::seal::checksum;
 
-use crate::bounded;
+use crate::{MEMORY, bounded};
 
 /// One run.
 pub fn run(data: &[u8]) {
@@ -16,7 +16,7 @@ pub fn run(data: &[u8]) {
         let sum = checksum(&block[..record::CHECKSUM]);
         put_u32(&mut block, record::CHECKSUM, sum);
     }
-    bounded(BLOCK, || doors::record(&block));
+    bounded(MEMORY, || doors::record(&block));
 }
 
 /// The input for an index block.

@@ -17,13 +17,10 @@ use sapwood_tests::damage::meter::{Meter, metered};
 #[global_allocator]
 static METER: Meter = Meter;
 
-/// Memory for one run whatever its input, in bytes: the largest segment twice, and buffers.
-const MEMORY_BASE: usize = 192 << 20;
-/// Memory for each byte of the file. A run of 16 bytes in a record may need a branch (16 KiB) and
-/// a leaf (2 KiB) of its own in memory.
-const MEMORY_PER_BYTE: usize = 1200;
+/// Memory in bytes for a run on one structure.
+const MEMORY: usize = 1 << 20;
 
-/// Runs `f` over a file or memory of `len` bytes, within its allowance of memory.
-fn bounded<T>(len: usize, f: impl FnOnce() -> T) -> T {
-    metered(MEMORY_BASE + len * MEMORY_PER_BYTE, f).0
+/// Runs `f` within an allowance of memory in bytes.
+fn bounded<T>(memory: usize, f: impl FnOnce() -> T) -> T {
+    metered(memory, f).0
 }

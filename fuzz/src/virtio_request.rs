@@ -21,7 +21,7 @@ use sapwood_vhost::request::layout::{DESCRIPTOR_BYTES, ID_BYTES, Status};
 use sapwood_vhost::request::parse::{DATA_BYTES_MAX, DiskRange, write_id};
 use sapwood_vhost::request::{Action, Chain, Limits, parse};
 
-use crate::bounded;
+use crate::{MEMORY, bounded};
 
 const HEAD: usize = 8;
 /// Guest addresses and lengths of the regions.
@@ -40,7 +40,7 @@ pub fn run(data: &[u8]) {
         read_only: data[2] & 1 != 0,
         features: features(data[2]),
     };
-    bounded(0, || request(&table, u16_at(data, 0), &map, &limits, data[2] & 2 == 0));
+    bounded(MEMORY, || request(&table, u16_at(data, 0), &map, &limits, data[2] & 2 == 0));
 }
 
 fn guest(mut bytes: &[u8]) -> GuestMap {

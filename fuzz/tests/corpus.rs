@@ -116,11 +116,9 @@ fn make_seeds() {
             let block = &file[found.at..found.at + BLOCK];
             save("layer_record", &format!("{name}-{i}"), &layer_record::seed(block));
         }
-        for at in slots(file).first() {
-            for found in walk::nodes(file, *at) {
-                let seed = layer_node::seed(file, found.at, found.len);
-                save("layer_node", &format!("{name}-{}", found.kind), &seed);
-            }
+        for found in walk::nodes(file, newest(file)) {
+            let seed = layer_node::seed(file, found.at, found.len);
+            save("layer_node", &format!("{name}-{}", found.kind), &seed);
         }
     }
     requests::make(&|name, bytes| save("virtio_request", name, bytes));

@@ -4,11 +4,13 @@
 
 use std::path::{Path, PathBuf};
 
+use sapwood_blockdev::device::DeviceError;
 use sapwood_image::{ErrorKind, ImageError};
 use sapwood_tests::damage::corrupt::{self, Image};
-use sapwood_tests::damage::format::{self, node, record, slot};
+use sapwood_tests::damage::format::{self, BLOCK, header, node, record, slot};
 use sapwood_tests::damage::lab::{Bench, HostLab, check};
 use sapwood_tests::damage::meter::{Meter, metered};
+use sapwood_tests::damage::seal::{self, Seal};
 use sapwood_tests::damage::specimen::{self, Specimen};
 use sapwood_tests::damage::walk;
 
@@ -263,5 +265,175 @@ fn the_cleaner_moves_no_damaged_block() {
         bench.close().unwrap();
         let after = check(&HostLab, &scene.path).unwrap();
         assert_eq!(after.errors, before.errors, "the damage is still there to be seen");
+    }
+}
+
+#[test]
+fn a_log_that_goes_on_inside_a_record_is_reported() {
+    let mut specimen = specimen::empty();
+    let inside = |slot: &mut [u8]| {
+        let block = format::u32_at(slot, slot::LOG_BLOCK);
+        format::put_u32(slot, slot::LOG_BLOCK, block + 3);
+    };
+    in_both_slots(&mut specimen.bytes, inside);
+    let report = check(&HostLab, &scene(&specimen.bytes).path).unwrap();
+    assert!(report.errors[0].contains("where no record ends"), "{:?}", report.errors);
+}
+
+#[test]
+fn named_damage_of_the_header_is_named() {
+    let specimen = specimen::written();
+    refused(&specimen, corrupt::header_magic, "header.magic", 0);
+    refused(&specimen, corrupt::header_checksum, "header.checksum", header::CHECKSUM);
+    refused(&specimen, corrupt::segment_size, "header.segment_blocks", header::SEGMENT_BLOCKS);
+    refused(&specimen, corrupt::base_path_length, "header.base_path_len", header::BASE_PATH_LEN);
+    let too_large = |b: &mut Image| corrupt::raw_base(b, "base", 65 << 40);
+    refused(&specimen, too_large, "header.base_size", header::BASE_SIZE);
+    let not_text = |b: &mut Image| {
+        corrupt::raw_base(b, "base", 512);
+        b[header::BASE_PATH] = 0xff;
+        Seal::ALL.apply(b);
+    };
+    refused(&specimen, not_text, "header.base_path", header::BASE_PATH);
+}
+
+#[test]
+fn what_a_newer_program_made_is_refused_as_such() {
+    for damage in [corrupt::header_version, corrupt::incompatible_feature, corrupt::ro_compatible_feature] {
+        let mut image = specimen::written().bytes;
+        damage(&mut image);
+        let error = refusal(&image);
+        assert!(matches!(error.kind, ErrorKind::Unsupported(_)), "{error}");
+        let text = error.to_string();
+        assert!(text.contains("version 77") || text.contains("a newer program"), "{text}");
+    }
+}
+
+#[test]
+fn damaged_slots_are_passed_over_only_when_nothing_is_lost() {
+    let written = specimen::written();
+    recovered(&written, corrupt::newest_slot, &written.disk);
+    refused(&written, corrupt::older_slot, "slot", None);
+    refused(&written, corrupt::both_slots, "slot.checksum", None);
+    refused(&written, corrupt::no_slots, "slot", BLOCK);
+    let abandoned = specimen::abandoned();
+    recovered(&abandoned, corrupt::newest_slot, abandoned.history.last().unwrap());
+    refused(&abandoned, corrupt::older_slot, "slot", None);
+    refused(&abandoned, corrupt::both_slots, "slot.checksum", None);
+    // The lost slot's checkpoint is not in the log: writes that were promised may be missing.
+    let cut = |b: &mut Image| {
+        let first = walk::log(b, format::slots(b)[1])[0];
+        corrupt::newest_slot(b);
+        b[first.at + record::CHECKSUM] ^= 1;
+    };
+    refused(&abandoned, cut, "slot", None);
+}
+
+#[test]
+fn named_damage_of_slot_fields_is_named() {
+    let specimen = specimen::written();
+    let cases: [(&str, usize, u64, usize); 7] = [
+        ("slot.layer_id", slot::LAYER_ID, 7, 8),
+        ("slot.size", slot::SIZE, 513, 8),
+        ("slot.log_block", slot::LOG_BLOCK, 17, 4),
+        ("slot.log_segment", slot::LOG_SEGMENT, 1 << 20, 4),
+        ("slot.sequence", slot::SEQUENCE, u64::MAX - 3, 8),
+        ("slot.generation", slot::GENERATION, 0, 8),
+        ("slot.root", slot::ROOT, 8192, 8),
+    ];
+    for (field, at, value, len) in cases {
+        let change = |slot: &mut [u8]| format::put(slot, at, &value.to_le_bytes()[..len]);
+        refused(&specimen, |b| in_both_slots(b, change), field, None);
+    }
+    let outside = |b: &mut Image| {
+        let end = b.len() as u64;
+        in_both_slots(b, |slot| format::put_u64(slot, slot::ROOT, end));
+    };
+    refused(&specimen, outside, "slot.root", specimen.bytes.len());
+    let swapped = |b: &mut Image| {
+        let (first, second) = (format::slot_at(0), format::slot_at(1));
+        let slot = b[first..first + 512].to_vec();
+        b.copy_within(second..second + 512, first);
+        b[second..second + 512].copy_from_slice(&slot);
+    };
+    refused(&specimen, swapped, "slot.generation", None);
+}
+
+#[test]
+fn named_damage_of_the_map_is_named() {
+    let specimen = specimen::written();
+    let leaf = corrupt::first_node(&specimen.bytes, &[node::LEAF_RUNS]);
+    let branch = corrupt::first_node(&specimen.bytes, &[node::BRANCH]);
+    let root = corrupt::first_node(&specimen.bytes, &[node::ROOT]);
+    refused(&specimen, corrupt::node_checksum, "node.checksum", leaf.at + node::CHECKSUM);
+    refused(&specimen, corrupt::leaf_place_outside, "leaf.place", leaf.at + node::BODY);
+    refused(&specimen, corrupt::leaf_place_header, "leaf.place", leaf.at + node::BODY);
+    refused(&specimen, corrupt::leaf_run_long, "leaf.run", leaf.at + node::BODY);
+    refused(&specimen, corrupt::shared_places, "map", None);
+    refused(&specimen, corrupt::branch_index, "node.index", branch.at + node::INDEX);
+    refused(&specimen, corrupt::branch_as_leaf, "node.kind", branch.at + node::KIND);
+    refused(&specimen, corrupt::reference_to_header, "node.reference", root.at + node::BODY);
+    refused(&specimen, |b| b[root.at] ^= 1, "node.magic", root.at);
+}
+
+#[test]
+fn a_log_that_breaks_is_followed_up_to_there() {
+    let specimen = specimen::abandoned();
+    let log = walk::log(&specimen.bytes, corrupt::newest(&specimen.bytes));
+    assert_eq!(log.len() + 1, specimen.history.len());
+    for (i, found) in log.iter().enumerate().step_by(3) {
+        let before = &specimen.history[i];
+        recovered(&specimen, |b| b[found.at + BLOCK + 9] ^= 1, before);
+        recovered(&specimen, |b| b[found.at + record::PREVIOUS] ^= 1, before);
+        recovered(&specimen, |b| b[found.at..found.at + BLOCK].fill(0), before);
+        recovered(&specimen, |b| b.truncate(found.at + BLOCK), before);
+        let whole_but_foreign = |b: &mut Image| {
+            b[found.at + record::NONCE] ^= 1;
+            walk::records(b).iter().for_each(|r| seal::seal_record(b, r));
+        };
+        recovered(&specimen, whole_but_foreign, before);
+    }
+}
+
+#[test]
+fn a_base_that_is_not_what_it_was_is_refused() {
+    let specimen = specimen::over_base();
+    let trouble = |prepare: fn(&Path)| {
+        let scene = scene(&specimen.bytes);
+        prepare(&scene.folder.path().join("base"));
+        let error = refusal_at(&scene.path);
+        let ErrorKind::Base(text) = error.kind else { panic!("{error}") };
+        let report = check(&HostLab, &scene.path).unwrap();
+        assert_eq!(report.errors, std::slice::from_ref(&text));
+        text
+    };
+    assert!(trouble(|_| {}).contains("base: cannot open"));
+    assert!(trouble(|base| std::fs::write(base, [1; 512]).unwrap()).contains("its size was"));
+    assert!(trouble(|base| std::fs::write(base, specimen::base()).unwrap()).contains("it was modified"));
+    assert!(trouble(|base| std::fs::create_dir(base).unwrap()).contains("base"));
+}
+
+#[test]
+fn a_file_cut_anywhere_is_refused_or_reads_short() {
+    let specimen = specimen::written();
+    let mut lengths: Vec<usize> = (0..specimen.bytes.len()).step_by(4096 + 512).collect();
+    lengths.extend([1, 511, 4095, 4096, 4097, 8192, 12287, 12288, 65535, 65536, 65537]);
+    for length in lengths {
+        let scene = scene(&specimen.bytes[..length].to_vec());
+        let (result, peak) = metered(MEMORY_MAX, || Bench::open(&HostLab, &scene.path, true));
+        assert!(peak < MEMORY_MAX);
+        let Ok(mut bench) = result else {
+            let error = Bench::open(&HostLab, &scene.path, true).err().unwrap();
+            assert!(matches!(error.kind, ErrorKind::Corrupt { .. }), "{length}: {error}");
+            assert!(Bench::open(&HostLab, &scene.path, false).is_err(), "{length}");
+            continue;
+        };
+        // Whatever is gone is an error, never zeroes.
+        for (i, block) in specimen.disk.chunks(4096).enumerate() {
+            match bench.read(i as u64 * 4096, 4096) {
+                Ok(held) => assert!(held == block, "{length}: block {i}"),
+                Err(error) => assert_eq!(error, DeviceError::Corrupt, "{length}"),
+            }
+        }
     }
 }

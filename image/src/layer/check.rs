@@ -1,7 +1,8 @@
 //! Judges a layer without changing it.
 //!
 //! Everything that opening checks, and: no two entries share a block, no entry points at what the
-//! log has not written, every mapped block lies in a record and has the checksum stated there.
+//! log has not written, every mapped block lies in a record and has the checksum stated there, the log
+//! goes on where a record ends.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -68,10 +69,15 @@ pub async fn check<S: Storage, E: Engine<File = S::File>>(
     let mut places = mapped_places(&layer, &mut report);
     let file = layer.file();
     let reader = Reader { io, file: &file, path };
-    let count = layer.core().segments.count();
+    let (count, head) = {
+        let core = layer.core();
+        (core.segments.count(), core.log.head)
+    };
     for segment in 0..count {
-        if let Some(mapped) = places.remove(&segment) {
-            check_segment(&layer, &reader, segment, mapped, &mut report).await?;
+        let mapped = places.remove(&segment).unwrap_or_default();
+        let log_end = Some(head.block).filter(|&block| segment == head.segment && block > 0);
+        if !mapped.is_empty() || log_end.is_some() {
+            check_segment(&layer, &reader, segment, mapped, log_end, &mut report).await?;
         }
     }
     Ok(report)
@@ -109,6 +115,7 @@ async fn check_segment<E: Engine>(
     reader: &Reader<'_, E>,
     segment: u32,
     mut mapped: Vec<(u32, u64)>,
+    log_end: Option<u32>,
     report: &mut CheckReport,
 ) -> Result<(), ImageError> {
     mapped.sort_unstable();
@@ -121,7 +128,10 @@ async fn check_segment<E: Engine>(
         (core.segments.offset(segment).0, core.segments.bytes())
     };
     let contents = reader.read(offset, bytes).await?;
-    let sums = checksums(&contents);
+    let (sums, ends) = checksums(&contents);
+    if let Some(end) = log_end.filter(|end| !ends.contains(end)) {
+        report.error(format!("the log ends in segment {segment} at block {end}, where no record ends"));
+    }
     for (inside, block) in mapped {
         let at = inside as usize * BLOCK_BYTES;
         let place = offset + at as u64;
@@ -143,9 +153,10 @@ async fn check_segment<E: Engine>(
     Ok(())
 }
 
-/// For each data block of a segment, by the records in it: checksum and guest block.
-fn checksums(contents: &[u8]) -> HashMap<u32, (u32, u64)> {
-    let mut sums = HashMap::new();
+/// For each data block of a segment, by the records in it: checksum and guest block; and the blocks
+/// at which records end.
+fn checksums(contents: &[u8]) -> (HashMap<u32, (u32, u64)>, Vec<u32>) {
+    let (mut sums, mut ends) = (HashMap::new(), Vec::new());
     let mut at = 0;
     let blocks = (contents.len() / BLOCK_BYTES) as u32;
     while at < blocks {
@@ -163,6 +174,7 @@ fn checksums(contents: &[u8]) -> HashMap<u32, (u32, u64)> {
             inside += run.data_blocks();
         }
         at += 1 + index.data_blocks;
+        ends.push(at);
     }
-    sums
+    (sums, ends)
 }

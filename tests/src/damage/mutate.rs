@@ -29,7 +29,7 @@ const EDGES: [u64; 18] = [
 
 /// Stretches of the image where fields are.
 fn fields(b: &[u8]) -> Vec<std::ops::Range<usize>> {
-    let mut found = Vec::from([0..header::BASE_PATH + 16]);
+    let mut found: Vec<_> = std::iter::once(0..header::BASE_PATH + 16).collect();
     found.extend(slots(b).into_iter().map(|at| at..at + slot::CHECKSUM));
     for at in slots(b) {
         found.extend(nodes(b, at).into_iter().map(|node| node.at..node.at + node.len));
