@@ -56,7 +56,8 @@ pub struct Done {
 pub enum DeviceError {
     /// The storage below failed.
     Io(Errno),
-    /// No space is left for the write on the host; nothing was changed.
+    /// No space is left for the write on the host. As after any failed write, each sector is as it
+    /// was or as it was to be; the write can be repeated when there is space again.
     NoSpace,
     /// The device, or its image, is read-only.
     ReadOnly,

@@ -7,6 +7,9 @@ use sapwood_tests::sim::faults::Kind;
 use sapwood_tests::sim::layer::LayerSubject;
 use sapwood_tests::sim::persist::Persistence;
 use sapwood_tests::sim::plan::{Base, Plan, Shape, Step};
+use sapwood_tests::sim::session::Worker;
+use sapwood_tests::sim::subject::{Subject, Task};
+use sapwood_tests::sim::world::{Config, Waiting, World};
 
 #[test]
 fn random_histories_keep_the_contract() {
@@ -186,6 +189,44 @@ fn cut_failed_records_and_syncs() {
         many(&mut steps);
         cut(Shape::small(), &steps);
     }
+}
+
+/// Runs a task in a process of its own until it ends, or until the world has seen `events`.
+fn go<T: 'static>(world: &World, worker: &Worker, task: Task<T>, events: u64) -> Option<T> {
+    let result = worker.give(world, task);
+    while world.events() < events {
+        worker.run(world);
+        if let Some(value) = result.take() {
+            return Some(value);
+        }
+        world.step();
+    }
+    None
+}
+
+#[test]
+fn a_layer_whose_making_was_cut_is_none_or_a_whole_one() {
+    let subject = LayerSubject::default();
+    let mut outcomes = [0, 0];
+    for (seed, cut) in (0..200).flat_map(|seed| (1..8).map(move |cut| (seed, cut))) {
+        let shape = Shape { base: Base::Raw(50), ..Shape::small() };
+        let config = Config { waiting: Waiting::IsNoted, ..Config::blocking(seed) };
+        let world = World::new(config);
+        let process = world.process();
+        let maker = Worker::new(&world, process);
+        let task = subject.create(world.storage(process), maker.io.clone(), shape);
+        let made = go(&world, &maker, task, cut);
+        world.power_cut(Persistence::ALL[seed as usize % Persistence::ALL.len()]);
+        maker.io.abandon_tasks();
+        let process = world.process();
+        let opener = Worker::new(&world, process);
+        let task = subject.open(world.storage(process), opener.io.clone(), shape);
+        let opened = go(&world, &opener, task, u64::MAX).expect("an outcome");
+        assert!(made.is_none() || opened.is_ok(), "seed {seed}, cut {cut}: {:?}", opened.err());
+        outcomes[usize::from(opened.is_ok())] += 1;
+        opener.io.abandon_tasks();
+    }
+    assert!(outcomes.iter().all(|count| *count > 10), "{outcomes:?}");
 }
 
 #[test]

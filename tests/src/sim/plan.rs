@@ -136,6 +136,7 @@ impl Shape {
         let sectors = blocks * 8 + rng.pick(&[0, 0, 0, 3]);
         let base_sectors = rng.between(1, sectors + 16);
         let churn = style == Style::Churn;
+        let full = style == Style::Failing && rng.percent(30);
         Self {
             sectors,
             sectors_max: sectors + rng.between(0, 64),
@@ -151,7 +152,7 @@ impl Shape {
             write_cache: churn || !rng.percent(20),
             queues: rng.pick(&[1, 2, 2, 3]),
             alignment: rng.pick(&[512, 4096]),
-            capacity: None,
+            capacity: full.then(|| rng.between(base_sectors * 512 + (256 << 10), 2 << 20)),
         }
     }
 }
@@ -180,6 +181,7 @@ impl Plan {
         shape.queues = shape.queues.min(queues_max);
         let mut rng = rng.fork(2);
         let faults = match rng.below(10) {
+            _ if shape.capacity.is_some() => Faults::benign(),
             _ if style == Style::Failing => Faults { write_error: 500, ..Faults::default() },
             0 => Faults { write_error: 100, ..Faults::benign() },
             1 => Faults { sync_error: 200, read_error: 50, ..Faults::benign() },

@@ -78,6 +78,7 @@ impl<S: Subject> History<S> {
             }
             if attempt == FAULTY_ATTEMPTS_MAX {
                 self.world.set_faults(Faults::benign());
+                self.world.make_room();
             }
             self.event()?;
         }

@@ -207,6 +207,11 @@ impl World {
         change(&mut self.state().faults);
     }
 
+    /// Somebody makes room: the file system has space for everything from now on.
+    pub fn make_room(&self) {
+        self.state().config.capacity = None;
+    }
+
     /// Completes the operation that is due next, moving the clock. False when none is in flight.
     pub fn step(&self) -> bool {
         self.state().step()
