@@ -101,10 +101,10 @@ impl Worker {
                 }
             };
             let waker = engine.waker();
-            let spin = Spin::new(setup.spin);
+            let spins = [Spin::new(setup.spin), Spin::new(setup.spin)];
             let queue = setup.device.queue(engine);
             let _ = ready.send(Ok(waker));
-            Loop { setup, queue, commands: receiver, active: None, done: Vec::new(), spin }.run();
+            Loop { setup, queue, commands: receiver, active: None, done: Vec::new(), spins }.run();
         })?;
         let waker = is_ready.recv().map_err(|_| io::Error::other("the queue's thread panicked"))??;
         Ok(Self { commands: Some(commands), waker, thread: Some(thread) })
@@ -278,15 +278,17 @@ struct Loop<D: BlockDevice> {
     commands: Receiver<Command>,
     active: Option<Active>,
     done: Vec<Done>,
-    spin: Spin,
+    /// For idle times with nothing in flight, when only the guest can bring work, and for others.
+    spins: [Spin; 2],
 }
 
 impl<D: BlockDevice<Engine: WatchFd>> Loop<D> {
     fn run(mut self) {
         while self.obey() {
+            let spin = usize::from(self.queue.outstanding() > 0);
             if self.turn() {
-                self.spin.busy();
-            } else if self.spin.again(|| self.queue.with_engine(|engine| engine.now())) {
+                self.spins.iter_mut().for_each(Spin::busy);
+            } else if self.spins[spin].again(|| self.queue.with_engine(|engine| engine.now())) {
                 std::hint::spin_loop();
             } else {
                 self.sleep();
@@ -396,10 +398,11 @@ impl<D: BlockDevice<Engine: WatchFd>> Loop<D> {
                 deadline = Some(self.queue.with_engine(|engine| engine.now()) + POLL_INTERVAL);
             }
         }
+        let spin = usize::from(self.queue.outstanding() > 0);
         let before = self.queue.with_engine(|engine| engine.now());
         self.queue.wait(deadline);
         let after = self.queue.with_engine(|engine| engine.now());
-        self.spin.slept(after.saturating_sub(before));
+        self.spins[spin].slept(before, after);
         let Some(active) = &mut self.active else { return };
         active.start.ring.disable_kicks();
         if active.start.kick.as_ref().is_some_and(|kick| !kick.clear()) {

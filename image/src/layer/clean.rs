@@ -14,8 +14,9 @@ use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::units::BLOCK_BYTES;
 
-/// Parts appended before waiting for them: bounds what the cleaner puts before a guest's write.
-const BATCH_PARTS: usize = 8;
+/// Blocks appended before waiting for them: bounds what the cleaner puts before a guest's write,
+/// and is enough for records that are worth a write. No part is larger.
+const BATCH_BLOCKS: usize = 64;
 
 /// A live block in the segment being cleaned.
 #[derive(Clone, Copy)]
@@ -33,33 +34,46 @@ impl Live {
 }
 
 impl<E: Engine> Driver<E> {
-    /// Empties the used segment with the least in it; `false` when none is worth it.
-    pub(super) async fn clean_segment(&self) -> Result<bool> {
+    /// Empties the used segment with the least in it; `false` when none is worth it. `scratch` may
+    /// be empty; given again it saves making a buffer of a segment's size.
+    pub(super) async fn clean_segment(&self, scratch: &mut AlignedBuf) -> Result<bool> {
         let (segment, epoch) = {
             let mut core = self.layer.core();
             let Some(segment) = core.segments.victim(core.log.published.sequence) else { return Ok(false) };
             (segment, core.segments.enter())
         };
-        let result = self.empty_segment(segment).await;
+        let result = self.empty_segment(segment, scratch).await;
         self.layer.core().segments.leave(epoch);
         result.map(|()| true)
     }
 
-    async fn empty_segment(&self, segment: u32) -> Result {
+    async fn empty_segment(&self, segment: u32, scratch: &mut AlignedBuf) -> Result {
         let (start, bytes, first) = {
             let core = self.layer.core();
             (core.segments.offset(segment), core.segments.bytes(), core.segments.first_block(segment))
         };
-        let buf = AlignedBuf::zeroed(bytes as usize);
+        let mut buf = std::mem::replace(scratch, AlignedBuf::zeroed(0));
+        if buf.len() as u64 != bytes {
+            buf = AlignedBuf::zeroed(bytes as usize);
+        }
         let outcome = self.io.run(Op::read(self.layer.file(), start, buf)).await;
-        let contents = outcome.zero_filled()?.into_buf();
-        let Some(mut live) = self.live_blocks(&contents, segment) else { return Ok(()) };
+        *scratch = outcome.zero_filled()?.into_buf();
+        let contents = &scratch[..];
+        let Some(mut live) = self.live_blocks(contents, segment) else { return Ok(()) };
         live.sort_unstable_by_key(|live| live.block);
         let unit = self.layer.part_blocks_max() as usize;
         let neighbours = |a: &Live, b: &Live| a.block + 1 == b.block;
         let groups: Vec<&[Live]> = live.chunk_by(neighbours).flat_map(|group| group.chunks(unit)).collect();
-        for batch in groups.chunks(BATCH_PARTS) {
-            self.move_groups(batch, &contents, first).await?;
+        let mut rest = &groups[..];
+        while !rest.is_empty() {
+            let mut blocks = 0;
+            let fits = |group: &&&[Live]| {
+                blocks += group.len();
+                blocks <= BATCH_BLOCKS
+            };
+            let (batch, after) = rest.split_at(rest.iter().take_while(fits).count().max(1));
+            self.move_groups(batch, contents, first).await?;
+            rest = after;
         }
         let core = &mut *self.layer.core();
         let range = start.0..start.0 + bytes;

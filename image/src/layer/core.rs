@@ -48,6 +48,8 @@ struct Port {
     /// It holds writes back until less waits for the log.
     held: bool,
     waker: Waker,
+    /// It looks into its inbox again before it may sleep: no need to wake it.
+    attentive: bool,
 }
 
 /// Flushes and the syncs that serve them.
@@ -158,7 +160,8 @@ impl Core {
     /// Adds a queue that is woken by `waker`.
     pub(super) fn add_port(&mut self, waker: Waker) -> usize {
         self.ports_added += 1;
-        self.ports.insert(self.ports_added, Port { inbox: Vec::new(), held: false, waker });
+        let port = Port { inbox: Vec::new(), held: false, attentive: false, waker };
+        self.ports.insert(self.ports_added, port);
         self.ports_added
     }
 
@@ -167,10 +170,16 @@ impl Core {
         self.ports.remove(&port);
     }
 
+    /// A queue is being polled: it need not be woken until it has found its inbox empty.
+    pub(super) fn attend(&mut self, port: usize) {
+        self.ports.get_mut(&port).into_iter().for_each(|port| port.attentive = true);
+    }
+
     /// Swaps a queue's messages for `empty`.
     pub(super) fn swap_inbox(&mut self, port: usize, empty: &mut Vec<(usize, Result)>) {
         if let Some(port) = self.ports.get_mut(&port) {
             std::mem::swap(&mut port.inbox, empty);
+            port.attentive &= !empty.is_empty();
         }
     }
 
@@ -448,7 +457,9 @@ impl Core {
             Waiter::Request { port, key } => {
                 if let Some(port) = self.ports.get_mut(&port) {
                     port.inbox.push((key, result));
-                    port.waker.wake_by_ref();
+                    if !port.attentive {
+                        port.waker.wake_by_ref();
+                    }
                 }
             }
             Waiter::Ticket(ticket) => ticket.end(result, place),

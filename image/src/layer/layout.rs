@@ -9,7 +9,7 @@
 //!
 //! All integers are little-endian. `docs/format-layer.md` is the reference.
 
-use super::bytes::{array, get_u32, get_u64, put};
+use super::bytes::{array, checksum, get_u32, get_u64, put};
 use super::record::DATA_BLOCKS_MAX;
 use crate::format::Format;
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, FileOffset, SECTOR_SIZE};
@@ -147,7 +147,7 @@ impl Header {
             put(&mut b, H_BASE_PATH_LEN, &(base.path.len() as u32).to_le_bytes());
             put(&mut b, H_BASE_PATH, base.path.as_bytes());
         }
-        let sum = crc32fast::hash(&b[..H_CHECKSUM]);
+        let sum = checksum(&[&b[..H_CHECKSUM]]);
         put(&mut b, H_CHECKSUM, &sum.to_le_bytes());
         b
     }
@@ -160,7 +160,7 @@ impl Header {
         if version != VERSION {
             return Err(unsupported("header.version", H_VERSION, format!("version {version} is not known")));
         }
-        let sum = crc32fast::hash(&b[..H_CHECKSUM]);
+        let sum = checksum(&[&b[..H_CHECKSUM]]);
         if sum != get_u32(b, H_CHECKSUM) {
             return Err(damage("header.checksum", H_CHECKSUM, "it does not match"));
         }
@@ -285,7 +285,7 @@ impl Slot {
         put(&mut b, S_ROOT, &self.root.0.to_le_bytes());
         put(&mut b, S_ROOT_LEN, &self.root_len.to_le_bytes());
         put(&mut b, S_SIZE, &self.size.to_le_bytes());
-        let sum = crc32fast::hash(&b[..S_CHECKSUM]);
+        let sum = checksum(&[&b[..S_CHECKSUM]]);
         put(&mut b, S_CHECKSUM, &sum.to_le_bytes());
         b
     }
@@ -304,7 +304,7 @@ impl Slot {
         if array::<8>(b, 0) != SLOT_MAGIC {
             return Err(damage("slot.magic", 0, "it is not that of a slot"));
         }
-        if crc32fast::hash(&b[..S_CHECKSUM]) != get_u32(b, S_CHECKSUM) {
+        if checksum(&[&b[..S_CHECKSUM]]) != get_u32(b, S_CHECKSUM) {
             return Err(damage("slot.checksum", S_CHECKSUM, "it does not match"));
         }
         let slot = Self {

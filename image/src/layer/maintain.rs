@@ -14,6 +14,7 @@ use super::driver::Driver;
 use super::waiter::Result;
 use crate::error::ImageError;
 use sapwood_blockdev::Errno;
+use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::device::DeviceError;
 use sapwood_blockdev::engine::{Engine, Op, Time};
 use sapwood_blockdev::io::Io;
@@ -21,8 +22,6 @@ use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
 
 /// Pause after background work has failed, for example because the host is full.
 const RETRY_PAUSE: Time = Time::from_secs(1);
-/// Free segments that keep their space, for the log to come.
-const FREE_SEGMENTS_KEPT: usize = 8;
 /// Segments cleaned before the checkpoint that lets them go.
 const CLEAN_BATCH: usize = 8;
 
@@ -117,7 +116,7 @@ impl<E: Engine> Layer<E> {
     /// # Errors
     /// What the storage says.
     pub async fn clean(self: &Arc<Self>, io: &Io<E>) -> std::result::Result<bool, ImageError> {
-        self.on_driver(io, async |driver| driver.clean_segment().await).await
+        self.on_driver(io, async |driver| driver.clean_segment(&mut AlignedBuf::zeroed(0)).await).await
     }
 
     /// Ends background work, makes everything durable in a checkpoint that leaves nothing to
@@ -198,16 +197,24 @@ impl<E: Engine> Driver<E> {
         } else if due.sync {
             self.flush().await?;
         }
-        self.punch_free(FREE_SEGMENTS_KEPT).await
+        self.punch_free(self.free_segments_kept()).await
+    }
+
+    /// Free segments that keep their space: what the log fills until a checkpoint frees the next
+    /// ones. To write where something was written before costs the file system less.
+    fn free_segments_kept(&self) -> usize {
+        let core = self.layer.core();
+        (core.tuning.checkpoint_bytes / core.segments.bytes()) as usize
     }
 
     async fn clean_some(&self) -> Result {
+        let mut scratch = AlignedBuf::zeroed(0);
         for _ in 0..CLEAN_BATCH {
             let wanted = {
                 let core = self.layer.core();
                 !core.closing && !core.segments.has_retired() && core.is_over_space()
             };
-            if !wanted || !self.clean_segment().await? {
+            if !wanted || !self.clean_segment(&mut scratch).await? {
                 return Ok(());
             }
         }

@@ -4,7 +4,7 @@
 //! the other. References name the first byte and the length, so that a leaf with few entries
 //! costs few bytes. Nodes are never changed in place: a checkpoint writes new ones.
 
-use super::bytes::{get_u16, get_u32, get_u64, put};
+use super::bytes::{checksum, get_u16, get_u32, get_u64, put};
 use super::layout::{Damage, FIRST_SEGMENT_BLOCK, damage};
 
 /// Guest blocks of a leaf (2 MiB), and leaves of a branch (1 GiB).
@@ -85,16 +85,13 @@ fn finish(kind: NodeKind, index: u32, count: usize, mut b: Vec<u8>) -> Vec<u8> {
     put(&mut b, N_KIND, &(kind as u16).to_le_bytes());
     put(&mut b, N_INDEX, &index.to_le_bytes());
     put(&mut b, N_COUNT, &(count as u32).to_le_bytes());
-    let sum = checksum(&b);
+    let sum = node_checksum(&b);
     put(&mut b, N_CHECKSUM, &sum.to_le_bytes());
     b
 }
 
-fn checksum(b: &[u8]) -> u32 {
-    let mut hasher = crc32fast::Hasher::new();
-    hasher.update(&b[..N_CHECKSUM]);
-    hasher.update(&b[NODE_HEADER..]);
-    hasher.finalize()
+fn node_checksum(b: &[u8]) -> u32 {
+    checksum(&[&b[..N_CHECKSUM], &b[NODE_HEADER..]])
 }
 
 /// The stored form of leaf `index`: runs where they are shorter than the dense table.
@@ -159,7 +156,7 @@ fn open(b: &[u8], index: u32) -> Result<(NodeKind, usize, &[u8]), Damage> {
     let Some(node) = end.filter(fills).map(|end| &b[..end]) else {
         return Err(damage("node.count", N_COUNT, format!("{count} in {} bytes", b.len())));
     };
-    if checksum(node) != get_u32(node, N_CHECKSUM) {
+    if node_checksum(node) != get_u32(node, N_CHECKSUM) {
         return Err(damage("node.checksum", N_CHECKSUM, "it does not match"));
     }
     if get_u32(b, N_INDEX) != index {

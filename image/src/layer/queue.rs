@@ -41,6 +41,7 @@ pub struct LayerQueue<E: Engine> {
     held: VecDeque<Request>,
     /// Scratch, kept for its capacity.
     parts: Vec<ReadPart<E::File>>,
+    staged: Vec<Part>,
     finished: Vec<(u64, Outcome)>,
     inbox: Vec<(usize, Result)>,
     epochs: Vec<u64>,
@@ -57,6 +58,7 @@ impl<E: Engine> LayerQueue<E> {
             pending: Slab::new(),
             held: VecDeque::new(),
             parts: Vec::new(),
+            staged: Vec::new(),
             finished: Vec::new(),
             inbox: Vec::new(),
             epochs: Vec::new(),
@@ -157,37 +159,46 @@ impl<E: Engine> LayerQueue<E> {
         let span = BlockSpan::of(request.offset, request.len);
         let key = self.insert(request.tag, 1);
         if span.is_aligned() {
-            let parts: Vec<Part> = match &request.command {
-                Command::Write(memory) => self.stage(memory, span.whole.start, key),
+            let mut staged = std::mem::take(&mut self.staged);
+            match &request.command {
+                Command::Write(memory) => self.stage(memory, span.whole.start, key, &mut staged),
                 _ => {
-                    let runs = self.layer().zero_runs(span.whole).into_iter();
-                    runs.map(|run| Part::index_only(run, self.waiter(key))).collect()
+                    let runs = self.layer().zero_runs(span.whole.clone()).into_iter();
+                    staged.extend(runs.map(|run| Part::index_only(run, self.waiter(key))));
                 }
-            };
-            let mut core = self.driver.layer.core();
-            if !core.is_merging(&span.touched) {
-                self.pending[key].remaining = parts.len();
-                parts.into_iter().for_each(|part| core.append(part));
+            }
+            let appended = self.append(&span, key, &mut staged);
+            staged.clear();
+            self.staged = staged;
+            if appended {
                 return;
             }
         }
         merge::write(&self.driver, request, self.waiter(key));
     }
 
+    /// Appends what was staged, unless one of the blocks is under merge.
+    fn append(&mut self, span: &BlockSpan, key: usize, staged: &mut Vec<Part>) -> bool {
+        let mut core = self.driver.layer.core();
+        if core.is_merging(&span.touched) {
+            return false;
+        }
+        self.pending[key].remaining = staged.len();
+        staged.drain(..).for_each(|part| core.append(part));
+        true
+    }
+
     /// Copies a write into staging: the guest may change its memory from now on.
-    fn stage(&self, memory: &Memory, first_block: u64, key: usize) -> Vec<Part> {
+    fn stage(&self, memory: &Memory, first_block: u64, key: usize, staged: &mut Vec<Part>) {
         let blocks = memory.len() / BLOCK_BYTES;
         let unit = self.layer().part_blocks_max() as usize;
-        (0..blocks)
-            .step_by(unit)
-            .map(|at| {
-                let count = unit.min(blocks - at);
-                let mut buf = self.driver.staging(count);
-                memory.read_at(at * BLOCK_BYTES, &mut buf);
-                let run = Run::Data { start: first_block + at as u64, count: count as u32 };
-                Part::data(run, buf, self.waiter(key))
-            })
-            .collect()
+        for at in (0..blocks).step_by(unit) {
+            let count = unit.min(blocks - at);
+            let mut buf = self.driver.staging(count);
+            memory.read_at(at * BLOCK_BYTES, &mut buf);
+            let run = Run::Data { start: first_block + at as u64, count: count as u32 };
+            staged.push(Part::data(run, buf, self.waiter(key)));
+        }
     }
 
     /// One part of a request has ended.
@@ -270,6 +281,8 @@ impl<E: Engine> DeviceQueue for LayerQueue<E> {
     }
 
     fn poll(&mut self, done: &mut Vec<Done>) {
+        // Ends only after `collect` has found the inbox empty.
+        self.layer().core().attend(self.port);
         loop {
             self.driver.set_active(self.is_active());
             if self.is_active() {

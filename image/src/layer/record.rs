@@ -4,7 +4,7 @@
 //! and the chain that ties it to the record before it. It is encoded once, when the record gets
 //! its place in the log, and believed on recovery only through [`Index::decode`].
 
-use super::bytes::{array, get_u32, get_u64, put};
+use super::bytes::{array, checksum, get_u32, get_u64, put};
 use super::layout::{Damage, LayerId, SIZE_MAX, damage};
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, SECTOR_SIZE};
 
@@ -169,7 +169,7 @@ impl Index {
             put(b, at, &sum.to_le_bytes());
             at += SUM_BYTES;
         }
-        let sum = crc32fast::hash(&b[..R_CHECKSUM]);
+        let sum = checksum(&[&b[..R_CHECKSUM]]);
         put(b, R_CHECKSUM, &sum.to_le_bytes());
         self.stands_for.unwrap_or(sum)
     }
@@ -179,7 +179,7 @@ impl Index {
         if b.len() < BLOCK_BYTES || array::<8>(b, 0) != MAGIC {
             return Err(damage("record.magic", 0, "there is no record here"));
         }
-        let sum = crc32fast::hash(&b[..R_CHECKSUM]);
+        let sum = checksum(&[&b[..R_CHECKSUM]]);
         if sum != get_u32(b, R_CHECKSUM) {
             return Err(damage("record.checksum", R_CHECKSUM, "it does not match"));
         }
@@ -219,5 +219,31 @@ impl Index {
             checksums: (0..sums as usize).map(|i| get_u32(b, sums_at + i * SUM_BYTES)).collect(),
         };
         Ok((index, stands_for.unwrap_or(sum)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn index_blocks_differ_in_the_checksum_that_data_blocks_have() {
+        let sum = |sequence| {
+            let index = Index {
+                layer_id: [7; 16],
+                nonce: 1,
+                sequence,
+                previous: 2,
+                stands_for: None,
+                data_blocks: 0,
+                next_segment: 3,
+                runs: vec![Run::Size { bytes: 512 }],
+                checksums: Vec::new(),
+            };
+            let mut block = vec![0; BLOCK_BYTES];
+            index.encode(&mut block);
+            crc32fast::hash(&block)
+        };
+        assert_ne!(sum(1), sum(2));
     }
 }

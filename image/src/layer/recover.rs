@@ -86,7 +86,7 @@ impl<E: Engine> Layer<E> {
             Some(record) => Some(Base::open_recorded(storage, io, path, record, &chain).await?),
             None => None,
         };
-        let mut core = recover(&reader, &header, &newest, options).await?;
+        let (mut core, interrupted) = recover(&reader, &header, &newest, options).await?;
         core.checkpointed_at = io.now();
         let clean = newest.slot.clean && core.log.head == newest.slot.log;
         core.was_clean = clean;
@@ -104,7 +104,11 @@ impl<E: Engine> Layer<E> {
             let mut nonce = [0; 8];
             storage.random(&mut nonce).map_err(|e| ImageError::io(path, "make random numbers for", e))?;
             let driver = Driver::new(Arc::clone(&layer), io.clone());
-            let result = driver.checkpoint(Some(u64::from_le_bytes(nonce)), false).await;
+            let mut result = driver.checkpoint(Some(u64::from_le_bytes(nonce)), false).await;
+            if interrupted && result.is_ok() {
+                // The log of the slot before holds another end record of the same number.
+                result = driver.checkpoint(None, false).await;
+            }
             driver.retire().await;
             result.map_err(|error| ImageError::new(path, error))?;
         }
@@ -140,13 +144,14 @@ fn choose_slot<E: Engine>(
     }
 }
 
-/// Loads the newest checkpoint and replays the log after it.
+/// Loads the newest checkpoint and replays the log after it. Says, too, whether the log holds the
+/// end of a next checkpoint, which no slot names.
 async fn recover<E: Engine>(
     reader: &Reader<'_, E>,
     header: &Header,
     newest: &Newest,
     options: &OpenLayer,
-) -> Result<Core, ImageError> {
+) -> Result<(Core, bool), ImageError> {
     let slot = &newest.slot;
     let size = reader.file.size().map_err(|e| ImageError::io(reader.path, "measure", e))?;
     let segment_bytes = u64::from(header.segment_blocks) * BLOCK_SIZE;
@@ -206,7 +211,7 @@ async fn recover<E: Engine>(
         // A clean stop: both slots name one map, so what it does not use can be used at once.
         core.segments.free_unused(other.log.segment);
     }
-    Ok(core)
+    Ok((core, found_end))
 }
 
 impl Core {

@@ -53,9 +53,13 @@ impl Seal {
     }
 }
 
-/// The checksum that the format uses.
+/// The checksum that the format uses for its own structures.
 pub fn checksum(bytes: &[u8]) -> u32 {
-    crc32fast::hash(bytes)
+    masked(crc32fast::hash(bytes))
+}
+
+fn masked(crc: u32) -> u32 {
+    crc.rotate_right(15).wrapping_add(0xa282_ead8)
 }
 
 fn seal_range(b: &mut [u8], start: usize, len: usize) {
@@ -94,8 +98,7 @@ pub fn seal_node(b: &mut [u8], at: usize, len: usize) {
     let mut hasher = crc32fast::Hasher::new();
     hasher.update(frame);
     hasher.update(body);
-    let sum = hasher.finalize();
-    put_u32(b, at + node::CHECKSUM, sum);
+    put_u32(b, at + node::CHECKSUM, masked(hasher.finalize()));
 }
 
 /// The checksums of a record and of its data blocks.
@@ -107,7 +110,7 @@ pub fn seal_record(b: &mut [u8], found: &RecordAt) {
         let block: [u8; BLOCK] = bytes(b, found.at + (1 + i) * BLOCK);
         let at = sums.saturating_add(i * 4);
         if at + 4 <= record::CHECKSUM {
-            put_u32(b, found.at + at, checksum(&block));
+            put_u32(b, found.at + at, crc32fast::hash(&block));
         }
     }
     seal_range(b, found.at, record::CHECKSUM);

@@ -116,12 +116,20 @@ impl Backend {
     /// It cannot be started, ends, or does not listen within a minute; the message holds what it
     /// wrote.
     pub fn start(spec: &BackendSpec, socket: &Path) -> Result<Self> {
+        let (program, arguments) = spec.command(socket)?;
+        Self::start_program(&program, &arguments, socket)
+    }
+
+    /// The same for any program whose arguments make it listen on `socket`.
+    ///
+    /// # Errors
+    /// As for [`Backend::start`].
+    pub fn start_program(program: &str, arguments: &[String], socket: &Path) -> Result<Self> {
         if socket.exists() {
             ensure!(!is_listening(socket), "another backend listens on {}", socket.display());
             fs::remove_file(socket)?;
         }
-        let (program, arguments) = spec.command(socket)?;
-        let child = OwnedChild::start(&program, &arguments, Stdio::null())?;
+        let child = OwnedChild::start(program, arguments, Stdio::null())?;
         let mut backend = Self { child, socket: socket.to_owned() };
         let deadline = Instant::now() + READY_LIMIT;
         while !is_listening(socket) {

@@ -54,7 +54,7 @@ impl LayerSubject {
 
 /// The file of a layer that holds what every base holds: made in a world of its own.
 fn layer_image(sectors: u64) -> Vec<u8> {
-    let world = World::new(Config::blocking(sectors));
+    let world = World::new(Config::blocking(!sectors));
     let process = world.process();
     let (storage, io) = (world.storage(process), Io::new(world.engine(process)));
     let segment_size = 64 << 10;

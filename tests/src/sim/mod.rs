@@ -15,6 +15,7 @@
 
 pub mod content;
 pub mod contract;
+mod crash;
 mod drive;
 pub mod engine;
 pub mod explore;

@@ -19,7 +19,7 @@ use super::engine::{SimEngine, WakeFlag};
 use super::faults::{Fate, Faults};
 use super::medium::{Medium, SECTOR, Stamp};
 use super::names::{FileId, Names};
-use super::persist::{Draw, Persistence};
+use super::persist::Persistence;
 use super::rng::Rng;
 use super::storage::{Description, SimFile, SimStorage};
 use super::trace::Trace;
@@ -80,7 +80,7 @@ pub(super) struct File {
     pub medium: Medium,
     pub mtime_ns: u64,
     open: Vec<Weak<Description>>,
-    locks: Vec<(Weak<Description>, Lock)>,
+    pub locks: Vec<(Weak<Description>, Lock)>,
 }
 
 /// An operation between start and completion.
@@ -97,8 +97,8 @@ pub(super) struct Flight {
 /// Moment of completion, and a number that makes it unique.
 pub(super) type Due = (Time, u64);
 
-struct EngineState {
-    process: ProcessId,
+pub(super) struct EngineState {
+    pub process: ProcessId,
     wake: Arc<WakeFlag>,
     ready: Vec<Completion<SimFile>>,
     sleep: Option<Option<Time>>,
@@ -119,8 +119,8 @@ pub(super) struct State {
     pub luck: Rng,
     pub random: Rng,
     pub trace: Trace,
-    engines: Vec<EngineState>,
-    dead: Vec<bool>,
+    pub engines: Vec<EngineState>,
+    pub dead: Vec<bool>,
     ids: u64,
 }
 
@@ -418,49 +418,8 @@ impl State {
         }
     }
 
-    fn kill(&mut self, process: ProcessId) {
-        let now = self.now;
-        self.trace.add(now, || format!("KILL process {process}"));
-        self.dead[process as usize] = true;
-        self.bury(process);
-        for ((due, id), mut flight) in std::mem::take(&mut self.flights) {
-            if flight.orphan || self.engines[flight.engine].process != process {
-                self.flights.insert((due, id), flight);
-            } else if !self.luck.percent(30) {
-                flight.orphan = true;
-                if matches!(flight.op, Op::Sync { .. }) {
-                    flight.fate = Fate::Done;
-                }
-                let late = Duration::from_micros(1 << self.luck.below(20));
-                self.flights.insert((now + late, id), flight);
-            }
-        }
-    }
-
-    fn power_cut(&mut self, mode: Persistence) {
-        let now = self.now;
-        self.trace.add(now, || format!("POWER CUT {mode:?}"));
-        for process in 0..self.dead.len() {
-            self.dead[process] = true;
-            self.bury(process as ProcessId);
-        }
-        for (_, mut flight) in std::mem::take(&mut self.flights) {
-            flight.orphan = true;
-            if self.luck.percent(80) {
-                self.reach(&flight);
-            }
-        }
-        let stamps: Vec<Stamp> = self.files.iter().flat_map(|file| file.medium.unsynced()).collect();
-        let mut draw = Draw::new(mode, &stamps, &mut self.luck);
-        for file in &mut self.files {
-            file.medium.power_cut(&mut draw);
-            file.locks.clear();
-        }
-        self.names.power_cut(&mut self.luck);
-    }
-
     /// Takes back what a dead process can no longer use.
-    fn bury(&mut self, process: ProcessId) {
+    pub fn bury(&mut self, process: ProcessId) {
         for engine in self.engines.iter_mut().filter(|engine| engine.process == process) {
             engine.ready.clear();
             engine.gone = true;

@@ -15,7 +15,6 @@ use crate::setup::{self, Outcome};
 use crate::workspace::Workspace;
 
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
-const BUILD_LIMIT: Duration = Duration::from_secs(1200);
 /// The two guests; each writes a file of its own name.
 const NAMES: [&str; 2] = ["oak", "birch"];
 const WRITTEN_MIB: u32 = 8;
@@ -61,15 +60,7 @@ struct Demo {
 
 impl Demo {
     fn prepare(workspace: &Workspace, assets: Assets) -> Result<Self> {
-        let program = match std::env::var_os("SAPWOOD_BIN") {
-            Some(program) => PathBuf::from(program),
-            None => {
-                let mut build = workspace.cargo();
-                build.args(["build", "--quiet", "--release", "--package", "sapwood"]);
-                process::run(&mut build, BUILD_LIMIT)?;
-                workspace.target.join("release/sapwood")
-            }
-        };
+        let program = workspace.sapwood()?;
         let directory = workspace.target.join("demo");
         if directory.exists() {
             fs::remove_dir_all(&directory)?;

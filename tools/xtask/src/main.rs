@@ -1,5 +1,6 @@
-//! Development tasks: `cargo xtask setup | test | soak | demo`.
+//! Development tasks: `cargo xtask setup | test | soak | demo | bench`.
 
+mod bench;
 mod demo;
 mod process;
 mod setup;
@@ -37,6 +38,8 @@ enum Task {
         #[arg(long, value_name = "SECONDS", default_value_t = 10)]
         fuzz_seconds: u64,
     },
+    /// Measure `sapwood serve` beside `qemu-storage-daemon`
+    Bench(bench::Bench),
     /// Run the tests for long: more simulated histories, longer fuzzing
     Soak {
         /// As for `test`
@@ -68,6 +71,7 @@ fn perform(task: &Task) -> Result<bool> {
     match task {
         Task::Setup => set_up(&workspace),
         Task::Demo => demo::run(&workspace),
+        Task::Bench(options) => bench::run(&workspace, options),
         Task::Test { only, fuzz_seconds } => {
             let fuzz = Duration::from_secs(*fuzz_seconds);
             run_suite(&workspace, Effort { soak_seeds: None, fuzz }, only)

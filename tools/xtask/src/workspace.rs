@@ -10,6 +10,7 @@ use serde_json::Value;
 use crate::process;
 
 const METADATA_LIMIT: Duration = Duration::from_secs(120);
+const BUILD_LIMIT: Duration = Duration::from_secs(1200);
 
 /// The workspace that this program was started in.
 pub struct Workspace {
@@ -36,6 +37,20 @@ impl Workspace {
     /// Where the guest's files are kept.
     pub fn guest(&self) -> PathBuf {
         self.target.join("guest")
+    }
+
+    /// The `sapwood` program: the one that `SAPWOOD_BIN` names, else built here for release.
+    ///
+    /// # Errors
+    /// It does not build.
+    pub fn sapwood(&self) -> Result<PathBuf> {
+        if let Some(program) = std::env::var_os("SAPWOOD_BIN") {
+            return Ok(PathBuf::from(program));
+        }
+        let mut build = self.cargo();
+        build.args(["build", "--quiet", "--release", "--package", "sapwood"]);
+        process::run(&mut build, BUILD_LIMIT)?;
+        Ok(self.target.join("release/sapwood"))
     }
 
     /// A cargo command in the workspace.

@@ -7,6 +7,8 @@
 //! sequence number, a checksum of its data and the checksum of the previous header, which chains
 //! it to a session: each open appends a record with a random number.
 
+mod log;
+
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -21,12 +23,14 @@ use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::{Lock, LockError, OpenOptions, Storage, StorageFile};
 use sapwood_blockdev::units::FileOffset;
 
-use super::content::{SECTOR_BYTES, base_image};
-use super::engine::SimEngine;
-use super::medium::SECTOR;
-use super::plan::{Base, Shape};
-use super::storage::{SimFile, SimStorage};
-use super::subject::{Control, Disk, OpenError, Subject, Task, base_path, disk_path};
+use log::{Header, Kind, Log, Place, crc};
+
+use crate::sim::content::{SECTOR_BYTES, base_image};
+use crate::sim::engine::SimEngine;
+use crate::sim::medium::SECTOR;
+use crate::sim::plan::{Base, Shape};
+use crate::sim::storage::{SimFile, SimStorage};
+use crate::sim::subject::{Control, Disk, OpenError, Subject, Task, base_path, disk_path};
 
 const BLOCK: u64 = 4096;
 
@@ -78,111 +82,12 @@ pub struct Toy {
     pub flaw: Option<Flaw>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Place {
-    Base,
-    Zero,
-    At(u64),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
-    Session,
-    Write,
-    Zero,
-    Resize,
-}
-
-/// What a header block says.
-#[derive(Clone, Copy, Debug)]
-struct Header {
-    sequence: u64,
-    kind: Kind,
-    first: u64,
-    count: u64,
-    data_sum: u32,
-    previous: u32,
-}
-
-impl Header {
-    fn encode(&self) -> Vec<u8> {
-        let mut bytes = vec![0; BLOCK as usize];
-        let words = [
-            u64::from_le_bytes(*b"TOYLOG01"),
-            self.sequence,
-            self.kind as u64,
-            self.first,
-            self.count,
-            u64::from(self.data_sum),
-            u64::from(self.previous),
-        ];
-        for (at, word) in words.into_iter().enumerate() {
-            bytes[at * 8..at * 8 + 8].copy_from_slice(&word.to_le_bytes());
-        }
-        let sum = crc(&bytes[..56]);
-        bytes[56..60].copy_from_slice(&sum.to_le_bytes());
-        bytes
-    }
-
-    fn decode(bytes: &[u8]) -> Option<(Self, u32)> {
-        let word = |at: usize| u64::from_le_bytes(bytes[at * 8..at * 8 + 8].try_into().expect("8 bytes"));
-        let sum = word(7) as u32;
-        if word(0) != u64::from_le_bytes(*b"TOYLOG01") || sum != crc(&bytes[..56]) {
-            return None;
-        }
-        let kind = [Kind::Session, Kind::Write, Kind::Zero, Kind::Resize][word(2) as usize % 4];
-        let (data_sum, previous) = (word(5) as u32, word(6) as u32);
-        Some((Self { sequence: word(1), kind, first: word(3), count: word(4), data_sum, previous }, sum))
-    }
-
-    fn data_blocks(&self) -> u64 {
-        if self.kind == Kind::Write { (self.count * SECTOR).div_ceil(BLOCK) } else { 0 }
-    }
-}
-
-fn crc(bytes: &[u8]) -> u32 {
-    crc32fast::hash(bytes)
-}
-
-struct Log {
-    map: Vec<Place>,
-    sectors: u64,
-    end: u64,
-    sequence: u64,
-    previous: u32,
-    writing: bool,
-    latched: bool,
-    write_cache: bool,
-    served: u64,
-}
-
 /// An open toy disk.
 pub struct ToyDisk {
     toy: Toy,
     file: SimFile,
     base: Option<SimFile>,
     log: Mutex<Log>,
-}
-
-impl Log {
-    fn apply(&mut self, toy: Toy, header: &Header, at: u64) {
-        let range = header.first as usize..(header.first + header.count) as usize;
-        match header.kind {
-            Kind::Session => {}
-            Kind::Write => {
-                for (n, place) in self.map[range].iter_mut().enumerate() {
-                    *place = Place::At(at + BLOCK + n as u64 * SECTOR);
-                }
-            }
-            Kind::Zero => self.map[range].fill(Place::Zero),
-            Kind::Resize => {
-                if toy.flaw != Some(Flaw::ShrinkKeeps) {
-                    self.map[header.count as usize..].fill(Place::Zero);
-                }
-                self.sectors = header.count;
-            }
-        }
-    }
 }
 
 impl ToyDisk {
@@ -228,9 +133,7 @@ impl ToyDisk {
     ) -> Result<(), DeviceError> {
         let mut data = data;
         data.resize(data.len().next_multiple_of(BLOCK as usize), 0);
-        while std::mem::replace(&mut self.log().writing, true) {
-            io.sleep_until(io.now() + Duration::from_micros(10)).await;
-        }
+        self.turn(io).await;
         let (header, at, mut bytes) = {
             let mut log = self.log();
             if log.latched {
@@ -262,13 +165,24 @@ impl ToyDisk {
         Ok(())
     }
 
+    /// One at a time: of two syncs in flight one may fail, dropping data, and the other succeed.
     async fn sync(&self, io: &Io<SimEngine>) -> Result<(), DeviceError> {
-        if let Err(errno) = io.run(Op::Sync { file: self.file.clone() }).await.result {
-            self.log().latched = !self.flawed(Flaw::SyncRetried);
-            return Err(errno.into());
+        self.turn(io).await;
+        let synced = io.run(Op::Sync { file: self.file.clone() }).await.result;
+        let mut log = self.log();
+        log.writing = false;
+        if log.latched {
+            return Err(DeviceError::Latched);
         }
-        // Another sync that failed meanwhile may have dropped what this one seems to cover.
-        if self.log().latched { Err(DeviceError::Latched) } else { Ok(()) }
+        log.latched = synced.is_err() && !self.flawed(Flaw::SyncRetried);
+        synced.map(drop).map_err(DeviceError::from)
+    }
+
+    /// Waits until nobody writes or syncs; the next one waits for the caller.
+    async fn turn(&self, io: &Io<SimEngine>) {
+        while std::mem::replace(&mut self.log().writing, true) {
+            io.sleep_until(io.now() + Duration::from_micros(10)).await;
+        }
     }
 
     async fn serve(self: &Arc<Self>, io: &Io<SimEngine>, mut request: Request) -> Result<(), DeviceError> {

@@ -1,0 +1,114 @@
+//! The servers: `sapwood serve`, and `qemu-storage-daemon` with direct I/O and io_uring.
+
+use std::fs;
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use sapwood_tests::guest::Backend;
+use serde_json::{Value, json};
+
+use super::case::Contestant;
+
+/// Unit of the times in `/proc/PID/stat`, in seconds: USER_HZ, which is 100 on every architecture
+/// that this runs on.
+const TICKS_PER_SECOND: f64 = 100.0;
+
+/// A server that listens.
+pub struct Server {
+    backend: Backend,
+}
+
+impl Server {
+    /// Starts the contestant's program on a disk.
+    ///
+    /// # Errors
+    /// It does not start or does not listen.
+    pub fn start(
+        contestant: Contestant,
+        sapwood: &Path,
+        disk: &Path,
+        base: Option<&Path>,
+        socket: &Path,
+    ) -> Result<Self> {
+        let (program, arguments) = match contestant {
+            Contestant::SapwoodRaw => (sapwood.display().to_string(), serve("raw", disk, socket)),
+            Contestant::SapwoodLayer => (sapwood.display().to_string(), serve("layer", disk, socket)),
+            Contestant::QemuRaw => daemon(&raw(disk, false), socket),
+            Contestant::Qcow2 | Contestant::Qcow2Extended => daemon(&qcow2(disk, base), socket),
+        };
+        Ok(Self { backend: Backend::start_program(&program, &arguments, socket)? })
+    }
+
+    /// Processor time that all threads of the server have used, the kernel's part included.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn cpu(&self) -> Result<Duration> {
+        let path = format!("/proc/{}/stat", self.backend.id());
+        let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+        // The name in parentheses may hold spaces. After it: the state, then ten numbers, then
+        // utime and stime (proc_pid_stat(5)).
+        let rest = text.rsplit_once(')').context("no name in parentheses")?.1;
+        let ticks = rest.split_whitespace().skip(11).take(2).map(str::parse::<u64>);
+        let ticks: u64 = ticks.sum::<Result<u64, _>>().with_context(|| format!("reading {path}"))?;
+        Ok(Duration::from_secs_f64(ticks as f64 / TICKS_PER_SECOND))
+    }
+
+    /// Ends it in its own good order.
+    ///
+    /// # Errors
+    /// It failed.
+    pub fn stop(self) -> Result<()> {
+        self.backend.stop()
+    }
+}
+
+fn serve(format: &str, disk: &Path, socket: &Path) -> Vec<String> {
+    let socket = socket.display().to_string();
+    ["serve", "-f", format, &disk.display().to_string(), "--socket", &socket].map(str::to_owned).into()
+}
+
+/// The file node that does the I/O.
+fn file(path: &Path, read_only: bool) -> Value {
+    json!({
+        "driver": "file",
+        "filename": path,
+        "aio": "io_uring",
+        "cache": { "direct": true },
+        "discard": "unmap",
+        "read-only": read_only,
+    })
+}
+
+fn raw(path: &Path, read_only: bool) -> Value {
+    json!({
+        "driver": "raw",
+        "file": file(path, read_only),
+        "cache": { "direct": true },
+        "discard": "unmap",
+        "read-only": read_only,
+    })
+}
+
+fn qcow2(path: &Path, base: Option<&Path>) -> Value {
+    let mut node = json!({
+        "driver": "qcow2",
+        "file": file(path, false),
+        "cache": { "direct": true },
+        "discard": "unmap",
+    });
+    node["backing"] = base.map_or(Value::Null, |base| raw(base, true));
+    node
+}
+
+fn daemon(node: &Value, socket: &Path) -> (String, Vec<String>) {
+    let mut node = node.clone();
+    node["node-name"] = "disk".into();
+    let export = format!(
+        "vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path={}",
+        socket.display()
+    );
+    let arguments = ["--blockdev".to_owned(), node.to_string(), "--export".to_owned(), export];
+    ("qemu-storage-daemon".to_owned(), arguments.into())
+}
