@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use sapwood_fuzz::{layer_header, layer_node, layer_open, layer_record, pack, virtio_request};
 use sapwood_tests::damage::corrupt::newest;
 use sapwood_tests::damage::format::{BLOCK, header, put_u32, record, slot, slots, u32_at};
+use sapwood_tests::damage::lab::check;
+use sapwood_tests::damage::memory::MemoryStorage;
 use sapwood_tests::damage::seal::Seal;
 use sapwood_tests::damage::specimen::{self, Specimen};
 use sapwood_tests::damage::walk;
@@ -34,6 +36,21 @@ fn every_input_of_the_corpus_passes() {
         for input in inputs {
             println!("{}", input.display());
             run(&fs::read(&input).expect("an input"));
+        }
+    }
+}
+
+#[test]
+fn seeds_are_layers_of_this_version() {
+    for entry in fs::read_dir(corpus("layer_open")).expect("seeds") {
+        let path = entry.expect("an entry").path();
+        if path.to_string_lossy().ends_with("-plain") {
+            let file = pack::unpack(&fs::read(&path).expect("a seed")).expect("a file");
+            let storage = MemoryStorage::new(1000);
+            storage.install(&specimen::path(), &file);
+            storage.install(Path::new("base"), &specimen::base());
+            let report = check(&storage, &specimen::path()).expect("a layer");
+            assert_eq!(report.errors, [""; 0], "{}: make the seeds anew", path.display());
         }
     }
 }
