@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sapwood_tests::sim::explore::{cut_everywhere, first_failure, report, run, seeds};
+use sapwood_tests::sim::explore::{cut_everywhere, few_seeds, first_failure, report, run, seeds};
 use sapwood_tests::sim::faults::Kind;
 use sapwood_tests::sim::layer::LayerSubject;
 use sapwood_tests::sim::persist::Persistence;
@@ -40,7 +40,7 @@ fn cut(shape: Shape, steps: &[Step]) {
     ];
     let subject = LayerSubject::default();
     let mut runs = 0;
-    for seed in seeds(1) {
+    for seed in few_seeds() {
         let plan = Plan::written(seed, shape, steps);
         match cut_everywhere(&subject, &plan, &cuts) {
             Ok(more) => runs += more,

@@ -9,7 +9,7 @@ use sapwood_tests::sim::toy::{Flaw, Toy};
 #[test]
 fn a_sound_toy_keeps_the_contract() {
     let toy = Toy::default();
-    let (_, failure) = first_failure(&toy, seeds(3000));
+    let (_, failure) = first_failure(&toy, seeds(1000));
     if let Some(failure) = failure {
         panic!("{}", report(&toy, &failure, "sim_self"));
     }

@@ -190,6 +190,13 @@ pub fn seeds(usual: u64) -> Range<u64> {
     first..first + number("SAPWOOD_SIM_SEEDS").unwrap_or(usual * factor)
 }
 
+/// The same for histories that are cut at every event, which are hundreds of runs each: one for
+/// every thousand seeds asked for.
+pub fn few_seeds() -> Range<u64> {
+    let seeds = seeds(1);
+    seeds.start..seeds.start + (seeds.end - seeds.start).div_ceil(1000)
+}
+
 impl Plan {
     /// A history written by hand.
     pub fn written(seed: u64, shape: super::plan::Shape, steps: &[Step]) -> Self {

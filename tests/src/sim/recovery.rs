@@ -205,6 +205,7 @@ impl<S: Subject> History<S> {
         self.world.set_faults(Faults::benign());
         let Some(sector) = self.spare_sector()? else { return self.start() };
         self.world.damage(&disk_path(), sector);
+        self.world.make_room();
         match self.open()? {
             Ok(()) => self.inspect(),
             Err(error) => Err(Stop::Violation(format!("cannot open after losing a slot: {error:?}"))),
