@@ -135,7 +135,8 @@ impl Client {
         let mut done = std::mem::take(&mut self.done);
         while self.queue.outstanding() > 0 {
             self.queue.poll(&mut done);
-            if done.is_empty() {
+            // What ended may have been the layer's own work, which is no report.
+            if done.is_empty() && self.queue.outstanding() > 0 {
                 self.queue.wait(None);
             }
             for done in done.drain(..) {
