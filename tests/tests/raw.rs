@@ -8,6 +8,7 @@ use std::sync::Arc;
 use sapwood_blockdev::Errno;
 use sapwood_blockdev::buffer::SharedBuf;
 use sapwood_blockdev::device::{BlockDevice, Command, DeviceError, DeviceQueue, Done, Request, run};
+use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::{Io, block_on};
 use sapwood_blockdev::units::{BlockSpan, GuestOffset};
 use sapwood_image::raw::{CreateRaw, RawDevice, RawQueue, create};
@@ -111,8 +112,11 @@ fn finish(queues: &mut [Queue]) {
     let mut done: Vec<Done> = Vec::new();
     loop {
         queues.iter_mut().for_each(|queue| queue.poll(&mut done));
-        match queues.iter_mut().find(|queue| queue.outstanding() > 0) {
-            Some(queue) => queue.wait(None),
+        // One may wait for a range that the other holds, whose operation starts when it waits.
+        let busy = |queue: &mut Queue| queue.with_engine(|engine| engine.in_flight() > 0);
+        let index = queues.iter_mut().position(busy);
+        match index.or(queues.iter().position(|queue| queue.outstanding() > 0)) {
+            Some(index) => queues[index].wait(None),
             None => break,
         }
     }

@@ -398,6 +398,8 @@ impl State {
             (Some(due), None) if self.step() => assert!(due <= self.now),
             (Some(due), Some(time)) if due <= time => assert!(self.step()),
             (_, Some(time)) => self.now = time,
+            // Another thread has not collected all of its completions.
+            (_, None) if self.engines.iter().any(|engine| !engine.ready.is_empty()) => {}
             (_, None) => panic!("deadlock: a thread waits and nothing is in flight"),
         }
     }
