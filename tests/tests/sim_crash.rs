@@ -14,7 +14,7 @@ use sapwood_tests::sim::world::{Config, Waiting, World};
 #[test]
 fn random_histories_keep_the_contract() {
     let subject = LayerSubject::default();
-    let (_, failure) = first_failure(&subject, seeds(800));
+    let (_, failure) = first_failure(&subject, seeds(1500));
     if let Some(failure) = failure {
         panic!("{}", report(&subject, &failure, "sim_crash"));
     }
