@@ -120,12 +120,12 @@ impl<E: Engine> Disk<E> {
     /// What a range of the disk, cut to its size, holds, in order and without gaps.
     ///
     /// # Errors
-    /// When the file system cannot be asked.
-    pub fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>, ImageError> {
+    /// When the map cannot be read, or the file system cannot be asked.
+    pub async fn extents(&self, io: &Io<E>, range: Range<u64>) -> Result<Vec<Extent>, ImageError> {
         let range = range.start..range.end.min(self.geometry().size);
         match self {
             Self::Raw(raw) => raw.extents(range),
-            Self::Layer(layer) => layer.extents(range),
+            Self::Layer(layer) => layer.extents(io, range).await,
         }
     }
 

@@ -124,7 +124,8 @@ impl<E: Engine> Side<E> {
 
     /// The parts of `window` that hold data, in whole blocks, in order and apart.
     pub(crate) fn data_in(&self, window: Range<u64>) -> Result<Vec<Range<u64>>, ImageError> {
-        let extents = self.disk.extents(window)?;
+        let (disk, io) = (Arc::clone(&self.disk), self.io.clone());
+        let extents = block_on(&self.io, async move { disk.extents(&io, window).await })?;
         Ok(in_blocks(extents.iter().filter(|e| e.kind == ExtentKind::Data).map(Extent::range), self.size()))
     }
 }

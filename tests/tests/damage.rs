@@ -243,7 +243,7 @@ fn a_chain_of_bases_has_a_length_that_every_stack_holds() {
     }
     let mut bench = Bench::open(&HostLab, &folder.path().join(name(100)), true).unwrap();
     assert_eq!(bench.read(4096, 4096).unwrap(), [0; 4096]);
-    bench.layer.extents(0..1 << 20).unwrap();
+    bench.extents(0..1 << 20).unwrap();
     let error = Bench::open(&HostLab, &folder.path().join(name(101)), true).err().unwrap();
     assert!(error.to_string().contains("more than 100 bases in a chain"), "{error}");
 }
@@ -255,7 +255,6 @@ fn the_cleaner_moves_no_damaged_block() {
         let scene = scene(&image);
         let bench = Bench::open(&HostLab, &scene.path, true).unwrap();
         let places: Vec<usize> = bench
-            .layer
             .extents(0..specimen::SIZE)
             .unwrap()
             .iter()

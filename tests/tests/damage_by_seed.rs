@@ -55,7 +55,7 @@ fn survive(image: &Image) -> &'static str {
         Ok(mut bench) => {
             let len = bench.size().min(specimen::SIZE) as usize;
             bench.read(0, len).ok();
-            bench.layer.extents(0..bench.size()).ok();
+            bench.extents(0..bench.size()).ok();
         }
     }
     let mut bench = match Bench::open(&storage, &path, false) {
@@ -111,7 +111,7 @@ fn live_bytes(specimen: &Specimen) -> BTreeSet<usize> {
     nodes.iter().for_each(|node| live.extend(node.at..node.at + node.len));
     let storage = store(b);
     let bench = Bench::open(&storage, &specimen::path(), true).unwrap();
-    for extent in bench.layer.extents(0..specimen::SIZE).unwrap() {
+    for extent in bench.extents(0..specimen::SIZE).unwrap() {
         if let Some(offset) = extent.offset.filter(|_| extent.depth == 0) {
             live.extend(offset as usize..(offset + extent.len) as usize);
         }

@@ -8,6 +8,7 @@ use super::base::{Base, resolve};
 use super::core::Core;
 use super::driver::Driver;
 use super::layout::{BaseIdentity, Header};
+use super::map::by_branch;
 use super::node::Entry;
 use super::queue::LayerQueue;
 use super::record::Run;
@@ -23,8 +24,15 @@ use sapwood_blockdev::units::{BLOCK_SIZE, GuestOffset, SECTOR_SIZE};
 
 /// Largest part of a record, in blocks: what is left over at the end of a segment stays below it.
 const PART_BLOCKS_MAX: u32 = 32;
-/// Largest run of zeroes in one part, in blocks.
-const ZERO_RUN_MAX: u64 = 1 << 30;
+
+/// Blocks whose entries are one uniform value, or rising places.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct MapRun {
+    pub(super) start: u64,
+    pub(super) count: u64,
+    /// The first block's.
+    pub(super) entry: Entry,
+}
 
 /// An open layer: a disk that guests write, over a base that they do not.
 ///
@@ -87,17 +95,19 @@ impl<E: Engine> Layer<E> {
         BaseIdentity::Layer { size: core.size, id: self.header.layer_id, generation: core.generation }
     }
 
-    /// The runs that make whole blocks read as zeroes. Without a base nothing needs to be said of
-    /// them but that they are not mapped.
-    pub(super) fn zero_runs(&self, blocks: Range<u64>) -> Vec<Run> {
-        let run = |start: u64| {
-            let count = ZERO_RUN_MAX.min(blocks.end - start) as u32;
-            match self.base {
-                Some(_) => Run::Zero { start, count },
-                None => Run::Absent { start, count },
-            }
-        };
-        blocks.clone().step_by(ZERO_RUN_MAX as usize).map(run).collect()
+    /// The entry that makes a block read as zeroes. Without a base nothing needs to be said but that
+    /// it is not mapped.
+    pub(super) fn zero_entry(&self) -> Entry {
+        if self.base.is_some() { Entry::ZERO } else { Entry::ABSENT }
+    }
+
+    /// The run that makes whole blocks, not more than a branch has, read as zeroes.
+    pub(super) fn zero_run(&self, blocks: Range<u64>) -> Run {
+        let (start, count) = (blocks.start, (blocks.end - blocks.start) as u32);
+        match self.zero_entry() {
+            Entry::ZERO => Run::Zero { start, count },
+            _ => Run::Absent { start, count },
+        }
     }
 
     /// A queue over a reactor that the caller also uses for other things.
@@ -132,15 +142,16 @@ impl<E: Engine> Layer<E> {
     /// What `range` of the disk, in bytes, holds, through all bases. Cut off at the disk's end.
     ///
     /// # Errors
-    /// When a raw base cannot say where its holes are.
-    pub fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>, ImageError> {
+    /// When the map cannot be read, or a raw base cannot say where its holes are.
+    pub async fn extents(self: &Arc<Self>, io: &Io<E>, range: Range<u64>) -> Result<Vec<Extent>, ImageError> {
         let mut extents = Vec::new();
-        self.extents_at_depth(range, 0, &mut extents)?;
+        self.extents_at_depth(io, range, 0, &mut extents).await?;
         Ok(extents)
     }
 
-    fn extents_at_depth(
-        &self,
+    async fn extents_at_depth(
+        self: &Arc<Self>,
+        io: &Io<E>,
         range: Range<u64>,
         depth: u32,
         out: &mut Vec<Extent>,
@@ -151,28 +162,34 @@ impl<E: Engine> Layer<E> {
             return Ok(());
         }
         let file: Arc<Path> = self.path.as_path().into();
-        let mut runs = Vec::new();
         let blocks = range.start / BLOCK_SIZE..range.end.div_ceil(BLOCK_SIZE);
-        self.core().map.for_each_run(blocks, |start, count, entry| runs.push((start, count, entry)));
-        for (start, count, entry) in runs {
-            let first = start * BLOCK_SIZE;
-            let part = first.max(range.start)..(first + count * BLOCK_SIZE).min(range.end);
-            let (kind, offset) = match entry.place() {
-                Some(place) => (ExtentKind::Data, Some(Core::file_offset(place).0 + part.start - first)),
-                None if entry == Entry::ZERO => (ExtentKind::Zero, None),
-                None => {
-                    self.extents_below(part, depth, out)?;
-                    continue;
-                }
-            };
-            let len = part.end - part.start;
-            let file = Some(Arc::clone(&file));
-            Extent::push_to(out, Extent { start: part.start, len, kind, depth, offset, file });
+        for blocks in by_branch(blocks) {
+            for MapRun { start, count, entry } in self.runs(io, blocks).await? {
+                let first = start * BLOCK_SIZE;
+                let part = first.max(range.start)..(first + count * BLOCK_SIZE).min(range.end);
+                let (kind, offset) = match entry.place() {
+                    Some(place) => (ExtentKind::Data, Some(Core::file_offset(place).0 + part.start - first)),
+                    None if entry == Entry::ZERO => (ExtentKind::Zero, None),
+                    None => {
+                        Box::pin(self.extents_below(io, part, depth, out)).await?;
+                        continue;
+                    }
+                };
+                let len = part.end - part.start;
+                let file = Some(Arc::clone(&file));
+                Extent::push_to(out, Extent { start: part.start, len, kind, depth, offset, file });
+            }
         }
         Ok(())
     }
 
-    fn extents_below(&self, range: Range<u64>, depth: u32, out: &mut Vec<Extent>) -> Result<(), ImageError> {
+    async fn extents_below(
+        &self,
+        io: &Io<E>,
+        range: Range<u64>,
+        depth: u32,
+        out: &mut Vec<Extent>,
+    ) -> Result<(), ImageError> {
         let end = match &self.base {
             None => range.start,
             Some(Base::Raw { file, size }) => {
@@ -184,7 +201,7 @@ impl<E: Engine> Layer<E> {
             }
             Some(Base::Layer(below)) => {
                 let inside_end = below.core().size.clamp(range.start, range.end);
-                below.extents_at_depth(range.start..inside_end, depth + 1, out)?;
+                below.extents_at_depth(io, range.start..inside_end, depth + 1, out).await?;
                 inside_end
             }
         };
@@ -194,6 +211,25 @@ impl<E: Engine> Layer<E> {
             Extent::push_to(out, absent);
         }
         Ok(())
+    }
+
+    /// What the map of this layer alone says of blocks that lie in one branch.
+    pub(super) async fn runs(
+        self: &Arc<Self>,
+        io: &Io<E>,
+        blocks: Range<u64>,
+    ) -> Result<Vec<MapRun>, ImageError> {
+        let mut pins = None;
+        loop {
+            let mut runs = Vec::new();
+            let add = |start, count, entry| runs.push(MapRun { start, count, entry });
+            let found = self.core().map.for_each_run(blocks.clone(), add);
+            if found.is_ok() {
+                return Ok(runs);
+            }
+            debug_assert!(pins.is_none(), "what is pinned is found");
+            pins = Some(self.pin(io, &blocks).await?);
+        }
     }
 
     /// Gives the disk another size in bytes, a multiple of 512; durable when it returns. Bytes

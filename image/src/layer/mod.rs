@@ -22,6 +22,7 @@ mod device;
 pub mod doors;
 mod driver;
 mod layout;
+mod leaf;
 mod load;
 mod log;
 mod maintain;
@@ -30,6 +31,7 @@ mod merge;
 #[cfg(feature = "mutations")]
 pub mod mutation;
 mod node;
+mod paging;
 mod ports;
 mod queue;
 mod read;

@@ -4,8 +4,6 @@
 //! with the cargo feature `mutations`, which nothing but the test crate enables: a rule whose
 //! breach no test notices is not tested.
 
-use std::sync::Arc;
-
 use super::core::Core;
 use super::log::FlightState;
 use super::map::Frozen;
@@ -105,7 +103,7 @@ impl Core {
             for (block, place) in (start..start + u64::from(count)).zip(*place..) {
                 let leaf = (block / LEAF_ENTRIES as u64) as u32;
                 if let Some((_, table)) = frozen.leaves.iter_mut().find(|(index, _)| *index == leaf) {
-                    Arc::make_mut(table)[block as usize % LEAF_ENTRIES] = Entry(place);
+                    table.table_mut()[block as usize % LEAF_ENTRIES] = Entry(place);
                 }
             }
         }

@@ -1,16 +1,22 @@
 //! Where the bytes of a range are: through the layer, its base, and what lies below that.
 
 use std::ops::Range;
+use std::sync::Arc;
+
+use futures_util::future::join_all;
 
 use super::base::Base;
 use super::core::Core;
 use super::device::Layer;
 use super::driver::Driver;
 use super::node::Entry;
+use super::paging::device_error;
 use super::waiter::Result;
-use sapwood_blockdev::buffer::{AlignedBuf, Memory};
+use crate::error::ImageError;
+use sapwood_blockdev::buffer::{AlignedBuf, Memory, SharedBuf};
 use sapwood_blockdev::device::DeviceError;
 use sapwood_blockdev::engine::{Engine, Op};
+use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::StorageFile;
 use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
 
@@ -31,14 +37,35 @@ pub(super) struct Source<F> {
     pub(super) may_end: bool,
 }
 
+impl<F: StorageFile> Source<F> {
+    /// Whether the file can be read from here straight into `memory`.
+    pub(super) fn reaches(&self, memory: &Memory) -> bool {
+        let alignment = self.file.alignment();
+        (self.offset.0 | memory.len() as u64).is_multiple_of(alignment.offset as u64)
+            && memory.is_aligned(alignment.memory)
+    }
+}
+
+/// What has to be loaded before a range can be looked up.
+pub(super) struct Miss<E: Engine> {
+    /// In the map of this layer,
+    layer: Arc<Layer<E>>,
+    /// the leaves of these blocks.
+    blocks: Range<u64>,
+}
+
 impl<E: Engine> Layer<E> {
     /// Finds the bytes of `range`, which must lie inside the disk. Returns the epoch that protects
     /// the places found, to be left when they have been read.
-    pub(super) fn plan(&self, range: Range<u64>, parts: &mut Vec<ReadPart<E::File>>) -> u64 {
+    pub(super) fn plan(
+        self: &Arc<Self>,
+        range: Range<u64>,
+        parts: &mut Vec<ReadPart<E::File>>,
+    ) -> std::result::Result<u64, Miss<E>> {
         let mut core = self.core();
-        let epoch = core.segments.enter();
         let blocks = range.start / BLOCK_SIZE..range.end.div_ceil(BLOCK_SIZE);
-        core.map.for_each_run(blocks, |start, count, entry| {
+        let mut missed = None;
+        let found = core.map.for_each_run(blocks.clone(), |start, count, entry| {
             let first = start * BLOCK_SIZE;
             let part = first.max(range.start)..(first + count * BLOCK_SIZE).min(range.end);
             match entry.place() {
@@ -48,13 +75,27 @@ impl<E: Engine> Layer<E> {
                     push(parts, ReadPart { range: part, source: Some(source) });
                 }
                 None if entry == Entry::ZERO => push(parts, ReadPart { range: part, source: None }),
-                None => self.plan_below(part, parts),
+                None if missed.is_none() => missed = self.plan_below(part, parts).err(),
+                None => {}
             }
         });
-        epoch
+        if found.is_err() {
+            missed = Some(Miss { layer: Arc::clone(self), blocks });
+        }
+        match missed {
+            Some(miss) => {
+                parts.clear();
+                Err(miss)
+            }
+            None => Ok(core.segments.enter()),
+        }
     }
 
-    fn plan_below(&self, range: Range<u64>, parts: &mut Vec<ReadPart<E::File>>) {
+    fn plan_below(
+        &self,
+        range: Range<u64>,
+        parts: &mut Vec<ReadPart<E::File>>,
+    ) -> std::result::Result<(), Miss<E>> {
         let (end, base) = match self.base() {
             None => (0, None),
             Some(Base::Raw { size, .. }) => (*size, self.base()),
@@ -69,7 +110,7 @@ impl<E: Engine> Layer<E> {
             }
             // A base is never written, so nothing there needs its epoch.
             Some(Base::Layer(below)) => {
-                let epoch = below.plan(inside.clone(), parts);
+                let epoch = below.plan(inside.clone(), parts)?;
                 below.core().segments.leave(epoch);
             }
             None => {}
@@ -77,6 +118,23 @@ impl<E: Engine> Layer<E> {
         let rest = range.start.max(inside.end)..range.end;
         if !rest.is_empty() {
             push(parts, ReadPart { range: rest, source: None });
+        }
+        Ok(())
+    }
+
+    /// As [`plan`](Self::plan), loading what is missing.
+    pub(super) async fn plan_loaded(
+        self: &Arc<Self>,
+        io: &Io<E>,
+        range: Range<u64>,
+        parts: &mut Vec<ReadPart<E::File>>,
+    ) -> std::result::Result<u64, ImageError> {
+        let mut pins = Vec::new();
+        loop {
+            match self.plan(range.clone(), parts) {
+                Ok(epoch) => return Ok(epoch),
+                Err(miss) => pins.push(miss.layer.pin(io, &miss.blocks).await?),
+            }
         }
     }
 }
@@ -102,22 +160,53 @@ fn push<F: StorageFile>(parts: &mut Vec<ReadPart<F>>, next: ReadPart<F>) {
 
 impl<E: Engine> Driver<E> {
     /// Reads `range` of the disk into a buffer of its own.
-    pub(super) async fn read(&self, range: Range<u64>) -> Result<AlignedBuf> {
-        let mut memory = Memory::from(AlignedBuf::zeroed((range.end - range.start) as usize));
+    pub(super) async fn read(&self, range: Range<u64>) -> Result<Vec<u8>> {
+        let shared = SharedBuf::heap((range.end - range.start) as usize);
+        self.read_into(range.start, &mut shared.slice(0..shared.len()).into()).await?;
+        let mut bytes = vec![0; shared.len()];
+        shared.read_at(0, &mut bytes);
+        Ok(bytes)
+    }
+
+    /// Reads the disk from byte `start` into `memory`, loading what has to be known for it.
+    pub(super) async fn read_into(&self, start: u64, memory: &mut Memory) -> Result {
         let mut parts = Vec::new();
-        let epoch = self.layer.plan(range.clone(), &mut parts);
-        let mut result = Ok(());
+        let range = start..start + memory.len() as u64;
+        let epoch = self.layer.plan_loaded(&self.io, range, &mut parts).await;
+        let epoch = epoch.map_err(|error| self.complain(&error))?;
+        let mut reads = Vec::with_capacity(parts.len());
         for part in parts {
-            let at = (part.range.start - range.start) as usize;
+            let at = (part.range.start - start) as usize;
             let len = (part.range.end - part.range.start) as usize;
-            let Some(source) = part.source else { continue };
-            match self.read_source(source, len).await {
-                Ok(bytes) => memory.write_at(at, &bytes),
-                Err(error) => result = Err(error),
+            match part.source {
+                None => memory.zero_at(at, len),
+                Some(source) => reads.push(self.read_part(source, memory.share(at, len))),
             }
         }
+        let results = join_all(reads).await;
         self.layer.core().segments.leave(epoch);
-        result.map(|()| memory.into_buf())
+        results.into_iter().collect()
+    }
+
+    /// Reads one part into memory, directly where that can be.
+    async fn read_part(&self, source: Source<E::File>, mut memory: Memory) -> Result {
+        if source.reaches(&memory) {
+            let (may_end, wanted) = (source.may_end, memory.len());
+            let outcome = self.io.run(Op::read(source.file, source.offset, memory)).await;
+            return match outcome.result {
+                Ok(read) if read < wanted && !may_end => Err(DeviceError::Corrupt),
+                _ => outcome.zero_filled().map(drop).map_err(DeviceError::from),
+            };
+        }
+        let bytes = self.read_source(source, memory.len()).await?;
+        memory.write_at(0, &bytes);
+        Ok(())
+    }
+
+    /// Says in the log what a guest cannot be told.
+    pub(super) fn complain(&self, error: &ImageError) -> DeviceError {
+        log::error!("{error}");
+        device_error(error)
     }
 
     /// Reads `len` bytes of a file, aligned as the file needs it.

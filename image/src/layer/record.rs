@@ -60,6 +60,16 @@ impl Run {
         }
     }
 
+    /// What the run says of `count` of its guest blocks from `start`.
+    pub(super) fn part(&self, start: u64, count: u32) -> Self {
+        match self {
+            Self::Data { .. } => Self::Data { start, count },
+            Self::Zero { .. } => Self::Zero { start, count },
+            Self::Absent { .. } => Self::Absent { start, count },
+            other => *other,
+        }
+    }
+
     /// First byte of the disk behind everything that the run speaks of.
     pub(super) fn disk_end(&self) -> u64 {
         match *self {

@@ -13,9 +13,10 @@ use super::device::Layer;
 use super::driver::Driver;
 use super::layout::{Header, LayerId, PREAMBLE_BYTES, Slot, SlotState, slot_offset};
 use super::load::Reader;
-use super::log::Log;
+use super::log::{Log, guest_blocks};
+use super::map::by_branch;
 use super::record::Run;
-use super::replay::Replay;
+use super::replay::{Replay, Replayed};
 use super::segments::Segments;
 use super::tuning::breaks;
 use super::{OpenLayer, open_file};
@@ -86,20 +87,23 @@ impl<E: Engine> Layer<E> {
             Some(record) => Some(Base::open_recorded(storage, io, path, record, &chain).await?),
             None => None,
         };
-        let (mut core, interrupted) = recover(&reader, &header, &newest, options).await?;
-        core.checkpointed_at = io.now();
-        let clean = newest.slot.clean && core.log.head == newest.slot.log;
-        core.was_clean = clean;
-        if options.read_only && !clean {
+        let core = load(&reader, &header, &newest.slot, options).await?;
+        let layer = Self::new(file.clone(), path, header, base, options.read_only, core);
+        let interrupted = layer.recover(&reader, &newest).await?;
+        {
+            let mut core = layer.core();
+            core.checkpointed_at = io.now();
+            core.was_clean = newest.slot.clean && core.log.head == newest.slot.log;
+        }
+        if options.read_only && !layer.core().was_clean {
             // What a killed writer left may be in the host's cache only.
             let sync = io.run(Op::Sync { file: file.clone() }).await;
             sync.result.map_err(|errno| ImageError::errno(path, "sync", errno))?;
         }
         let skip = options.read_only || breaks!(options.tuning, RecoveryWithoutSync);
         if breaks!(options.tuning, RecoveryWithoutSync) {
-            core.assume_durable();
+            layer.core().assume_durable();
         }
-        let layer = Self::new(file, path, header, base, options.read_only, core);
         if !skip {
             let mut nonce = [0; 8];
             storage.random(&mut nonce).map_err(|e| ImageError::io(path, "make random numbers for", e))?;
@@ -144,97 +148,115 @@ fn choose_slot<E: Engine>(
     }
 }
 
-/// Loads the newest checkpoint and replays the log after it. Says, too, whether the log holds the
-/// end of a next checkpoint, which no slot names.
-async fn recover<E: Engine>(
+/// Loads what the newest checkpoint says and is always kept in memory.
+async fn load<E: Engine>(
     reader: &Reader<'_, E>,
     header: &Header,
-    newest: &Newest,
+    slot: &Slot,
     options: &OpenLayer,
-) -> Result<(Core, bool), ImageError> {
-    let slot = &newest.slot;
+) -> Result<Core, ImageError> {
     let size = reader.file.size().map_err(|e| ImageError::io(reader.path, "measure", e))?;
     let segment_bytes = u64::from(header.segment_blocks) * BLOCK_SIZE;
     let count = size.saturating_sub(PREAMBLE_BYTES).div_ceil(segment_bytes);
     let count_max = u64::from(Segments::count_max(header.segment_blocks));
     let mut segments = Segments::new(header.segment_blocks, count.min(count_max) as u32);
     // The log may go on in segments that were cut off the end of the file when it was closed.
-    let reach = count + SEGMENTS_BEYOND_END;
-    if u64::from(slot.log.segment.max(slot.log.next_segment)) >= reach.min(count_max) {
+    let reach = (count + SEGMENTS_BEYOND_END).min(count_max);
+    if u64::from(slot.log.segment.max(slot.log.next_segment)) >= reach {
         let at = slot_offset(slot.generation).0;
         return Err(ImageError::corrupt(reader.path, "slot.log_segment", at, "it lies outside the file"));
     }
-    let map = reader.load_map(slot, &mut segments).await?;
+    let map = reader.load_root(slot, &mut segments, options.tuning.map_cache_bytes).await?;
     let log = Log::new(header.layer_id, slot.log);
     let mut core = Core::new(options.tuning, slot.size, map, segments, log, slot.log.sequence);
     core.generation = slot.generation;
     core.root = Root { offset: slot.root, len: slot.root_len };
     core.segments.set_log(slot.log.segment);
     core.segments.set_log(slot.log.next_segment);
+    core.check_ahead(reader)?;
+    Ok(core)
+}
 
-    let mut replay = Replay::new(reader, header, &options.tuning, slot.log);
-    let mut found_end = false;
-    while let Some(record) = replay.next().await? {
-        found_end |= record.runs.iter().any(
-            |(run, _)| matches!(run, Run::CheckpointEnd { generation, .. } if *generation == slot.generation + 1),
-        );
-        if u64::from(record.end.next_segment) >= reach {
-            let offset = core.segments.offset(record.end.segment).0;
-            return Err(ImageError::corrupt(
-                reader.path,
-                "record.next_segment",
-                offset,
-                record.end.next_segment,
-            ));
+impl<E: Engine> Layer<E> {
+    /// Replays the log after the newest checkpoint. Says whether it holds the end of a next
+    /// checkpoint, which no slot names.
+    async fn recover(self: &Arc<Self>, reader: &Reader<'_, E>, newest: &Newest) -> Result<bool, ImageError> {
+        let (slot, tuning) = (&newest.slot, self.core().tuning);
+        let reach = u64::from(self.core().segments.count()) + SEGMENTS_BEYOND_END;
+        let mut replay = Replay::new(reader, self.header(), &tuning, slot.log);
+        let mut found_end = false;
+        while let Some(record) = replay.next().await? {
+            let is_next = |run: &Run| matches!(run, Run::CheckpointEnd { generation, .. } if *generation == slot.generation + 1);
+            found_end |= record.runs.iter().any(|(run, _)| is_next(run));
+            if u64::from(record.end.next_segment) >= reach {
+                let offset = self.core().segments.offset(record.end.segment).0;
+                let next = record.end.next_segment;
+                return Err(ImageError::corrupt(reader.path, "record.next_segment", offset, next));
+            }
+            self.replay(reader.io, &record).await?;
         }
-        core.replay(&record.runs, record.end);
+        if newest.other_damaged && !found_end && !breaks!(tuning, FallbackWithoutLog) {
+            let at = slot_offset(slot.generation + 1).0;
+            let detail = format!(
+                "one slot is damaged, and the log after checkpoint {} in the other one does not reach the next \
+                 checkpoint: writes may be missing. Restore the layer from a copy",
+                slot.generation
+            );
+            return Err(ImageError::corrupt(reader.path, "slot", at, detail));
+        }
+        let mut core = self.core();
+        if let Some(other) = newest
+            .other
+            .filter(|other| other.clean && slot.clean && other.root == slot.root && core.log.head == slot.log)
+        {
+            // A clean stop: both slots name one map, so what it does not use can be used at once.
+            core.segments.free_unused(other.log.segment);
+        }
+        Ok(found_end)
     }
-    if newest.other_damaged && !found_end && !breaks!(options.tuning, FallbackWithoutLog) {
-        let at = slot_offset(slot.generation + 1).0;
-        let detail = format!(
-            "one slot is damaged, and the log after checkpoint {} in the other one does not reach the next \
-             checkpoint: writes may be missing. Restore the layer from a copy",
-            slot.generation
-        );
-        return Err(ImageError::corrupt(reader.path, "slot", at, detail));
+
+    /// Enters a record that was found on recovery. Long runs are entered one branch at a time, so that
+    /// what has to be in memory for it is bounded; nobody sees the layer in between.
+    async fn replay(self: &Arc<Self>, io: &Io<E>, record: &Replayed) -> Result<(), ImageError> {
+        self.core().replay_position(record.end);
+        for &(run, place) in &record.runs {
+            let blocks = guest_blocks(&run);
+            if blocks.is_empty() {
+                self.core().apply(&[(run, place)]);
+            }
+            for part in by_branch(blocks.clone()) {
+                let (skip, count) = ((part.start - blocks.start) as u32, (part.end - part.start) as u32);
+                let run = run.part(part.start, count);
+                let _pins = self.pin(io, &part).await?;
+                self.core().apply(&[(run, place + skip)]);
+            }
+        }
+        Ok(())
     }
-    if let Some(place) = core.find_ahead() {
-        let offset = Core::file_offset(place).0;
-        let detail =
-            "the map refers to what the log has not written: a part of the log is damaged, or the map";
-        return Err(ImageError::corrupt(reader.path, "map", offset, detail));
-    }
-    if let Some(other) = newest
-        .other
-        .filter(|other| other.clean && slot.clean && other.root == slot.root && core.log.head == slot.log)
-    {
-        // A clean stop: both slots name one map, so what it does not use can be used at once.
-        core.segments.free_unused(other.log.segment);
-    }
-    Ok((core, found_end))
 }
 
 impl Core {
-    /// A place that something refers to although the log has yet to write it.
-    fn find_ahead(&self) -> Option<u32> {
+    /// Refuses a root or usage that speaks of what the log has yet to write; leaves are looked at when
+    /// they are loaded.
+    fn check_ahead<E: Engine>(&self, reader: &Reader<'_, E>) -> Result<(), ImageError> {
         let head = self.log.head;
-        let (start, blocks) = (self.segments.first_block(head.segment), self.segments.segment_blocks());
-        let (filling, next) =
-            (start + head.block..start + blocks, self.segments.first_block(head.next_segment));
-        let is_ahead = |place: u32| filling.contains(&place) || (next..next + blocks).contains(&place);
-        let root = (self.root.offset.0 / BLOCK_SIZE) as u32;
-        let root = Some(root).filter(|&place| self.root.len > 0 && is_ahead(place));
-        root.or_else(|| self.map.find_place(is_ahead))
+        let next = self.segments.live_bytes_in(head.next_segment);
+        let root_ahead = self.root.len > 0 && !self.can_be_mapped((self.root.offset.0 / BLOCK_SIZE) as u32);
+        if next == 0 && !root_ahead {
+            return Ok(());
+        }
+        let offset = self.segments.offset(if root_ahead { head.segment } else { head.next_segment }).0;
+        let detail = "the map refers to what the log has not written: the slot is damaged, or the map";
+        Err(ImageError::corrupt(reader.path, "map", offset, detail))
     }
 
-    /// Enters a record that was found on recovery.
-    fn replay(&mut self, runs: &[(Run, u32)], end: super::layout::LogPosition) {
+    /// The log goes on after a record that was found on recovery.
+    fn replay_position(&mut self, end: super::layout::LogPosition) {
         if end.segment != self.log.head.segment {
             self.segments.set_used(self.log.head.segment, self.log.head.sequence);
         }
         self.segments.set_log(end.segment);
         self.segments.set_log(end.next_segment);
-        self.apply(runs);
         self.log.head = end;
         self.log.published = end;
         self.log.guest_sequence = end.sequence;

@@ -13,7 +13,7 @@
 use std::collections::{BTreeSet, VecDeque};
 
 use super::layout::{FIRST_SEGMENT_BLOCK, PREAMBLE_BYTES};
-use super::node::{NODE_ALIGNMENT, NodeRef};
+use super::node::{NODE_ALIGNMENT, NodeRef, USAGE_SEGMENTS, Usage, UsageTable};
 use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,7 +31,9 @@ struct Segment {
     state: State,
     /// Mapped blocks.
     live_blocks: u32,
-    /// Bytes of map nodes that the newest checkpoint refers to.
+    /// Bytes of leaves that the newest checkpoint refers to.
+    leaf_bytes: u32,
+    /// Bytes of other nodes that it refers to.
     node_bytes: u32,
     /// The newest record in it.
     last_sequence: u64,
@@ -47,12 +49,35 @@ impl Segment {
     const FREE: Self = Self {
         state: State::Free,
         live_blocks: 0,
+        leaf_bytes: 0,
         node_bytes: 0,
         last_sequence: 0,
         allocated: false,
         reserved: false,
         pinned: false,
     };
+
+    fn is_empty(&self) -> bool {
+        self.live_blocks == 0 && self.leaf_bytes == 0 && self.node_bytes == 0
+    }
+
+    /// Bytes in use.
+    fn live_bytes(&self) -> u64 {
+        u64::from(self.live_blocks) * BLOCK_SIZE + u64::from(self.leaf_bytes) + u64::from(self.node_bytes)
+    }
+}
+
+/// The segments of one usage node.
+#[derive(Clone, Default)]
+struct Group {
+    /// Where its usage is stored.
+    node: NodeRef,
+    /// Its usage is not what is stored.
+    dirty: bool,
+    /// The running checkpoint stores it.
+    frozen: bool,
+    /// Its usage as of the running checkpoint, if it has changed since.
+    saved: Option<Box<UsageTable>>,
 }
 
 /// All segments of a layer.
@@ -65,6 +90,9 @@ pub(super) struct Segments {
     draining: VecDeque<(u32, u64)>,
     segment_blocks: u32,
     live_blocks: u64,
+    groups: Vec<Group>,
+    /// A checkpoint is being written: the usage as of its start must not be lost.
+    frozen: bool,
     readers: Readers,
 }
 
@@ -79,6 +107,8 @@ impl Segments {
             draining: VecDeque::new(),
             segment_blocks,
             live_blocks: 0,
+            groups: Vec::new(),
+            frozen: false,
             readers: Readers::default(),
         }
     }
@@ -149,36 +179,66 @@ impl Segments {
         (0..).zip(&self.list).map(taken).map(u64::from).sum()
     }
 
-    /// Counts newly mapped places, all in one segment. While a map is loaded its entries may lie: the
-    /// counts stop at their ends, and [`overfull`](Self::overfull) finds them.
-    pub(super) fn take_blocks(&mut self, place: u32, count: u32) {
-        self.live_blocks += u64::from(count);
-        let segment = self.of_place(place) as usize;
-        let live = &mut self.list[segment].live_blocks;
-        *live = live.saturating_add(count);
+    /// A segment whose usage is about to change.
+    fn change(&mut self, segment: u32) -> &mut Segment {
+        let index = segment as usize / USAGE_SEGMENTS;
+        if index >= self.groups.len() {
+            self.groups.resize(index + 1, Group::default());
+        }
+        if self.frozen && self.groups[index].saved.is_none() {
+            self.groups[index].saved = Some(Box::new(self.usage(index)));
+        }
+        self.groups[index].dirty = true;
+        &mut self.list[segment as usize]
     }
 
-    /// A segment with more in it than it has room for: the map refers to some of it twice.
-    pub(super) fn overfull(&self) -> Option<u32> {
-        let bytes = |s: &Segment| u64::from(s.live_blocks) * BLOCK_SIZE + u64::from(s.node_bytes);
-        (0..).zip(&self.list).find(|(_, s)| bytes(s) > self.bytes()).map(|(i, _)| i)
+    /// Counts newly mapped places, all in one segment. The counts of a map that lies stop at their
+    /// ends.
+    pub(super) fn take_blocks(&mut self, place: u32, count: u32) {
+        self.live_blocks += u64::from(count);
+        let live = &mut self.change(self.of_place(place)).live_blocks;
+        *live = live.saturating_add(count);
     }
 
     /// Counts a place that is no longer mapped.
     pub(super) fn release_block(&mut self, place: u32) {
-        let segment = self.of_place(place) as usize;
-        self.live_blocks -= 1;
-        self.list[segment].live_blocks -= 1;
+        self.live_blocks = self.live_blocks.saturating_sub(1);
+        let live = &mut self.change(self.of_place(place)).live_blocks;
+        *live = live.saturating_sub(1);
     }
 
-    /// Counts a stored node that the map refers to.
+    /// Counts a leaf that the map no longer refers to.
+    pub(super) fn release_leaf(&mut self, leaf: NodeRef) {
+        if let Some((offset, len)) = leaf.stored() {
+            let bytes = &mut self.change(self.of_offset(offset)).leaf_bytes;
+            *bytes = bytes.saturating_sub(len as u32);
+        }
+    }
+
+    /// Counts a leaf that the running checkpoint has stored: its usage nodes count it, too.
+    pub(super) fn place_leaf(&mut self, leaf: NodeRef) {
+        let Some((offset, len)) = leaf.stored() else { return };
+        let segment = self.of_offset(offset) as usize;
+        let index = segment / USAGE_SEGMENTS;
+        if index >= self.groups.len() {
+            self.groups.resize(index + 1, Group::default());
+        }
+        self.list[segment].leaf_bytes += len as u32;
+        let group = &mut self.groups[index];
+        if let Some(saved) = &mut group.saved {
+            saved[segment % USAGE_SEGMENTS].leaf_bytes += len as u32;
+        }
+        self.freeze_group(index);
+    }
+
+    /// Counts a node other than a leaf that the map refers to.
     pub(super) fn take_node(&mut self, node: NodeRef) {
         if let Some((offset, len)) = node.stored() {
             self.take_node_bytes(offset, len);
         }
     }
 
-    /// Counts a stored node that the map no longer refers to.
+    /// Counts a node other than a leaf that the map no longer refers to.
     pub(super) fn release_node(&mut self, node: NodeRef) {
         if let Some((offset, len)) = node.stored() {
             self.release_node_bytes(offset, len);
@@ -195,7 +255,109 @@ impl Segments {
     /// The opposite of [`take_node_bytes`](Self::take_node_bytes).
     pub(super) fn release_node_bytes(&mut self, offset: u64, len: usize) {
         let segment = self.of_offset(offset) as usize;
-        self.list[segment].node_bytes -= len.next_multiple_of(NODE_ALIGNMENT) as u32;
+        let bytes = &mut self.list[segment].node_bytes;
+        *bytes = bytes.saturating_sub(len.next_multiple_of(NODE_ALIGNMENT) as u32);
+    }
+
+    /// The usage of a group now.
+    fn usage(&self, group: usize) -> UsageTable {
+        let mut table = [Usage::default(); USAGE_SEGMENTS];
+        let first = group * USAGE_SEGMENTS;
+        let end = self.list.len().min(first + USAGE_SEGMENTS);
+        for (usage, segment) in table.iter_mut().zip(self.list.get(first..end).unwrap_or_default()) {
+            let Segment { live_blocks, leaf_bytes, .. } = *segment;
+            // What is empty is said in one way, so that nothing has to be stored for it.
+            if live_blocks > 0 || leaf_bytes > 0 {
+                *usage = Usage { live_blocks, leaf_bytes, written: segment.last_sequence };
+            }
+        }
+        table
+    }
+
+    /// Takes a stored usage node into an empty list: for opening. Records up to `sequence` are in
+    /// the checkpoint. Says whether there are such segments.
+    pub(super) fn load_usage(
+        &mut self,
+        group: u32,
+        node: NodeRef,
+        table: &UsageTable,
+        sequence: u64,
+    ) -> bool {
+        let first = group as usize * USAGE_SEGMENTS;
+        for (i, usage) in table.iter().enumerate().filter(|(_, usage)| **usage != Usage::default()) {
+            let Some(segment) = self.list.get_mut(first + i) else { return false };
+            segment.live_blocks = usage.live_blocks;
+            segment.leaf_bytes = usage.leaf_bytes;
+            segment.last_sequence = usage.written.min(sequence);
+            self.live_blocks += u64::from(usage.live_blocks);
+        }
+        if group as usize >= self.groups.len() {
+            self.groups.resize(group as usize + 1, Group::default());
+        }
+        self.groups[group as usize].node = node;
+        self.take_node(node);
+        true
+    }
+
+    /// Starts a checkpoint: from here on the usage as it is now is kept. Those that changed since the
+    /// last one have their old nodes released. Says whether there are any.
+    pub(super) fn freeze_usage(&mut self) -> bool {
+        self.frozen = true;
+        let dirty: Vec<usize> = (0..self.groups.len()).filter(|&i| self.groups[i].dirty).collect();
+        for &index in &dirty {
+            self.groups[index].dirty = false;
+            self.freeze_group(index);
+        }
+        !dirty.is_empty()
+    }
+
+    fn freeze_group(&mut self, index: usize) {
+        let group = &mut self.groups[index];
+        if !std::mem::replace(&mut group.frozen, true) {
+            let old = std::mem::take(&mut group.node);
+            self.release_node(old);
+        }
+    }
+
+    /// The usage nodes that the running checkpoint has to store, once its leaves are placed.
+    pub(super) fn frozen_usage(&self) -> Vec<(u32, UsageTable)> {
+        let frozen = self.groups.iter().enumerate().filter(|(_, group)| group.frozen);
+        let table = |(i, group): (usize, &Group)| match &group.saved {
+            Some(saved) => (i as u32, **saved),
+            None => (i as u32, self.usage(i)),
+        };
+        frozen.map(table).filter(|(_, table)| table.iter().any(|u| *u != Usage::default())).collect()
+    }
+
+    /// Records where the running checkpoint stored a usage node.
+    pub(super) fn place_usage(&mut self, group: u32, node: NodeRef) {
+        self.groups[group as usize].node = node;
+        self.take_node(node);
+    }
+
+    /// The references of the root to usage nodes.
+    pub(super) fn usage_refs(&self) -> Vec<NodeRef> {
+        let end = self.groups.iter().rposition(|g| g.node != NodeRef::ABSENT).map_or(0, |last| last + 1);
+        self.groups[..end].iter().map(|group| group.node).collect()
+    }
+
+    /// Has the next checkpoint store a usage node anew if it lies at `offset`.
+    pub(super) fn dirty_usage_at(&mut self, group: u32, offset: u64) {
+        if let Some(group) = self.groups.get_mut(group as usize)
+            && group.node.stored().is_some_and(|(at, _)| at == offset)
+        {
+            group.dirty = true;
+        }
+    }
+
+    /// Ends a checkpoint; one that failed leaves what it took to the next one.
+    pub(super) fn thaw_usage(&mut self, failed: bool) {
+        self.frozen = false;
+        for group in &mut self.groups {
+            group.dirty |= group.frozen && failed;
+            group.frozen = false;
+            group.saved = None;
+        }
     }
 
     /// Marks a segment that the log fills or will fill next. The list grows to hold it.
@@ -241,9 +403,20 @@ impl Segments {
         self.free_allocated.remove(&segment);
     }
 
+    /// Whether the map may refer to a block of the file: it lies in a segment that is in use.
+    pub(super) fn is_in_use(&self, place: u32) -> bool {
+        let state = self.list.get(self.of_place(place) as usize).map(|segment| segment.state);
+        state.is_some_and(|state| !matches!(state, State::Free | State::Punching))
+    }
+
     /// Mapped blocks in a segment.
     pub(super) fn live_blocks_in(&self, segment: u32) -> u32 {
         self.list[segment as usize].live_blocks
+    }
+
+    /// Bytes in use in a segment.
+    pub(super) fn live_bytes_in(&self, segment: u32) -> u64 {
+        self.list[segment as usize].live_bytes()
     }
 
     /// Has the cleaner leave a segment alone from now on.
@@ -265,10 +438,7 @@ impl Segments {
     /// the freeze, after the nodes it replaces were released.
     pub(super) fn dead(&self, sequence: u64) -> Vec<u32> {
         let is_dead = |s: &Segment| {
-            matches!(s.state, State::Used | State::Retired)
-                && s.live_blocks == 0
-                && s.node_bytes == 0
-                && s.last_sequence <= sequence
+            matches!(s.state, State::Used | State::Retired) && s.is_empty() && s.last_sequence <= sequence
         };
         (0..).zip(&self.list).filter(|(_, s)| is_dead(s)).map(|(i, _)| i).collect()
     }
@@ -312,7 +482,7 @@ impl Segments {
     pub(super) fn free_unused(&mut self, keep: u32) {
         for index in 0..self.count() {
             let segment = self.list[index as usize];
-            let unused = segment.state == State::Used && segment.live_blocks == 0 && segment.node_bytes == 0;
+            let unused = segment.state == State::Used && segment.is_empty();
             if unused && index != keep {
                 self.list[index as usize].allocated = false;
                 self.unchoose(index);
@@ -330,11 +500,9 @@ impl Segments {
         (0..)
             .zip(&self.list)
             .filter(|(_, s)| s.state == State::Used && s.last_sequence <= published)
-            .filter(|(_, s)| !s.pinned && (s.live_blocks > 0 || s.node_bytes > 0))
-            .filter(|(_, s)| {
-                s.live_blocks + s.node_bytes.div_ceil(BLOCK_SIZE as u32) < self.segment_blocks * 7 / 8
-            })
-            .min_by_key(|(_, s)| u64::from(s.live_blocks) * BLOCK_SIZE + u64::from(s.node_bytes))
+            .filter(|(_, s)| !s.pinned && !s.is_empty())
+            .filter(|(_, s)| s.live_bytes() < self.bytes() * 7 / 8)
+            .min_by_key(|(_, s)| s.live_bytes())
             .map(|(segment, _)| segment)
     }
 

@@ -226,7 +226,7 @@ pub fn branch_as_leaf(b: &mut Image) {
 /// A reference to a node before the segments.
 pub fn reference_to_header(b: &mut Image) {
     let root = first_node(b, &[node::ROOT]);
-    change_node(b, &root, |n| put_u64(n, node::BODY, 4096 << 16 | 514));
+    change_node(b, &root, |n| put_u64(n, node::ROOT_REFS, 4096 << 16 | 514));
 }
 
 /// A reference longer than the node.

@@ -81,6 +81,9 @@ pub mod node {
     pub const LEAF_DENSE: u16 = 2;
     pub const BRANCH: u16 = 3;
     pub const ROOT: u16 = 4;
+    pub const USAGE: u16 = 5;
+    /// Where the references of a root begin, in its body.
+    pub const ROOT_REFS: usize = BODY + 8;
 }
 
 /// Bytes `at..at + N`; those outside are zeroes.

@@ -147,6 +147,15 @@ impl<L: Lab> Bench<L> {
         wait(&self.lab, async move |_, io| layer.resize(&io, size).await)
     }
 
+    /// What a range of the disk holds.
+    ///
+    /// # Errors
+    /// What the layer says.
+    pub fn extents(&self, range: std::ops::Range<u64>) -> Result<Vec<sapwood_image::Extent>, ImageError> {
+        let layer = Arc::clone(&self.layer);
+        wait(&self.lab, async move |_, io| layer.extents(&io, range).await)
+    }
+
     /// Makes a checkpoint.
     ///
     /// # Errors

@@ -74,7 +74,8 @@ impl Map {
             while at < end {
                 let window = at..end.min(at.saturating_add(WINDOW_LEN));
                 at = window.end;
-                disk.extents(window)?.into_iter().for_each(|extent| Extent::push_to(&mut extents, extent));
+                let found = disk.extents(&io, window).await?;
+                found.into_iter().for_each(|extent| Extent::push_to(&mut extents, extent));
             }
             disk.close(&io).await?;
             Ok(extents)
