@@ -3,8 +3,9 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use super::base_record::{BaseIdentity, BaseRecord, BaseRef};
 use super::device::Layer;
-use super::layout::{BaseIdentity, BaseRecord, LayerId};
+use super::layout::LayerId;
 use super::{OpenLayer, open_file};
 use crate::error::{ErrorKind, ImageError};
 use crate::format::Format;
@@ -22,6 +23,12 @@ pub(super) enum Base<E: Engine> {
     Raw { file: E::File, size: u64 },
     /// A layer, opened for reading.
     Layer(Arc<Layer<E>>),
+}
+
+/// What lies below a layer, as recorded and as opened.
+pub(super) struct Below<E: Engine> {
+    pub(super) record: BaseRecord,
+    pub(super) base: Option<Base<E>>,
 }
 
 /// A path as stored, seen from the folder of the layer that names it.
@@ -71,7 +78,7 @@ impl<E: Engine> Base<E> {
         storage: &S,
         io: &Io<E>,
         layer: &Path,
-        record: &BaseRecord,
+        record: &BaseRef,
         above: &[LayerId],
     ) -> Result<Self, ImageError> {
         let path = resolve(layer, &record.path);

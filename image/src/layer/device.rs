@@ -2,12 +2,13 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use super::base::{Base, resolve};
+use super::base::{Base, Below, resolve};
+use super::base_record::BaseIdentity;
 use super::core::Core;
 use super::driver::Driver;
-use super::layout::{BaseIdentity, Header};
+use super::header::Header;
 use super::node::Entry;
 use super::queue::LayerQueue;
 use super::record::Run;
@@ -34,7 +35,8 @@ pub struct Layer<E: Engine> {
     file: E::File,
     path: PathBuf,
     header: Header,
-    base: Option<Base<E>>,
+    /// Replaced as a whole when the base is changed.
+    below: RwLock<Arc<Below<E>>>,
     read_only: bool,
     core: Mutex<Core>,
 }
@@ -44,11 +46,12 @@ impl<E: Engine> Layer<E> {
         file: E::File,
         path: &Path,
         header: Header,
-        base: Option<Base<E>>,
+        below: Below<E>,
         read_only: bool,
         core: Core,
     ) -> Arc<Self> {
-        Arc::new(Self { file, path: path.to_owned(), header, base, read_only, core: Mutex::new(core) })
+        let below = RwLock::new(Arc::new(below));
+        Arc::new(Self { file, path: path.to_owned(), header, below, read_only, core: Mutex::new(core) })
     }
 
     /// The shared state. A panic elsewhere does not make it unusable: reads go on.
@@ -68,8 +71,9 @@ impl<E: Engine> Layer<E> {
         &self.header
     }
 
-    pub(super) fn base(&self) -> Option<&Base<E>> {
-        self.base.as_ref()
+    /// What lies below now.
+    pub(super) fn below(&self) -> Arc<Below<E>> {
+        Arc::clone(&self.below.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(super) fn is_read_only(&self) -> bool {
@@ -90,11 +94,12 @@ impl<E: Engine> Layer<E> {
     /// The runs that make whole blocks read as zeroes. Without a base nothing needs to be said of
     /// them but that they are not mapped.
     pub(super) fn zero_runs(&self, blocks: Range<u64>) -> Vec<Run> {
+        let has_base = self.below().record.base.is_some();
         let run = |start: u64| {
             let count = ZERO_RUN_MAX.min(blocks.end - start) as u32;
-            match self.base {
-                Some(_) => Run::Zero { start, count },
-                None => Run::Absent { start, count },
+            match has_base {
+                true => Run::Zero { start, count },
+                false => Run::Absent { start, count },
             }
         };
         blocks.clone().step_by(ZERO_RUN_MAX as usize).map(run).collect()
@@ -107,20 +112,18 @@ impl<E: Engine> Layer<E> {
 
     /// Facts about the layer as it is now.
     pub fn info(&self) -> LayerInfo {
+        let below = self.below();
+        let base = below.record.base.as_ref();
         let core = self.core();
         let id = self.header.layer_id.iter().map(|byte| format!("{byte:02x}")).collect();
-        let base = self
-            .header
-            .base
-            .as_ref()
-            .map(|base| BaseSpec { path: PathBuf::from(&base.path), format: base.identity.format() });
         let live_blocks = core.segments.live_blocks();
         LayerInfo {
             size: core.size,
             id,
             segment_size: core.segments.bytes(),
-            base_path: self.header.base.as_ref().map(|base| resolve(&self.path, &base.path)),
-            base,
+            base_path: base.map(|base| resolve(&self.path, &base.path)),
+            base: base
+                .map(|base| BaseSpec { path: PathBuf::from(&base.path), format: base.identity.format() }),
             live_blocks,
             dead_blocks: core.segments.dead_blocks(core.log.head.segment, core.log.head.block),
             generation: core.generation,
@@ -173,7 +176,7 @@ impl<E: Engine> Layer<E> {
     }
 
     fn extents_below(&self, range: Range<u64>, depth: u32, out: &mut Vec<Extent>) -> Result<(), ImageError> {
-        let end = match &self.base {
+        let end = match &self.below().base {
             None => range.start,
             Some(Base::Raw { file, size }) => {
                 let inside = range.start.min(*size)..range.end.min(*size);

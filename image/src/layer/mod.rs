@@ -5,12 +5,13 @@
 //! checkpoint is replayed. `docs/format-layer.md` is the format's reference, with the commit
 //! protocol and a table of every crash case.
 //!
-//! From the bottom up: `layout` (header, slots), `record` and `node` are the stored forms;
+//! From the bottom up: `layout`, `header`, `slot`, `base_record`, `record` and `node` are the stored forms;
 //! `map`, `segments` and `log` the state in memory; `core` joins them under one lock and says
 //! what to do next; `driver` does it; `queue`, `read` and `merge` serve guests; `checkpoint`,
 //! `clean` and `maintain` work in the background; `create`, `recover` and `check` begin and judge.
 
 mod base;
+mod base_record;
 mod bytes;
 mod check;
 mod checkpoint;
@@ -21,6 +22,7 @@ mod device;
 #[cfg(feature = "fuzzing")]
 pub mod doors;
 mod driver;
+mod header;
 mod layout;
 mod load;
 mod log;
@@ -37,6 +39,7 @@ mod record;
 mod recover;
 mod replay;
 mod segments;
+mod slot;
 mod tuning;
 mod waiter;
 

@@ -55,22 +55,23 @@ impl<E: Engine> Layer<E> {
     }
 
     fn plan_below(&self, range: Range<u64>, parts: &mut Vec<ReadPart<E::File>>) {
-        let (end, base) = match self.base() {
-            None => (0, None),
-            Some(Base::Raw { size, .. }) => (*size, self.base()),
-            Some(Base::Layer(below)) => (below.core().size, self.base()),
+        let below = self.below();
+        let end = match &below.base {
+            None => 0,
+            Some(Base::Raw { size, .. }) => *size,
+            Some(Base::Layer(layer)) => layer.core().size,
         };
         let inside = range.start.min(end)..range.end.min(end);
-        match base {
+        match &below.base {
             _ if inside.is_empty() => {}
             Some(Base::Raw { file, .. }) => {
                 let source = Source { file: file.clone(), offset: FileOffset(inside.start), may_end: true };
                 push(parts, ReadPart { range: inside.clone(), source: Some(source) });
             }
             // A base is never written, so nothing there needs its epoch.
-            Some(Base::Layer(below)) => {
-                let epoch = below.plan(inside.clone(), parts);
-                below.core().segments.leave(epoch);
+            Some(Base::Layer(layer)) => {
+                let epoch = layer.plan(inside.clone(), parts);
+                layer.core().segments.leave(epoch);
             }
             None => {}
         }

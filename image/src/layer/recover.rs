@@ -1,22 +1,25 @@
 //! Opens a layer: finds the newest checkpoint, replays the log after it, and starts a session.
 //!
-//! Order: the lock on the open file description that is read; header and slots; base; map; log;
+//! Order: the lock on the open file description that is read; header, slots, base record; base; map; log;
 //! then, for a writer, a checkpoint under a new nonce, durable before anything is served. A
 //! reader changes nothing.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use super::base::Base;
+use super::base::{Base, Below};
+use super::base_record::{BaseRecord, base_offset};
 use super::core::{Core, Root};
 use super::device::Layer;
 use super::driver::Driver;
-use super::layout::{Header, LayerId, PREAMBLE_BYTES, Slot, SlotState, slot_offset};
+use super::header::Header;
+use super::layout::{HEAD_BYTES, LayerId, PREAMBLE_BYTES};
 use super::load::Reader;
 use super::log::Log;
 use super::record::Run;
 use super::replay::Replay;
 use super::segments::Segments;
+use super::slot::{LogPosition, Slot, SlotState, slot_offset};
 use super::tuning::breaks;
 use super::{OpenLayer, open_file};
 use crate::error::{ErrorKind, ImageError};
@@ -75,17 +78,19 @@ impl<E: Engine> Layer<E> {
             other => other?,
         };
         let reader = Reader { io, file: &file, path };
-        let start = reader.read(0, 3 * BLOCK_SIZE).await?;
+        let start = reader.read(0, HEAD_BYTES).await?;
         let header = Header::decode(&start).map_err(|damage| reader.error(0, damage))?;
         if above.contains(&header.layer_id) {
             return Err(ImageError::new(path, ErrorKind::Base("its bases form a loop".to_owned())));
         }
         let newest = choose_slot(&reader, &header, &start)?;
         let chain = [above, &[header.layer_id]].concat();
-        let base = match &header.base {
-            Some(record) => Some(Base::open_recorded(storage, io, path, record, &chain).await?),
+        let record = base_record(&reader, &header, &newest.slot, &start)?;
+        let base = match &record.base {
+            Some(base) => Some(Base::open_recorded(storage, io, path, base, &chain).await?),
             None => None,
         };
+        let below = Below { record, base };
         let (mut core, interrupted) = recover(&reader, &header, &newest, options).await?;
         core.checkpointed_at = io.now();
         let clean = newest.slot.clean && core.log.head == newest.slot.log;
@@ -99,7 +104,7 @@ impl<E: Engine> Layer<E> {
         if breaks!(options.tuning, RecoveryWithoutSync) {
             core.assume_durable();
         }
-        let layer = Self::new(file, path, header, base, options.read_only, core);
+        let layer = Self::new(file, path, header, below, options.read_only, core);
         if !skip {
             let mut nonce = [0; 8];
             storage.random(&mut nonce).map_err(|e| ImageError::io(path, "make random numbers for", e))?;
@@ -144,6 +149,18 @@ fn choose_slot<E: Engine>(
     }
 }
 
+/// The base record that a slot names.
+fn base_record<E: Engine>(
+    reader: &Reader<'_, E>,
+    header: &Header,
+    slot: &Slot,
+    start: &[u8],
+) -> Result<BaseRecord, ImageError> {
+    let at = base_offset(slot.base).0;
+    BaseRecord::decode(&start[at as usize..(at + BLOCK_SIZE) as usize], header, slot.base)
+        .map_err(|damage| reader.error(at, damage))
+}
+
 /// Loads the newest checkpoint and replays the log after it. Says, too, whether the log holds the
 /// end of a next checkpoint, which no slot names.
 async fn recover<E: Engine>(
@@ -168,6 +185,7 @@ async fn recover<E: Engine>(
     let log = Log::new(header.layer_id, slot.log);
     let mut core = Core::new(options.tuning, slot.size, map, segments, log, slot.log.sequence);
     core.generation = slot.generation;
+    core.base_sequence = slot.base;
     core.root = Root { offset: slot.root, len: slot.root_len };
     core.segments.set_log(slot.log.segment);
     core.segments.set_log(slot.log.next_segment);
@@ -228,7 +246,7 @@ impl Core {
     }
 
     /// Enters a record that was found on recovery.
-    fn replay(&mut self, runs: &[(Run, u32)], end: super::layout::LogPosition) {
+    fn replay(&mut self, runs: &[(Run, u32)], end: LogPosition) {
         if end.segment != self.log.head.segment {
             self.segments.set_used(self.log.head.segment, self.log.head.sequence);
         }
