@@ -201,6 +201,7 @@ impl Core {
     /// The slot is durable.
     fn checkpoint_done(&mut self, slot: &Slot, dead: &[u32]) {
         self.generation = slot.generation;
+        self.slot_bases = [slot.base, self.slot_bases[0]];
         self.checkpoint_sequence = slot.log.sequence;
         self.segments.retire(dead, breaks!(self.tuning, ReuseAfterOneSlot));
         if breaks!(self.tuning, ReuseWithoutEpochs) {

@@ -95,6 +95,8 @@ pub(super) struct Core {
     pub(super) root: Root,
     /// The base record that checkpoints belong to from now on.
     pub(super) base_sequence: u64,
+    /// Those that the newest slot and the other one name.
+    pub(super) slot_bases: [u64; 2],
     pub(super) checkpointing: bool,
     pub(super) checkpointed_at: Time,
     pub(super) closing: bool,
@@ -134,6 +136,7 @@ impl Core {
             checkpoint_sequence: durable,
             root: Root::default(),
             base_sequence: 1,
+            slot_bases: [1; 2],
             checkpointing: false,
             checkpointed_at: Time::ZERO,
             closing: false,

@@ -5,12 +5,12 @@
 
 use std::path::{Path, PathBuf};
 
-use super::base::{Base, resolve};
-use super::base_record::{BASE_PATH_MAX, BaseRecord, BaseRef, base_offset};
+use super::base::Base;
+use super::base_record::{BaseRecord, base_offset};
 use super::header::Header;
 use super::layout::{PREAMBLE_BYTES, SEGMENT_BLOCKS_MAX, SEGMENT_BLOCKS_MIN};
 use super::slot::{LogPosition, Slot, slot_offset};
-use super::{BaseSpec, CreateLayer, check_size};
+use super::{CreateLayer, check_size};
 use crate::error::ImageError;
 use sapwood_blockdev::Errno;
 use sapwood_blockdev::buffer::AlignedBuf;
@@ -32,7 +32,7 @@ pub async fn create<S: Storage, E: Engine<File = S::File>>(
 ) -> Result<(), ImageError> {
     let segment_blocks = segment_blocks(path, options.segment_size)?;
     let base = match &options.base {
-        Some(spec) => Some(identify(storage, io, path, spec).await?),
+        Some(spec) => Some(Base::<E>::open_named(storage, io, path, spec, &[]).await?.1),
         None => None,
     };
     let size = options.size.or(base.as_ref().map(|base| base.identity.size()));
@@ -74,22 +74,6 @@ fn segment_blocks(path: &Path, bytes: u32) -> Result<u32, ImageError> {
         return Err(ImageError::invalid(path, "a segment is a power of two from 64 KiB to 64 MiB"));
     }
     Ok(blocks)
-}
-
-/// Opens the base, to see that it can be used and what it is.
-async fn identify<S: Storage, E: Engine<File = S::File>>(
-    storage: &S,
-    io: &Io<E>,
-    path: &Path,
-    spec: &BaseSpec,
-) -> Result<BaseRef, ImageError> {
-    let stored =
-        spec.path.to_str().filter(|p| !p.is_empty() && p.len() <= BASE_PATH_MAX).ok_or_else(|| {
-            ImageError::invalid(path, format!("the base's path must be UTF-8 of 1 to {BASE_PATH_MAX} bytes"))
-        })?;
-    let resolved = resolve(path, stored);
-    let (_, identity) = Base::<E>::open(storage, io, &resolved, spec.format, &[]).await?;
-    Ok(BaseRef { path: stored.to_owned(), identity })
 }
 
 async fn write<E: Engine>(

@@ -53,6 +53,14 @@ pub enum Mutation {
     ShrinkWithoutZeroing,
     /// Writers of a block under merge do not wait.
     MergeWithoutMark,
+    /// A slot names a base record that is not written yet.
+    SlotBeforeBaseRecord,
+    /// A base record is overwritten while the older slot still names it.
+    BaseInOneSlot,
+    /// What lies below is copied up over what a guest writes meanwhile.
+    CopyUpOverWriter,
+    /// A commit changes the base before the layer says so.
+    CommitWithoutMark,
 }
 
 impl Mutation {

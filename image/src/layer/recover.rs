@@ -7,13 +7,13 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::base::{Base, Below};
+use super::base::{Below, OpenBase};
 use super::base_record::{BaseRecord, base_offset};
 use super::core::{Core, Root};
 use super::device::Layer;
 use super::driver::Driver;
 use super::header::Header;
-use super::layout::{HEAD_BYTES, LayerId, PREAMBLE_BYTES};
+use super::layout::{HEAD_BYTES, PREAMBLE_BYTES};
 use super::load::Reader;
 use super::log::Log;
 use super::record::Run;
@@ -53,16 +53,15 @@ impl<E: Engine> Layer<E> {
         path: &Path,
         options: &OpenLayer,
     ) -> Result<Arc<Self>, ImageError> {
-        Self::open_below(storage, io, path, options, &[]).await
+        Self::open_with(storage, io, path, options, OpenBase::Chain(&[])).await
     }
 
-    /// Opens a layer that is the base of others: `above`, topmost first.
-    pub(super) async fn open_below<S: Storage<File = E::File>>(
+    pub(super) async fn open_with<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
         path: &Path,
         options: &OpenLayer,
-        above: &[LayerId],
+        bases: OpenBase<'_>,
     ) -> Result<Arc<Self>, ImageError> {
         let (mode, lock) = match options.read_only {
             true => (OpenOptions::READ, Lock::Shared),
@@ -80,17 +79,12 @@ impl<E: Engine> Layer<E> {
         let reader = Reader { io, file: &file, path };
         let start = reader.read(0, HEAD_BYTES).await?;
         let header = Header::decode(&start).map_err(|damage| reader.error(0, damage))?;
-        if above.contains(&header.layer_id) {
-            return Err(ImageError::new(path, ErrorKind::Base("its bases form a loop".to_owned())));
-        }
         let newest = choose_slot(&reader, &header, &start)?;
-        let chain = [above, &[header.layer_id]].concat();
         let record = base_record(&reader, &header, &newest.slot, &start)?;
-        let base = match &record.base {
-            Some(base) => Some(Base::open_recorded(storage, io, path, base, &chain).await?),
-            None => None,
+        let below = match bases {
+            OpenBase::Chain(above) => Below::open(storage, io, path, record, above).await?,
+            OpenBase::Nothing => Below { record, base: None },
         };
-        let below = Below { record, base };
         let (mut core, interrupted) = recover(&reader, &header, &newest, options).await?;
         core.checkpointed_at = io.now();
         let clean = newest.slot.clean && core.log.head == newest.slot.log;
@@ -186,6 +180,7 @@ async fn recover<E: Engine>(
     let mut core = Core::new(options.tuning, slot.size, map, segments, log, slot.log.sequence);
     core.generation = slot.generation;
     core.base_sequence = slot.base;
+    core.slot_bases = [slot.base, newest.other.map_or(slot.base, |other| other.base)];
     core.root = Root { offset: slot.root, len: slot.root_len };
     core.segments.set_log(slot.log.segment);
     core.segments.set_log(slot.log.next_segment);

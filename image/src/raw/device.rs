@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use sapwood_blockdev::device::{BlockDevice, DeviceError, Geometry};
+use sapwood_blockdev::device::{BlockDevice, DeviceError, Geometry, Request};
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::{Alignment, Lock, OpenOptions, Storage, StorageFile};
@@ -101,6 +101,11 @@ impl<E: Engine> RawDevice<E> {
         io.run(truncate).await.result.map_err(|e| ImageError::errno(path, "resize", e))?;
         self.size.store(size, Ordering::Release);
         self.sync(io).await
+    }
+
+    /// Carries out a request other than a flush for the only user of the device.
+    pub(crate) async fn perform(&self, io: &Io<E>, request: Request) -> Result<(), DeviceError> {
+        super::slow::perform(self, io, request).await
     }
 
     /// Makes everything written durable; to be called when all queues are drained, before the
