@@ -235,14 +235,11 @@ fn is_whole(process: &Process, change: Change, disk: &[u8]) -> Result<bool, Stri
     for read_only in [true, false] {
         match process.holds("top", read_only, disk) {
             Ok(()) => {}
-            Err(error)
-                if change != (Change::Commit { delete: false })
-                    && change != (Change::Commit { delete: true }) =>
-            {
-                return Err(error.to_string());
+            Err(error) => {
+                let text = error.to_string();
+                let unfinished = matches!(change, Change::Commit { .. }) && text.contains("sapwood commit");
+                return if unfinished { Ok(false) } else { Err(text) };
             }
-            Err(error) if error.to_string().contains("sapwood commit") => return Ok(false),
-            Err(error) => return Err(error.to_string()),
         }
     }
     Ok(true)
