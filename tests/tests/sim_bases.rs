@@ -5,6 +5,7 @@ use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use sapwood_blockdev::Errno;
 use sapwood_blockdev::buffer::SharedBuf;
 use sapwood_blockdev::device::{self, BlockDevice, Command, DeviceQueue, Request};
 use sapwood_blockdev::io::{Io, block_on};
@@ -13,6 +14,7 @@ use sapwood_image::layer::{self, BaseSpec, CreateLayer, Layer, Mutation, OpenLay
 use sapwood_image::{Format, ImageError};
 use sapwood_tests::sim::engine::SimEngine;
 use sapwood_tests::sim::explore::few_seeds;
+use sapwood_tests::sim::faults::{Faults, Kind, Planned};
 use sapwood_tests::sim::persist::Persistence;
 use sapwood_tests::sim::rng::Rng;
 use sapwood_tests::sim::storage::SimStorage;
@@ -282,29 +284,61 @@ fn cut_at(
     }
     changer.io.abandon_tasks();
     while world.step() {}
-    let process = Process::new(&world);
-    let gone = world.contents(&path("top")).is_none();
-    if gone {
-        let merged = change == (Change::Commit { delete: true }) && base_holds(&process, start, &disk);
-        return if merged { Ok(Some(true)) } else { Err("the layer is gone".to_owned()) };
+    look_and_finish(&world, (start, change), &disk, matches!(cut, Cut::PowerAndSlot)).map(Some)
+}
+
+/// Looks at what an interrupted change left, and does it again. Whether the layer was whole.
+fn look_and_finish(
+    world: &World,
+    (start, change): (Start, Change),
+    disk: &[u8],
+    slot_is_lost: bool,
+) -> Result<bool, String> {
+    let process = Process::new(world);
+    let deletes = change == (Change::Commit { delete: true });
+    if world.contents(&path("top")).is_none() {
+        let merged = deletes && base_holds(&process, start, disk);
+        return if merged { Ok(true) } else { Err("the layer is gone".to_owned()) };
     }
-    if matches!(cut, Cut::PowerAndSlot) {
+    if slot_is_lost {
         lose_slot(&process);
     }
-    let whole = is_whole(&process, change, &disk)?;
-    process.run(act(&process, change, tuning)).map_err(|error| format!("again: {error}"))?;
-    let deletes = change == (Change::Commit { delete: true });
+    let whole = is_whole(&process, change, disk)?;
+    process.run(act(&process, change, Tuning::default())).map_err(|error| format!("again: {error}"))?;
     if !deletes {
-        process.holds("top", true, &disk).map_err(|error| format!("afterwards: {error}"))?;
+        process.holds("top", true, disk).map_err(|error| format!("afterwards: {error}"))?;
         let (storage, io) = (process.storage.clone(), process.io.clone());
         let report = process.run(async move { layer::check(&storage, &io, &path("top")).await });
         let errors = report.map_err(|error| error.to_string())?.errors;
         assert!(errors.is_empty(), "{errors:?}");
     }
-    if matches!(change, Change::Commit { .. }) && !base_holds(&process, start, &disk) {
+    if matches!(change, Change::Commit { .. }) && !base_holds(&process, start, disk) {
         return Err("the base does not hold the disk".to_owned());
     }
-    Ok(Some(whole))
+    Ok(whole)
+}
+
+/// One world in which an operation of a change fails. `None` when there are not that many.
+fn fail_at((start, change): (Start, Change), planned: Planned) -> Result<Option<bool>, String> {
+    let world = World::new(Config::blocking(u64::from(planned.skip)));
+    let maker = Process::new(&world);
+    let disk = prepare(&maker, start);
+    world.retire(maker.id);
+    let changer = Process::new(&world);
+    world.set_faults(Faults { planned: vec![planned], ..Faults::default() });
+    let result = changer.run(act(&changer, change, Tuning::default()));
+    let mut happened = true;
+    world.change_faults(|faults| happened = std::mem::take(faults).planned.is_empty());
+    if !happened {
+        return result.map(|()| None).map_err(|error| format!("nothing failed: {error}"));
+    }
+    world.kill(changer.id);
+    changer.io.abandon_tasks();
+    while world.step() {}
+    let deleted = change == (Change::Commit { delete: true }) && world.contents(&path("top")).is_none();
+    let gone_too_early = deleted && result.is_err() && planned.kind != Kind::Other;
+    assert!(!gone_too_early, "{result:?}");
+    look_and_finish(&world, (start, change), &disk, false).map(Some)
 }
 
 /// Cuts a change at every event in every way. How often the layer was whole after a cut, and how
@@ -351,6 +385,28 @@ fn a_commit_cut_anywhere_can_be_finished() {
             let scene = (start, Change::Commit { delete });
             let [whole, unfinished] = cut_everywhere(scene, seed, Tuning::default()).unwrap();
             assert!(whole > 20 && unfinished > 20, "{whole} and {unfinished} cuts of {scene:?}");
+        }
+    }
+}
+
+#[test]
+fn a_change_that_fails_anywhere_can_be_tried_again() {
+    let kinds = [Kind::Read, Kind::Write, Kind::Sync, Kind::Allocate, Kind::Other];
+    for scene in [
+        (Start::Raw, Change::Rebase(NEW)),
+        (Start::Layer, Change::Rebase(None)),
+        (Start::Raw, Change::Commit { delete: false }),
+        (Start::Layer, Change::Commit { delete: true }),
+    ] {
+        for kind in kinds {
+            let errno = if kind == Kind::Allocate { Errno::NOSPC } else { Errno::IO };
+            for skip in 0.. {
+                match fail_at(scene, Planned { kind, skip, errno }) {
+                    Ok(Some(_)) => {}
+                    Ok(None) => break,
+                    Err(error) => panic!("{scene:?}, {kind:?} {skip}: {error}"),
+                }
+            }
         }
     }
 }

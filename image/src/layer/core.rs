@@ -301,6 +301,7 @@ impl Core {
         for part in std::mem::take(&mut self.log.pending) {
             self.end(part.waiter, Err(error), 0);
         }
+        self.merge_wakers.drain(..).for_each(Waker::wake);
     }
 
     /// A record's write has ended.
