@@ -64,7 +64,8 @@ pub enum Mutation {
 }
 
 impl Mutation {
-    /// Every mutation.
+    /// Every mutation that histories of one disk can show; those of changes of base have histories
+    /// of their own.
     pub const ALL: [Self; 19] = [
         Self::ReportBeforeEarlierRecord,
         Self::PublishOutOfOrder,

@@ -100,7 +100,7 @@ impl<E: Engine> RawDevice<E> {
         let truncate = Op::Truncate { file: self.file.clone(), size };
         io.run(truncate).await.result.map_err(|e| ImageError::errno(path, "resize", e))?;
         self.size.store(size, Ordering::Release);
-        self.sync(io).await
+        self.sync(io, Op::Sync { file: self.file.clone() }).await
     }
 
     /// Carries out a request other than a flush for the only user of the device.
@@ -108,17 +108,17 @@ impl<E: Engine> RawDevice<E> {
         super::slow::perform(self, io, request).await
     }
 
-    /// Makes everything written durable; to be called when all queues are drained, before the
-    /// last reference is dropped.
+    /// Makes everything written durable, the time of modification included, by which layers over
+    /// it recognise it; to be called when all queues are drained, before the last reference is dropped.
     ///
     /// # Errors
     /// When the sync, or an earlier one, failed.
     pub async fn close(&self, io: &Io<E>) -> Result<(), ImageError> {
-        if self.read_only { Ok(()) } else { self.sync(io).await }
+        if self.read_only { Ok(()) } else { self.sync(io, Op::SyncAll { file: self.file.clone() }).await }
     }
 
-    async fn sync(&self, io: &Io<E>) -> Result<(), ImageError> {
-        let result = io.run(Op::Sync { file: self.file.clone() }).await.result;
+    async fn sync(&self, io: &Io<E>, sync: Op<E::File>) -> Result<(), ImageError> {
+        let result = io.run(sync).await.result;
         self.after_sync(result.map(drop).map_err(Into::into)).map_err(|e| ImageError::new(self.path(), e))
     }
 
