@@ -159,6 +159,30 @@ enum Start {
     Layer,
 }
 
+/// Files to begin with, and what the layer `top` among them holds.
+struct Scene {
+    start: Start,
+    change: Change,
+    files: Vec<(&'static str, Vec<u8>)>,
+    disk: Vec<u8>,
+}
+
+impl Scene {
+    fn new(start: Start, change: Change) -> Self {
+        let world = World::new(Config::blocking(1));
+        let disk = prepare(&Process::new(&world), start);
+        let file = |name| (name, world.contents(&path(name)).expect("a file"));
+        Self { start, change, files: ["old", "new", "mid", "other", "top"].map(file).into(), disk }
+    }
+
+    /// A world with the files.
+    fn world(&self, seed: u64) -> World {
+        let world = World::new(Config::blocking(seed));
+        self.files.iter().for_each(|(name, bytes)| world.install(&path(name), bytes));
+        world
+    }
+}
+
 /// Makes the files: raw disks `old` (short) and `new` (longer than the disk), a layer `mid` over `old`,
 /// a layer `other` over nothing, and `top`. What `top` holds.
 fn prepare(process: &Process, start: Start) -> Vec<u8> {
@@ -260,19 +284,10 @@ fn lose_slot(process: &Process) {
 
 /// One world: prepared, changed up to a cut, looked at, and finished. `None` when there was nothing
 /// left to cut.
-fn cut_at(
-    (start, change): (Start, Change),
-    seed: u64,
-    event: u64,
-    cut: Cut,
-    tuning: Tuning,
-) -> Result<Option<bool>, String> {
-    let world = World::new(Config::blocking(seed));
-    let maker = Process::new(&world);
-    let disk = prepare(&maker, start);
-    world.retire(maker.id);
+fn cut_at(scene: &Scene, seed: u64, event: u64, cut: Cut, tuning: Tuning) -> Result<Option<bool>, String> {
+    let world = scene.world(seed);
     let changer = Process::new(&world);
-    let done = changer.run_until(world.events() + event, act(&changer, change, tuning));
+    let done = changer.run_until(event, act(&changer, scene.change, tuning));
     if let Some(result) = done {
         result.map_err(|error| format!("without a cut: {error}"))?;
         return Ok(None);
@@ -284,16 +299,12 @@ fn cut_at(
     }
     changer.io.abandon_tasks();
     while world.step() {}
-    look_and_finish(&world, (start, change), &disk, matches!(cut, Cut::PowerAndSlot)).map(Some)
+    look_and_finish(&world, scene, matches!(cut, Cut::PowerAndSlot)).map(Some)
 }
 
 /// Looks at what an interrupted change left, and does it again. Whether the layer was whole.
-fn look_and_finish(
-    world: &World,
-    (start, change): (Start, Change),
-    disk: &[u8],
-    slot_is_lost: bool,
-) -> Result<bool, String> {
+fn look_and_finish(world: &World, scene: &Scene, slot_is_lost: bool) -> Result<bool, String> {
+    let &Scene { start, change, ref disk, .. } = scene;
     let process = Process::new(world);
     let deletes = change == (Change::Commit { delete: true });
     if world.contents(&path("top")).is_none() {
@@ -319,14 +330,11 @@ fn look_and_finish(
 }
 
 /// One world in which an operation of a change fails. `None` when there are not that many.
-fn fail_at((start, change): (Start, Change), planned: Planned) -> Result<Option<bool>, String> {
-    let world = World::new(Config::blocking(u64::from(planned.skip)));
-    let maker = Process::new(&world);
-    let disk = prepare(&maker, start);
-    world.retire(maker.id);
+fn fail_at(scene: &Scene, planned: Planned) -> Result<Option<bool>, String> {
+    let world = scene.world(u64::from(planned.skip));
     let changer = Process::new(&world);
     world.set_faults(Faults { planned: vec![planned], ..Faults::default() });
-    let result = changer.run(act(&changer, change, Tuning::default()));
+    let result = changer.run(act(&changer, scene.change, Tuning::default()));
     let mut happened = true;
     world.change_faults(|faults| happened = std::mem::take(faults).planned.is_empty());
     if !happened {
@@ -335,22 +343,27 @@ fn fail_at((start, change): (Start, Change), planned: Planned) -> Result<Option<
     world.kill(changer.id);
     changer.io.abandon_tasks();
     while world.step() {}
-    let deleted = change == (Change::Commit { delete: true }) && world.contents(&path("top")).is_none();
+    let deleted = scene.change == (Change::Commit { delete: true }) && world.contents(&path("top")).is_none();
     let gone_too_early = deleted && result.is_err() && planned.kind != Kind::Other;
     assert!(!gone_too_early, "{result:?}");
-    look_and_finish(&world, (start, change), &disk, false).map(Some)
+    look_and_finish(&world, scene, false).map(Some)
 }
 
 /// Cuts a change at every event in every way. How often the layer was whole after a cut, and how
 /// often it asked for more.
-fn cut_everywhere(scene: (Start, Change), seed: u64, tuning: Tuning) -> Result<[u64; 2], String> {
+fn cut_everywhere((start, change): (Start, Change), seed: u64, tuning: Tuning) -> Result<[u64; 2], String> {
+    let scene = Scene::new(start, change);
     let mut outcomes = [0, 0];
     for cut in CUTS {
         for event in 1.. {
-            match cut_at(scene, seed, event, cut, tuning) {
+            match cut_at(&scene, seed, event, cut, tuning) {
                 Ok(Some(whole)) => outcomes[usize::from(!whole)] += 1,
                 Ok(None) => break,
-                Err(error) => return Err(format!("{scene:?}, seed {seed}, event {event}, {cut:?}: {error}")),
+                Err(error) => {
+                    return Err(format!(
+                        "{start:?}, {change:?}, seed {seed}, event {event}, {cut:?}: {error}"
+                    ));
+                }
             }
         }
     }
@@ -398,10 +411,11 @@ fn a_change_that_fails_anywhere_can_be_tried_again() {
         (Start::Raw, Change::Commit { delete: false }),
         (Start::Layer, Change::Commit { delete: true }),
     ] {
+        let files = Scene::new(scene.0, scene.1);
         for kind in kinds {
             let errno = if kind == Kind::Allocate { Errno::NOSPC } else { Errno::IO };
             for skip in 0.. {
-                match fail_at(scene, Planned { kind, skip, errno }) {
+                match fail_at(&files, Planned { kind, skip, errno }) {
                     Ok(Some(_)) => {}
                     Ok(None) => break,
                     Err(error) => panic!("{scene:?}, {kind:?} {skip}: {error}"),
