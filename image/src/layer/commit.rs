@@ -12,7 +12,6 @@ use std::sync::Arc;
 
 use futures_util::future::join_all;
 
-use super::OpenLayer;
 use super::base::{Base, Below, OpenBase, describe_change, resolve};
 use super::base_record::{BaseIdentity, BaseRef};
 use super::device::{Layer, uniform_runs};
@@ -22,6 +21,7 @@ use super::node::Entry;
 use super::record::Run;
 use super::tuning::{Tuning, breaks};
 use super::waiter::Result as DeviceResult;
+use super::{OpenLayer, check_size};
 use crate::error::{ErrorKind, ImageError};
 use crate::format::Format;
 use crate::raw::RawDevice;
@@ -83,24 +83,32 @@ enum Lower<E: Engine> {
 }
 
 impl<E: Engine> Lower<E> {
+    /// Opens a base and makes it at least `size` bytes large.
     async fn open<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
         path: &Path,
         format: Format,
         options: &OpenLayer,
+        size: u64,
     ) -> Result<Self, ImageError> {
-        Ok(match format {
+        let lower = match format {
             Format::Raw => Self::Raw(RawDevice::open(storage, path, false)?),
             Format::Layer => {
                 let layer = Layer::open(storage, io, path, options).await?;
                 io.spawn(Arc::clone(&layer).maintain(io.clone()));
                 Self::Layer(Driver::new(layer, io.clone()))
             }
-        })
+        };
+        match lower.grow(io, size).await {
+            Ok(()) => Ok(lower),
+            Err(error) => {
+                lower.close(io).await.ok();
+                Err(error)
+            }
+        }
     }
 
-    /// Makes it at least `size` bytes large.
     async fn grow(&self, io: &Io<E>, size: u64) -> Result<(), ImageError> {
         match self {
             Self::Raw(raw) if raw.geometry().size < size => raw.resize(io, size).await,
@@ -185,7 +193,7 @@ impl<E: Engine> Layer<E> {
 }
 
 impl<E: Engine> Driver<E> {
-    /// Marks the layer as being merged and opens its base for writing.
+    /// Marks the layer as being merged, and opens its base for writing and makes it large enough.
     async fn open_lower<S: Storage<File = E::File>>(
         &self,
         storage: &S,
@@ -195,27 +203,33 @@ impl<E: Engine> Driver<E> {
         options: &OpenLayer,
     ) -> Result<Lower<E>, ImageError> {
         let layer = &self.layer;
+        let size = layer.geometry().size;
+        if below.record.committing {
+            layer.check_same_layer(storage, &self.io, base, base_path).await?;
+            return Lower::open(storage, &self.io, base_path, base.identity.format(), options, size).await;
+        }
+        // Checked as for any use of the layer.
+        let opened = Below::open(storage, &self.io, layer.path(), below.record.clone(), &[]).await?;
+        if let Some(Base::Layer(lower)) = &opened.base {
+            check_size(base_path, size.max(lower.geometry().size), lower.header().segment_blocks)?;
+        }
+        drop(opened);
         let mark = async |committing| {
             let marked = self.switch_base(None, Some(base.clone()), committing).await;
             marked.map_err(|error| ImageError::new(layer.path(), error))
         };
-        if below.record.committing {
-            layer.check_same_layer(storage, &self.io, base, base_path).await?;
-        } else {
-            // Checked as for any use of the layer.
-            Below::<E>::open(storage, &self.io, layer.path(), below.record.clone(), &[]).await?;
-            if !breaks!(options.tuning, CommitWithoutMark) {
-                mark(true).await?;
-            }
+        if !breaks!(options.tuning, CommitWithoutMark) {
+            mark(true).await?;
         }
-        match Lower::open(storage, &self.io, base_path, base.identity.format(), options).await {
-            // Somebody else has it, so that nothing of it was changed.
-            Err(error) if matches!(error.kind, ErrorKind::Locked { .. }) && !below.record.committing => {
+        let lower = Lower::open(storage, &self.io, base_path, base.identity.format(), options, size).await;
+        if lower.is_err() {
+            let found = Below::<E>::open(storage, &self.io, layer.path(), below.record.clone(), &[]).await;
+            // Nothing of the base was changed, so the layer is what it was.
+            if found.is_ok() {
                 mark(false).await?;
-                Err(error)
             }
-            other => other,
         }
+        lower
     }
 
     /// Writes what the layer holds into its base. The bytes of data written.
@@ -226,7 +240,6 @@ impl<E: Engine> Driver<E> {
         progress: &mut dyn FnMut(u64, u64),
     ) -> Result<u64, ImageError> {
         let size = self.layer.geometry().size;
-        lower.grow(&self.io, size).await?;
         let mut written = 0;
         for window in cut(0..size, WINDOW_LEN) {
             for batch in self.held_in(window.clone()).chunks(BATCH) {
