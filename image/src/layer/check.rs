@@ -10,7 +10,8 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::OpenLayer;
-use super::device::{Layer, MapRun};
+use super::device::Layer;
+use super::extents::MapRun;
 use super::load::Reader;
 use super::map::{BRANCH_BLOCKS, LEAF_BLOCKS, by_branch, pieces};
 use super::record::{Index, Run};

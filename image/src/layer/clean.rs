@@ -14,6 +14,7 @@ use super::log::Part;
 use super::map::LEAF_BLOCKS;
 use super::node::{BRANCH_LEAVES, NodeKind, NodeRef, packed_nodes};
 use super::paging::Pins;
+use super::read::complain;
 use super::record::{Index, Run};
 use super::waiter::{Result, Ticket, Waiter};
 use sapwood_blockdev::buffer::AlignedBuf;
@@ -172,13 +173,13 @@ impl<E: Engine> Driver<E> {
                         core.map.dirty_branch(node.index);
                     }
                 });
-                renewed.await.map_err(|error| self.complain(&error))?;
+                renewed.await.map_err(|error| complain(&error))?;
             }
             NodeKind::LeafRuns | NodeKind::LeafDense => {
                 let branch = node.index / BRANCH_LEAVES as u32;
                 let is_current = move |core: &mut Core| core.map.reference(node.index).is_ok_and(is_here);
                 let current = self.layer.with_branch(&self.io, branch, is_current).await;
-                if current.map_err(|error| self.complain(&error))? {
+                if current.map_err(|error| complain(&error))? {
                     let block = u64::from(node.index) * LEAF_BLOCKS;
                     let _pins = self.pin(&(block..block + 1)).await?;
                     let mut core = self.layer.core();

@@ -11,7 +11,6 @@
 use std::ops::Range;
 use std::task::Waker;
 
-use super::layout::LogPosition;
 use super::log::{Flight, FlightState, Log, Part, RecordWrite, guest_blocks};
 use super::map::{Map, leaves_of};
 use super::node::Entry;
@@ -19,6 +18,7 @@ use super::paging::Loading;
 use super::ports::Ports;
 use super::record::Run;
 use super::segments::Segments;
+use super::slot::LogPosition;
 use super::tuning::{Tuning, breaks};
 use super::waiter::{Result, Waiter};
 use sapwood_blockdev::Errno;
@@ -101,6 +101,10 @@ pub(super) struct Core {
     /// The newest record that it includes.
     pub(super) checkpoint_sequence: u64,
     pub(super) root: Root,
+    /// The base record that checkpoints belong to from now on.
+    pub(super) base_sequence: u64,
+    /// Those that the newest slot and the other one name.
+    pub(super) slot_bases: [u64; 2],
     pub(super) checkpointing: bool,
     pub(super) checkpointed_at: Time,
     pub(super) closing: bool,
@@ -141,6 +145,8 @@ impl Core {
             generation: 0,
             checkpoint_sequence: durable,
             root: Root::default(),
+            base_sequence: 1,
+            slot_bases: [1; 2],
             checkpointing: false,
             checkpointed_at: Time::ZERO,
             closing: false,
@@ -334,6 +340,7 @@ impl Core {
             self.unpin(leaves_of(&guest_blocks(&part.run)));
             self.end(part.waiter, Err(error), 0);
         }
+        self.merge_wakers.drain(..).for_each(Waker::wake);
     }
 
     /// A record's write has ended.

@@ -5,10 +5,11 @@
 
 use std::path::Path;
 
-use super::layout::{Damage, Slot, size_max};
+use super::layout::{Damage, size_max};
 use super::map::Map;
 use super::node::{NodeRef, decode_root, decode_usage};
 use super::segments::Segments;
+use super::slot::Slot;
 use crate::error::{ErrorKind, ImageError};
 use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::engine::{Engine, Op};

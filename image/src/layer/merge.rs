@@ -14,7 +14,7 @@ use super::log::Part;
 use super::map::{BRANCH_BLOCKS, by_branch};
 use super::node::Entry;
 use super::paging::Pins;
-use super::read::Source;
+use super::read::{Source, complain, read_source};
 use super::record::Run;
 use super::tuning::breaks;
 use super::waiter::{Result, Waiter};
@@ -32,7 +32,7 @@ pub(super) fn read_bounced<E: Engine>(
 ) {
     let task = driver.clone();
     driver.io.spawn(async move {
-        let result = task.read_source(source, memory.len()).await;
+        let result = read_source(&task.io, source, memory.len()).await;
         let result = result.map(|bytes| memory.write_at(0, &bytes));
         task.layer.core().end(waiter, result, 0);
     });
@@ -76,8 +76,8 @@ impl Core {
         !busy
     }
 
-    /// Whether nothing needs to be done to make blocks of a branch read as `entry` does.
-    fn is_zero(&self, blocks: &Range<u64>, entry: Entry) -> bool {
+    /// Whether blocks of one branch have an entry already, and nobody is changing that.
+    fn is_uniform(&self, blocks: &Range<u64>, entry: Entry) -> bool {
         self.map.uniform_branch((blocks.start / BRANCH_BLOCKS) as u32) == Some(entry)
             && !self.log.is_writing(blocks)
     }
@@ -153,18 +153,23 @@ impl<E: Engine> Driver<E> {
 
     /// Keeps the leaves of blocks in memory.
     pub(super) async fn pin(&self, blocks: &Range<u64>) -> Result<Pins<E>> {
-        self.layer.pin(&self.io, blocks).await.map_err(|error| self.complain(&error))
+        self.layer.pin(&self.io, blocks).await.map_err(|error| complain(&error))
     }
 
-    /// Makes whole blocks read as zeroes: one branch after the other, so that what has to be in
-    /// memory for it is bounded.
+    /// Makes whole blocks read as zeroes.
     async fn zero(&self, blocks: Range<u64>) -> Result {
+        self.set_uniform(blocks, self.layer.zero_entry()).await
+    }
+
+    /// Gives blocks an entry, which is zero or absent: one branch after the other, so that what has
+    /// to be in memory for it is bounded.
+    pub(super) async fn set_uniform(&self, blocks: Range<u64>, entry: Entry) -> Result {
         for part in by_branch(blocks) {
-            if self.layer.core().is_zero(&part, self.layer.zero_entry()) {
+            if self.layer.core().is_uniform(&part, entry) {
                 continue;
             }
             let _pins = self.pin(&part).await?;
-            let run = self.layer.zero_run(part);
+            let run = Run::uniform(part, entry);
             self.append(|waiter| vec![Part::index_only(run, waiter.clone())]).await?;
         }
         Ok(())

@@ -281,10 +281,7 @@ impl Core {
     pub(super) fn can_be_mapped(&self, place: u32) -> bool {
         let head = self.log.head;
         let start = self.segments.first_block(head.segment);
-        let ahead = start + head.block..start + self.segments.segment_blocks();
-        self.segments.is_in_use(place)
-            && !ahead.contains(&place)
-            && self.segments.of_place(place) != head.next_segment
+        self.segments.is_filled(place) || (start..start + head.block).contains(&place)
     }
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use futures_util::future::join_all;
 
-use super::base::Base;
+use super::base::{Base, Below};
 use super::core::Core;
 use super::device::Layer;
 use super::driver::Driver;
@@ -13,7 +13,7 @@ use super::node::Entry;
 use super::paging::device_error;
 use super::waiter::Result;
 use crate::error::ImageError;
-use sapwood_blockdev::buffer::{AlignedBuf, Memory, SharedBuf};
+use sapwood_blockdev::buffer::{AlignedBuf, Memory};
 use sapwood_blockdev::device::DeviceError;
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
@@ -75,7 +75,7 @@ impl<E: Engine> Layer<E> {
                     push(parts, ReadPart { range: part, source: Some(source) });
                 }
                 None if entry == Entry::ZERO => push(parts, ReadPart { range: part, source: None }),
-                None if missed.is_none() => missed = self.plan_below(part, parts).err(),
+                None if missed.is_none() => missed = self.below().plan(part, parts).err(),
                 None => {}
             }
         });
@@ -90,28 +90,27 @@ impl<E: Engine> Layer<E> {
             None => Ok(core.segments.enter()),
         }
     }
+}
 
-    fn plan_below(
+impl<E: Engine> Below<E> {
+    /// Finds the bytes of `range`.
+    fn plan(
         &self,
         range: Range<u64>,
         parts: &mut Vec<ReadPart<E::File>>,
     ) -> std::result::Result<(), Miss<E>> {
-        let (end, base) = match self.base() {
-            None => (0, None),
-            Some(Base::Raw { size, .. }) => (*size, self.base()),
-            Some(Base::Layer(below)) => (below.core().size, self.base()),
-        };
+        let end = self.base.as_ref().map_or(0, Base::size);
         let inside = range.start.min(end)..range.end.min(end);
-        match base {
+        match &self.base {
             _ if inside.is_empty() => {}
             Some(Base::Raw { file, .. }) => {
                 let source = Source { file: file.clone(), offset: FileOffset(inside.start), may_end: true };
                 push(parts, ReadPart { range: inside.clone(), source: Some(source) });
             }
             // A base is never written, so nothing there needs its epoch.
-            Some(Base::Layer(below)) => {
-                let epoch = below.plan(inside.clone(), parts)?;
-                below.core().segments.leave(epoch);
+            Some(Base::Layer(layer)) => {
+                let epoch = layer.plan(inside.clone(), parts)?;
+                layer.core().segments.leave(epoch);
             }
             None => {}
         }
@@ -122,21 +121,35 @@ impl<E: Engine> Layer<E> {
         Ok(())
     }
 
-    /// As [`plan`](Self::plan), loading what is missing.
-    pub(super) async fn plan_loaded(
-        self: &Arc<Self>,
-        io: &Io<E>,
-        range: Range<u64>,
-        parts: &mut Vec<ReadPart<E::File>>,
-    ) -> std::result::Result<u64, ImageError> {
-        let mut pins = Vec::new();
-        loop {
-            match self.plan(range.clone(), parts) {
-                Ok(epoch) => return Ok(epoch),
-                Err(miss) => pins.push(miss.layer.pin(io, &miss.blocks).await?),
+    /// Reads `range`; what nothing says anything about reads as zeroes.
+    pub(super) async fn read(&self, io: &Io<E>, range: Range<u64>) -> Result<AlignedBuf> {
+        let (_, parts) = loaded(io, |parts| self.plan(range.clone(), parts)).await?;
+        read_parts(io, range, parts).await
+    }
+}
+
+/// Plans a read, loading what is missing.
+async fn loaded<E: Engine, T>(
+    io: &Io<E>,
+    mut plan: impl FnMut(&mut Vec<ReadPart<E::File>>) -> std::result::Result<T, Miss<E>>,
+) -> Result<(T, Vec<ReadPart<E::File>>)> {
+    let mut pins = Vec::new();
+    loop {
+        let mut parts = Vec::new();
+        match plan(&mut parts) {
+            Ok(planned) => return Ok((planned, parts)),
+            Err(miss) => {
+                let pinned = miss.layer.pin(io, &miss.blocks).await;
+                pins.push(pinned.map_err(|error| complain(&error))?);
             }
         }
     }
+}
+
+/// Says in the log what a guest cannot be told.
+pub(super) fn complain(error: &ImageError) -> DeviceError {
+    log::error!("{error}");
+    device_error(error)
 }
 
 /// Appends a part, joined to the one before where the file goes on.
@@ -160,67 +173,78 @@ fn push<F: StorageFile>(parts: &mut Vec<ReadPart<F>>, next: ReadPart<F>) {
 
 impl<E: Engine> Driver<E> {
     /// Reads `range` of the disk into a buffer of its own.
-    pub(super) async fn read(&self, range: Range<u64>) -> Result<Vec<u8>> {
-        let shared = SharedBuf::heap((range.end - range.start) as usize);
-        self.read_into(range.start, &mut shared.slice(0..shared.len()).into()).await?;
-        let mut bytes = vec![0; shared.len()];
-        shared.read_at(0, &mut bytes);
-        Ok(bytes)
+    pub(super) async fn read(&self, range: Range<u64>) -> Result<AlignedBuf> {
+        let (epoch, parts) = loaded(&self.io, |parts| self.layer.plan(range.clone(), parts)).await?;
+        let result = read_parts(&self.io, range, parts).await;
+        self.layer.core().segments.leave(epoch);
+        result
     }
 
-    /// Reads the disk from byte `start` into `memory`, loading what has to be known for it.
+    /// Reads the disk from byte `start` into shared memory, loading what has to be known for it.
     pub(super) async fn read_into(&self, start: u64, memory: &mut Memory) -> Result {
-        let mut parts = Vec::new();
         let range = start..start + memory.len() as u64;
-        let epoch = self.layer.plan_loaded(&self.io, range, &mut parts).await;
-        let epoch = epoch.map_err(|error| self.complain(&error))?;
+        let (epoch, parts) = loaded(&self.io, |parts| self.layer.plan(range.clone(), parts)).await?;
         let mut reads = Vec::with_capacity(parts.len());
         for part in parts {
             let at = (part.range.start - start) as usize;
             let len = (part.range.end - part.range.start) as usize;
             match part.source {
                 None => memory.zero_at(at, len),
-                Some(source) => reads.push(self.read_part(source, memory.share(at, len))),
+                Some(source) => reads.push(read_part(&self.io, source, memory.share(at, len))),
             }
         }
         let results = join_all(reads).await;
         self.layer.core().segments.leave(epoch);
         results.into_iter().collect()
     }
+}
 
-    /// Reads one part into memory, directly where that can be.
-    async fn read_part(&self, source: Source<E::File>, mut memory: Memory) -> Result {
-        if source.reaches(&memory) {
-            let (may_end, wanted) = (source.may_end, memory.len());
-            let outcome = self.io.run(Op::read(source.file, source.offset, memory)).await;
-            return match outcome.result {
-                Ok(read) if read < wanted && !may_end => Err(DeviceError::Corrupt),
-                _ => outcome.zero_filled().map(drop).map_err(DeviceError::from),
-            };
-        }
-        let bytes = self.read_source(source, memory.len()).await?;
-        memory.write_at(0, &bytes);
-        Ok(())
+/// Reads one part into memory, directly where that can be.
+async fn read_part<E: Engine>(io: &Io<E>, source: Source<E::File>, mut memory: Memory) -> Result {
+    if source.reaches(&memory) {
+        let (may_end, wanted) = (source.may_end, memory.len());
+        let outcome = io.run(Op::read(source.file, source.offset, memory)).await;
+        return match outcome.result {
+            Ok(read) if read < wanted && !may_end => Err(DeviceError::Corrupt),
+            _ => outcome.zero_filled().map(drop).map_err(DeviceError::from),
+        };
     }
+    let bytes = read_source(io, source, memory.len()).await?;
+    memory.write_at(0, &bytes);
+    Ok(())
+}
 
-    /// Says in the log what a guest cannot be told.
-    pub(super) fn complain(&self, error: &ImageError) -> DeviceError {
-        log::error!("{error}");
-        device_error(error)
+/// Reads the parts of `range` into one buffer.
+async fn read_parts<E: Engine>(
+    io: &Io<E>,
+    range: Range<u64>,
+    parts: Vec<ReadPart<E::File>>,
+) -> Result<AlignedBuf> {
+    let mut memory = Memory::from(AlignedBuf::zeroed((range.end - range.start) as usize));
+    for part in parts {
+        let at = (part.range.start - range.start) as usize;
+        let len = (part.range.end - part.range.start) as usize;
+        let Some(source) = part.source else { continue };
+        memory.write_at(at, &read_source(io, source, len).await?);
     }
+    Ok(memory.into_buf())
+}
 
-    /// Reads `len` bytes of a file, aligned as the file needs it.
-    pub(super) async fn read_source(&self, source: Source<E::File>, len: usize) -> Result<Vec<u8>> {
-        let alignment = source.file.alignment().offset as u64;
-        let start = source.offset.0 / alignment * alignment;
-        let end = (source.offset.0 + len as u64).next_multiple_of(alignment);
-        let buf = AlignedBuf::zeroed((end - start) as usize);
-        let outcome = self.io.run(Op::read(source.file, FileOffset(start), buf)).await;
-        let skip = (source.offset.0 - start) as usize;
-        if !source.may_end && outcome.result.is_ok_and(|read| read < skip + len) {
-            return Err(DeviceError::Corrupt);
-        }
-        let buf = outcome.zero_filled()?.into_buf();
-        Ok(buf[skip..skip + len].to_vec())
+/// Reads `len` bytes of a file, aligned as the file needs it.
+pub(super) async fn read_source<E: Engine>(
+    io: &Io<E>,
+    source: Source<E::File>,
+    len: usize,
+) -> Result<Vec<u8>> {
+    let alignment = source.file.alignment().offset as u64;
+    let start = source.offset.0 / alignment * alignment;
+    let end = (source.offset.0 + len as u64).next_multiple_of(alignment);
+    let buf = AlignedBuf::zeroed((end - start) as usize);
+    let outcome = io.run(Op::read(source.file, FileOffset(start), buf)).await;
+    let skip = (source.offset.0 - start) as usize;
+    if !source.may_end && outcome.result.is_ok_and(|read| read < skip + len) {
+        return Err(DeviceError::Corrupt);
     }
+    let buf = outcome.zero_filled()?.into_buf();
+    Ok(buf[skip..skip + len].to_vec())
 }

@@ -1,23 +1,26 @@
 //! Opens a layer: finds the newest checkpoint, replays the log after it, and starts a session.
 //!
-//! Order: the lock on the open file description that is read; header and slots; base; map; log;
+//! Order: the lock on the open file description that is read; header, slots, base record; base; map; log;
 //! then, for a writer, a checkpoint under a new nonce, durable before anything is served. A
 //! reader changes nothing.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use super::base::Base;
+use super::base::{Below, OpenBase};
+use super::base_record::{BaseRecord, base_offset};
 use super::core::{Core, Root};
 use super::device::Layer;
 use super::driver::Driver;
-use super::layout::{Header, LayerId, PREAMBLE_BYTES, Slot, SlotState, slot_offset};
+use super::header::Header;
+use super::layout::{HEAD_BYTES, PREAMBLE_BYTES};
 use super::load::Reader;
 use super::log::{Log, guest_blocks};
 use super::map::by_branch;
 use super::record::Run;
 use super::replay::{Replay, Replayed};
 use super::segments::Segments;
+use super::slot::{LogPosition, Slot, SlotState, slot_offset};
 use super::tuning::breaks;
 use super::{OpenLayer, open_file};
 use crate::error::{ErrorKind, ImageError};
@@ -51,17 +54,95 @@ impl<E: Engine> Layer<E> {
         path: &Path,
         options: &OpenLayer,
     ) -> Result<Arc<Self>, ImageError> {
-        Self::open_below(storage, io, path, options, &[]).await
+        Self::open_with(storage, io, path, options, OpenBase::Chain(&[])).await
     }
 
-    /// Opens a layer that is the base of others: `above`, topmost first.
-    pub(super) async fn open_below<S: Storage<File = E::File>>(
+    pub(super) async fn open_with<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
         path: &Path,
         options: &OpenLayer,
-        above: &[LayerId],
+        bases: OpenBase<'_>,
     ) -> Result<Arc<Self>, ImageError> {
+        // In boxes, so that little of the stack is in use while the base, and what lies below that,
+        // is opened.
+        let head = Box::pin(Head::read(storage, io, path, options)).await?;
+        let record = head.record.clone();
+        let below = match bases {
+            OpenBase::Chain(above) => Box::pin(Below::open(storage, io, path, record, above)).await?,
+            OpenBase::Nothing => Below { record, base: None },
+        };
+        Box::pin(Self::open_over(storage, io, path, options, head, below)).await
+    }
+
+    /// Opens a layer whose base is open.
+    async fn open_over<S: Storage<File = E::File>>(
+        storage: &S,
+        io: &Io<E>,
+        path: &Path,
+        options: &OpenLayer,
+        head: Head<E>,
+        below: Below<E>,
+    ) -> Result<Arc<Self>, ImageError> {
+        let Head { file, header, newest, .. } = head;
+        let reader = Reader { io, file: &file, path };
+        let core = load(&reader, &header, &newest, options).await?;
+        let layer = Self::new(file.clone(), path, header, below, options.read_only, core);
+        let interrupted = layer.recover(&reader, &newest).await?;
+        {
+            let mut core = layer.core();
+            core.checkpointed_at = io.now();
+            core.was_clean = newest.slot.clean && core.log.head == newest.slot.log;
+        }
+        if options.read_only && !layer.core().was_clean {
+            // What a killed writer left may be in the host's cache only.
+            let sync = io.run(Op::Sync { file: file.clone() }).await;
+            sync.result.map_err(|errno| ImageError::errno(path, "sync", errno))?;
+        }
+        if breaks!(options.tuning, RecoveryWithoutSync) {
+            layer.core().assume_durable();
+        } else if !options.read_only {
+            layer.begin_session(storage, io, interrupted).await?;
+        }
+        Ok(layer)
+    }
+
+    /// Makes a checkpoint after which records carry a new nonce. With `interrupted`, the log of the
+    /// slot before holds another end record of the same number.
+    async fn begin_session<S: Storage<File = E::File>>(
+        self: &Arc<Self>,
+        storage: &S,
+        io: &Io<E>,
+        interrupted: bool,
+    ) -> Result<(), ImageError> {
+        let path = self.path();
+        let mut nonce = [0; 8];
+        storage.random(&mut nonce).map_err(|e| ImageError::io(path, "make random numbers for", e))?;
+        let driver = Driver::new(Arc::clone(self), io.clone());
+        let mut result = driver.checkpoint(Some(u64::from_le_bytes(nonce)), false).await;
+        if interrupted && result.is_ok() {
+            result = driver.checkpoint(None, false).await;
+        }
+        driver.retire().await;
+        result.map_err(|error| ImageError::new(path, error))
+    }
+}
+
+/// What the first blocks of a locked file say.
+struct Head<E: Engine> {
+    file: E::File,
+    header: Header,
+    newest: Newest,
+    record: BaseRecord,
+}
+
+impl<E: Engine> Head<E> {
+    async fn read<S: Storage<File = E::File>>(
+        storage: &S,
+        io: &Io<E>,
+        path: &Path,
+        options: &OpenLayer,
+    ) -> Result<Self, ImageError> {
         let (mode, lock) = match options.read_only {
             true => (OpenOptions::READ, Lock::Shared),
             false => (OpenOptions::WRITE, Lock::Exclusive),
@@ -76,47 +157,11 @@ impl<E: Engine> Layer<E> {
             other => other?,
         };
         let reader = Reader { io, file: &file, path };
-        let start = reader.read(0, 3 * BLOCK_SIZE).await?;
+        let start = reader.read(0, HEAD_BYTES).await?;
         let header = Header::decode(&start).map_err(|damage| reader.error(0, damage))?;
-        if above.contains(&header.layer_id) {
-            return Err(ImageError::new(path, ErrorKind::Base("its bases form a loop".to_owned())));
-        }
         let newest = choose_slot(&reader, &header, &start)?;
-        let chain = [above, &[header.layer_id]].concat();
-        let base = match &header.base {
-            Some(record) => Some(Base::open_recorded(storage, io, path, record, &chain).await?),
-            None => None,
-        };
-        let core = load(&reader, &header, &newest.slot, options).await?;
-        let layer = Self::new(file.clone(), path, header, base, options.read_only, core);
-        let interrupted = layer.recover(&reader, &newest).await?;
-        {
-            let mut core = layer.core();
-            core.checkpointed_at = io.now();
-            core.was_clean = newest.slot.clean && core.log.head == newest.slot.log;
-        }
-        if options.read_only && !layer.core().was_clean {
-            // What a killed writer left may be in the host's cache only.
-            let sync = io.run(Op::Sync { file: file.clone() }).await;
-            sync.result.map_err(|errno| ImageError::errno(path, "sync", errno))?;
-        }
-        let skip = options.read_only || breaks!(options.tuning, RecoveryWithoutSync);
-        if breaks!(options.tuning, RecoveryWithoutSync) {
-            layer.core().assume_durable();
-        }
-        if !skip {
-            let mut nonce = [0; 8];
-            storage.random(&mut nonce).map_err(|e| ImageError::io(path, "make random numbers for", e))?;
-            let driver = Driver::new(Arc::clone(&layer), io.clone());
-            let mut result = driver.checkpoint(Some(u64::from_le_bytes(nonce)), false).await;
-            if interrupted && result.is_ok() {
-                // The log of the slot before holds another end record of the same number.
-                result = driver.checkpoint(None, false).await;
-            }
-            driver.retire().await;
-            result.map_err(|error| ImageError::new(path, error))?;
-        }
-        Ok(layer)
+        let record = base_record(&reader, &header, &newest.slot, &start)?;
+        Ok(Self { file, header, newest, record })
     }
 }
 
@@ -148,13 +193,26 @@ fn choose_slot<E: Engine>(
     }
 }
 
+/// The base record that a slot names.
+fn base_record<E: Engine>(
+    reader: &Reader<'_, E>,
+    header: &Header,
+    slot: &Slot,
+    start: &[u8],
+) -> Result<BaseRecord, ImageError> {
+    let at = base_offset(slot.base).0;
+    BaseRecord::decode(&start[at as usize..(at + BLOCK_SIZE) as usize], header, slot.base)
+        .map_err(|damage| reader.error(at, damage))
+}
+
 /// Loads what the newest checkpoint says and is always kept in memory.
 async fn load<E: Engine>(
     reader: &Reader<'_, E>,
     header: &Header,
-    slot: &Slot,
+    newest: &Newest,
     options: &OpenLayer,
 ) -> Result<Core, ImageError> {
+    let slot = &newest.slot;
     let size = reader.file.size().map_err(|e| ImageError::io(reader.path, "measure", e))?;
     let segment_bytes = u64::from(header.segment_blocks) * BLOCK_SIZE;
     let count = size.saturating_sub(PREAMBLE_BYTES).div_ceil(segment_bytes);
@@ -170,10 +228,11 @@ async fn load<E: Engine>(
     let log = Log::new(header.layer_id, slot.log);
     let mut core = Core::new(options.tuning, slot.size, map, segments, log, slot.log.sequence);
     core.generation = slot.generation;
+    core.base_sequence = slot.base;
+    core.slot_bases = [slot.base, newest.other.map_or(slot.base, |other| other.base)];
     core.root = Root { offset: slot.root, len: slot.root_len };
     core.segments.set_log(slot.log.segment);
     core.segments.set_log(slot.log.next_segment);
-    core.check_ahead(reader)?;
     Ok(core)
 }
 
@@ -205,6 +264,7 @@ impl<E: Engine> Layer<E> {
             return Err(ImageError::corrupt(reader.path, "slot", at, detail));
         }
         let mut core = self.core();
+        core.check_ahead(reader)?;
         if let Some(other) = newest
             .other
             .filter(|other| other.clean && slot.clean && other.root == slot.root && core.log.head == slot.log)
@@ -251,7 +311,7 @@ impl Core {
     }
 
     /// The log goes on after a record that was found on recovery.
-    fn replay_position(&mut self, end: super::layout::LogPosition) {
+    fn replay_position(&mut self, end: LogPosition) {
         if end.segment != self.log.head.segment {
             self.segments.set_used(self.log.head.segment, self.log.head.sequence);
         }

@@ -10,11 +10,16 @@
 //! refers to it nor replays it, and *drains* from the second on (then both slots name such
 //! checkpoints), until every read that may have looked it up before has finished.
 
+mod readers;
+mod usage;
+
 use std::collections::{BTreeSet, VecDeque};
 
 use super::layout::{FIRST_SEGMENT_BLOCK, PREAMBLE_BYTES};
-use super::node::{NODE_ALIGNMENT, NodeRef, USAGE_SEGMENTS, Usage, UsageTable};
+use super::node::{NODE_ALIGNMENT, NodeRef};
+use readers::Readers;
 use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
+use usage::Group;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -65,19 +70,6 @@ impl Segment {
     fn live_bytes(&self) -> u64 {
         u64::from(self.live_blocks) * BLOCK_SIZE + u64::from(self.leaf_bytes) + u64::from(self.node_bytes)
     }
-}
-
-/// The segments of one usage node.
-#[derive(Clone, Default)]
-struct Group {
-    /// Where its usage is stored.
-    node: NodeRef,
-    /// Its usage is not what is stored.
-    dirty: bool,
-    /// The running checkpoint stores it.
-    frozen: bool,
-    /// Its usage as of the running checkpoint, if it has changed since.
-    saved: Option<Box<UsageTable>>,
 }
 
 /// All segments of a layer.
@@ -179,19 +171,6 @@ impl Segments {
         (0..).zip(&self.list).map(taken).map(u64::from).sum()
     }
 
-    /// A segment whose usage is about to change.
-    fn change(&mut self, segment: u32) -> &mut Segment {
-        let index = segment as usize / USAGE_SEGMENTS;
-        if index >= self.groups.len() {
-            self.groups.resize(index + 1, Group::default());
-        }
-        if self.frozen && self.groups[index].saved.is_none() {
-            self.groups[index].saved = Some(Box::new(self.usage(index)));
-        }
-        self.groups[index].dirty = true;
-        &mut self.list[segment as usize]
-    }
-
     /// Counts newly mapped places, all in one segment. The counts of a map that lies stop at their
     /// ends.
     pub(super) fn take_blocks(&mut self, place: u32, count: u32) {
@@ -213,22 +192,6 @@ impl Segments {
             let bytes = &mut self.change(self.of_offset(offset)).leaf_bytes;
             *bytes = bytes.saturating_sub(len as u32);
         }
-    }
-
-    /// Counts a leaf that the running checkpoint has stored: its usage nodes count it, too.
-    pub(super) fn place_leaf(&mut self, leaf: NodeRef) {
-        let Some((offset, len)) = leaf.stored() else { return };
-        let segment = self.of_offset(offset) as usize;
-        let index = segment / USAGE_SEGMENTS;
-        if index >= self.groups.len() {
-            self.groups.resize(index + 1, Group::default());
-        }
-        self.list[segment].leaf_bytes += len as u32;
-        let group = &mut self.groups[index];
-        if let Some(saved) = &mut group.saved {
-            saved[segment % USAGE_SEGMENTS].leaf_bytes += len as u32;
-        }
-        self.freeze_group(index);
     }
 
     /// Counts a node other than a leaf that the map refers to.
@@ -257,107 +220,6 @@ impl Segments {
         let segment = self.of_offset(offset) as usize;
         let bytes = &mut self.list[segment].node_bytes;
         *bytes = bytes.saturating_sub(len.next_multiple_of(NODE_ALIGNMENT) as u32);
-    }
-
-    /// The usage of a group now.
-    fn usage(&self, group: usize) -> UsageTable {
-        let mut table = [Usage::default(); USAGE_SEGMENTS];
-        let first = group * USAGE_SEGMENTS;
-        let end = self.list.len().min(first + USAGE_SEGMENTS);
-        for (usage, segment) in table.iter_mut().zip(self.list.get(first..end).unwrap_or_default()) {
-            let Segment { live_blocks, leaf_bytes, .. } = *segment;
-            // What is empty is said in one way, so that nothing has to be stored for it.
-            if live_blocks > 0 || leaf_bytes > 0 {
-                *usage = Usage { live_blocks, leaf_bytes, written: segment.last_sequence };
-            }
-        }
-        table
-    }
-
-    /// Takes a stored usage node into an empty list: for opening. Records up to `sequence` are in
-    /// the checkpoint. Says whether there are such segments.
-    pub(super) fn load_usage(
-        &mut self,
-        group: u32,
-        node: NodeRef,
-        table: &UsageTable,
-        sequence: u64,
-    ) -> bool {
-        let first = group as usize * USAGE_SEGMENTS;
-        for (i, usage) in table.iter().enumerate().filter(|(_, usage)| **usage != Usage::default()) {
-            let Some(segment) = self.list.get_mut(first + i) else { return false };
-            segment.live_blocks = usage.live_blocks;
-            segment.leaf_bytes = usage.leaf_bytes;
-            segment.last_sequence = usage.written.min(sequence);
-            self.live_blocks += u64::from(usage.live_blocks);
-        }
-        if group as usize >= self.groups.len() {
-            self.groups.resize(group as usize + 1, Group::default());
-        }
-        self.groups[group as usize].node = node;
-        self.take_node(node);
-        true
-    }
-
-    /// Starts a checkpoint: from here on the usage as it is now is kept. Those that changed since the
-    /// last one have their old nodes released. Says whether there are any.
-    pub(super) fn freeze_usage(&mut self) -> bool {
-        self.frozen = true;
-        let dirty: Vec<usize> = (0..self.groups.len()).filter(|&i| self.groups[i].dirty).collect();
-        for &index in &dirty {
-            self.groups[index].dirty = false;
-            self.freeze_group(index);
-        }
-        !dirty.is_empty()
-    }
-
-    fn freeze_group(&mut self, index: usize) {
-        let group = &mut self.groups[index];
-        if !std::mem::replace(&mut group.frozen, true) {
-            let old = std::mem::take(&mut group.node);
-            self.release_node(old);
-        }
-    }
-
-    /// The usage nodes that the running checkpoint has to store, once its leaves are placed.
-    pub(super) fn frozen_usage(&self) -> Vec<(u32, UsageTable)> {
-        let frozen = self.groups.iter().enumerate().filter(|(_, group)| group.frozen);
-        let table = |(i, group): (usize, &Group)| match &group.saved {
-            Some(saved) => (i as u32, **saved),
-            None => (i as u32, self.usage(i)),
-        };
-        frozen.map(table).filter(|(_, table)| table.iter().any(|u| *u != Usage::default())).collect()
-    }
-
-    /// Records where the running checkpoint stored a usage node.
-    pub(super) fn place_usage(&mut self, group: u32, node: NodeRef) {
-        self.groups[group as usize].node = node;
-        self.take_node(node);
-    }
-
-    /// The references of the root to usage nodes.
-    pub(super) fn usage_refs(&self) -> Vec<NodeRef> {
-        let end = self.groups.iter().rposition(|g| g.node != NodeRef::ABSENT).map_or(0, |last| last + 1);
-        self.groups[..end].iter().map(|group| group.node).collect()
-    }
-
-    /// Has the next checkpoint store a usage node anew if it lies at `offset`.
-    pub(super) fn dirty_usage_at(&mut self, group: u32, offset: u64) {
-        if let Some(group) = self.groups.get_mut(group as usize)
-            && group.node.stored().is_some_and(|(at, _)| at == offset)
-        {
-            group.dirty = true;
-        }
-    }
-
-    /// Ends a checkpoint; one that failed leaves what it took to the next one.
-    pub(super) fn thaw_usage(&mut self, failed: bool) {
-        self.frozen = false;
-        for group in &mut self.groups {
-            group.dirty |= group.frozen && failed;
-            group.frozen = false;
-            group.saved = None;
-        }
     }
 
     /// Marks a segment that the log fills or will fill next. The list grows to hold it.
@@ -403,10 +265,10 @@ impl Segments {
         self.free_allocated.remove(&segment);
     }
 
-    /// Whether the map may refer to a block of the file: it lies in a segment that is in use.
-    pub(super) fn is_in_use(&self, place: u32) -> bool {
+    /// Whether a block of the file lies in a segment that the log has filled and that is not free.
+    pub(super) fn is_filled(&self, place: u32) -> bool {
         let state = self.list.get(self.of_place(place) as usize).map(|segment| segment.state);
-        state.is_some_and(|state| !matches!(state, State::Free | State::Punching))
+        matches!(state, Some(State::Used | State::Retired | State::Draining))
     }
 
     /// Mapped blocks in a segment.
@@ -545,67 +407,9 @@ impl Segments {
     }
 }
 
-/// Reads in flight, by the epoch in which they looked their places up.
-#[derive(Default)]
-struct Readers {
-    epoch: u64,
-    /// Counts of the epochs from `epoch - counts.len() + 1` to `epoch`.
-    counts: VecDeque<u32>,
-}
-
-impl Readers {
-    fn enter(&mut self) -> u64 {
-        if self.counts.is_empty() {
-            self.counts.push_back(0);
-        }
-        *self.counts.back_mut().expect("not empty") += 1;
-        self.epoch
-    }
-
-    fn leave(&mut self, epoch: u64) {
-        let age = (self.epoch - epoch) as usize;
-        let index = self.counts.len() - 1 - age;
-        self.counts[index] -= 1;
-        while self.counts.front() == Some(&0) {
-            self.counts.pop_front();
-        }
-    }
-
-    /// Starts a new epoch; returns the one that ended.
-    fn advance(&mut self) -> u64 {
-        let ended = self.epoch;
-        self.epoch += 1;
-        if !self.counts.is_empty() {
-            self.counts.push_back(0);
-        }
-        ended
-    }
-
-    /// The oldest epoch that still has a read in flight, or the next one to come.
-    fn oldest(&self) -> u64 {
-        self.epoch + 1 - self.counts.len() as u64
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn readers_hold_back_their_epoch() {
-        let mut readers = Readers::default();
-        let a = readers.enter();
-        let ended = readers.advance();
-        assert_eq!(ended, a);
-        let b = readers.enter();
-        assert!(readers.oldest() <= ended);
-        readers.leave(b);
-        assert!(readers.oldest() <= ended);
-        readers.leave(a);
-        assert!(readers.oldest() > ended);
-        let ended = readers.advance();
-        assert!(readers.oldest() > ended);
-    }
 
     #[test]
     fn a_segment_is_free_after_two_checkpoints_and_its_readers() {
