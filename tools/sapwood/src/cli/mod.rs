@@ -9,6 +9,7 @@ mod map;
 mod options;
 mod output;
 mod progress;
+mod reading;
 mod resize;
 mod serve;
 mod size;
