@@ -34,7 +34,7 @@ impl OpenDisk {
     fn check(&self, path: &Path, format: Format) -> Result<(), ImageError> {
         let detail = match format {
             Format::Qcow2 if !self.read_only => {
-                "qcow2 images are read, not written: open it read-only, or convert it to a layer"
+                "qcow2 images are read, not written: serve one with --readonly, or convert it to a layer first"
             }
             Format::Raw | Format::Layer if self.below.snapshot.is_some() => {
                 "only qcow2 images have snapshots inside"

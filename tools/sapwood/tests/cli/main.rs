@@ -4,6 +4,7 @@
 mod contract;
 mod harness;
 mod layer;
+mod qcow2;
 mod raw;
 mod serve;
 mod served;
