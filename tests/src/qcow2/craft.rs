@@ -236,14 +236,19 @@ pub fn pattern(seed: u64, len: usize) -> Vec<u8> {
 
 /// An image with something of everything, and what its disk holds.
 pub fn specimen(kind: Kind) -> (Vec<u8>, Vec<u8>) {
+    specimen_of(kind, 40, usize::MAX)
+}
+
+/// The same, of `clusters` clusters, of which each holds at most `filled` bytes that are not zero.
+pub fn specimen_of(kind: Kind, clusters: usize, filled: usize) -> (Vec<u8>, Vec<u8>) {
     let cluster = 1usize << kind.bits;
-    let clusters = 40usize;
     // The last cluster is cut, where it has more than a sector.
     let size = clusters * cluster - cluster / 2 / 512 * 512;
     let mut craft = Craft::new(kind, size as u64);
     let mut disk = vec![0; clusters * cluster];
     for number in 0..clusters {
-        let bytes = pattern(number as u64, cluster);
+        let mut bytes = pattern(number as u64, cluster.min(filled));
+        bytes.resize(cluster, 0);
         let place = &mut disk[number * cluster..(number + 1) * cluster];
         match number % 8 {
             0 | 1 | 7 => craft.data(number as u64, &bytes),
