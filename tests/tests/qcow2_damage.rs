@@ -316,6 +316,14 @@ fn damaged_tables_are_errors_where_they_are() {
         assert_eq!(reader.read(512 * 4096, 4096), Err(DeviceError::Corrupt), "{what}");
         assert_eq!(reader.read(4096, 4096).unwrap(), [8; 4096], "{what}");
     }
+    // A table of which a part is missing, in the midst of what is read at once.
+    let mut craft = Craft::new(PLAIN, 4 << 20);
+    sane(&mut craft);
+    let table = craft.entry(512);
+    craft.file.truncate(table + 800);
+    let mut reader = open(&store(&craft.file)).unwrap();
+    assert_eq!(reader.read(512 * 4096, 100 * 4096).unwrap(), vec![0; 100 * 4096]);
+    assert_eq!(reader.read(512 * 4096, 101 * 4096), Err(DeviceError::Corrupt));
     // What QEMU reads as zeroes, so do we; the check tells.
     let mut craft = Craft::new(PLAIN, 4 << 20);
     sane(&mut craft);

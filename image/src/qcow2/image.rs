@@ -12,7 +12,6 @@ use sapwood_blockdev::units::FileOffset;
 
 use super::bytes::be64;
 use super::header::{self, FIXED_BYTES, Header};
-use super::snapshot::{self, COUNT_MAX, ENTRY_BYTES_MAX, Snapshot, TABLE_BYTES_MAX};
 use super::table::{Mapping, Shape};
 use super::{Compression, Flaw};
 use crate::below::cache::{PAGE_BYTES, Page};
@@ -20,7 +19,7 @@ use crate::below::{BackingSpec, OpenBelow, open_shared};
 use crate::error::{ErrorKind, ImageError};
 use crate::format::Format;
 
-const PAGE: u64 = PAGE_BYTES as u64;
+pub(super) const PAGE: u64 = PAGE_BYTES as u64;
 
 /// An open image. What it says nothing about is in its backing file, which is not part of this.
 pub(crate) struct Image<E: Engine> {
@@ -30,9 +29,10 @@ pub(crate) struct Image<E: Engine> {
     data: Option<(E::File, FileIdentity)>,
     pub(super) header: Header,
     /// The L1 table in use: of the disk, or of a snapshot.
-    l1_offset: u64,
-    l1_entries: u64,
-    size: u64,
+    pub(super) l1_offset: u64,
+    pub(super) l1_entries: u64,
+    /// Size of the disk in bytes, now or when the snapshot was made.
+    pub(super) size: u64,
 }
 
 /// Why a look-up did not succeed.
@@ -135,63 +135,6 @@ impl<E: Engine> Image<E> {
         ImageError::new(self.path(), ErrorKind::Unsupported(detail))
     }
 
-    /// Switches from the disk to a snapshot, by id or else by name.
-    pub(crate) async fn use_snapshot(&mut self, io: &Io<E>, wanted: &str) -> Result<(), ImageError> {
-        let all = self.snapshots(io).await?;
-        let by_id = all.iter().position(|(snapshot, _)| snapshot.id == wanted);
-        let found = by_id.or_else(|| all.iter().position(|(snapshot, _)| snapshot.name == wanted));
-        let Some((snapshot, at)) = found.map(|index| &all[index]) else {
-            let detail = format!("has no snapshot '{wanted}': sapwood info lists those it has");
-            return Err(ImageError::invalid(self.path(), detail));
-        };
-        let (l1_offset, l1_entries) = snapshot.l1;
-        let shape = self.shape();
-        header::check_l1(shape, l1_offset, l1_entries, *at, at + 8).map_err(|flaw| flaw.of(self.path()))?;
-        let size = snapshot.disk_size.unwrap_or(self.size) / 512 * 512;
-        if size.div_ceil(shape.l2_span()) > l1_entries && snapshot.disk_size.is_some() {
-            let detail = format!("the L1 table is too small for a disk of {size} bytes");
-            return Err(ImageError::corrupt(self.path(), "snapshot.l1_size", at + 8, detail));
-        }
-        (self.l1_offset, self.l1_entries, self.size) = (l1_offset, l1_entries, size);
-        Ok(())
-    }
-
-    /// The snapshots, each with the offset of its entry.
-    pub(super) async fn snapshots(&self, io: &Io<E>) -> Result<Vec<(Snapshot, u64)>, ImageError> {
-        let corrupt = |at, detail: &str| ImageError::corrupt(self.path(), "snapshot table", at, detail);
-        let (start, count) = (self.header.snapshots_offset, self.header.snapshot_count);
-        if count > COUNT_MAX {
-            return Err(corrupt(60, &format!("{count} snapshots, and {COUNT_MAX} is the most")));
-        }
-        if count > 0 && (start >= self.identity.size || !start.is_multiple_of(self.cluster_size())) {
-            return Err(corrupt(64, &format!("{start:#x} is not where it can be")));
-        }
-        let mut found = Vec::new();
-        let (mut window, mut window_at, mut at) = (AlignedBuf::zeroed(0), start, start);
-        for _ in 0..count {
-            let parsed = loop {
-                let rest = window.get((at - window_at) as usize..).unwrap_or_default();
-                match snapshot::parse(rest, at).map_err(|flaw| flaw.of(self.path()))? {
-                    Some(parsed) => break parsed,
-                    None if window_at + window.len() as u64 >= self.identity.size
-                        || rest.len() >= ENTRY_BYTES_MAX =>
-                    {
-                        return Err(corrupt(at, "the file ends inside it"));
-                    }
-                    None => {}
-                }
-                window_at = at / PAGE * PAGE;
-                window = read(io, &self.file, window_at, 2 * ENTRY_BYTES_MAX, self.identity.size).await?;
-            };
-            found.push((parsed.0, at));
-            at += parsed.1 as u64;
-            if at - start > TABLE_BYTES_MAX {
-                return Err(corrupt(start, "it is larger than 64 MiB"));
-            }
-        }
-        Ok(found)
-    }
-
     pub(crate) fn path(&self) -> &Path {
         self.file.path()
     }
@@ -245,7 +188,7 @@ impl<E: Engine> Image<E> {
         let l2 = decode(l1)?;
         if l2 == 0 {
             // No further than this page says.
-            let known = (self.l1_entries - index).min((PAGE - l1 % PAGE) / 8);
+            let known = (self.l1_entries - index).min((self.page_end(l1) - l1) / 8);
             let absent = (1..known).take_while(|i| decode(l1 + i * 8).is_ok_and(|l2| l2 == 0)).count() as u64;
             let until = (index + 1 + absent).saturating_mul(span);
             return Ok((Mapping::Unallocated, until.min(end) - at));
@@ -275,19 +218,24 @@ impl<E: Engine> Image<E> {
         let start = at / unit * unit;
         let first = decode(start)?;
         let span_end = (at / span + 1) * span;
-        let table_end = end.min(span_end);
+        let (table_end, page_end) = (end.min(span_end), self.page_end(entry_of(at)));
         if let Mapping::Compressed { .. } = first {
             let until = (at / shape.cluster_size() + 1) * shape.cluster_size();
             return Ok((first, until.min(end) - at));
         }
         let mut until = start + unit;
         while until < table_end
-            && entry_of(until) / PAGE == entry_of(at) / PAGE
+            && entry_of(until) + entry_bytes <= page_end
             && decode(until).is_ok_and(|next| next == first.advanced(until - start))
         {
             until += unit;
         }
         Ok((first.advanced(at - start), until.min(end) - at))
+    }
+
+    /// Where the page that holds the byte at `offset` ends, or the file.
+    fn page_end(&self, offset: u64) -> u64 {
+        ((offset / PAGE + 1) * PAGE).min(self.identity.size)
     }
 
     /// The page that holds `len` bytes of a table at `offset`.
