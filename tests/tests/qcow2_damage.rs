@@ -382,6 +382,25 @@ fn bombs_are_bounded_by_a_cluster() {
 }
 
 #[test]
+fn many_compressed_clusters_at_once_are_bounded() {
+    let kind = Kind { bits: 21, extended: false, zstd: false };
+    let mut craft = Craft::new(kind, 64 << 20);
+    for cluster in 0..24 {
+        craft.compressed(cluster, &vec![cluster as u8; 2 << 20], 0);
+        // As long as can be stated: 4 MiB are read for each.
+        let at = craft.entry(cluster);
+        let longest = get64(&craft.file, at) | ((1 << 13) - 1) << 49;
+        put64(&mut craft.file, at, longest);
+    }
+    let storage = store(&craft.file);
+    let mut reader = open(&storage).unwrap();
+    // The engine keeps what a read brings a second time.
+    let (results, peak) = metered(48 << 20, || reader.read_sectors((0..24).map(|i| i * (2 << 20))));
+    assert!(results == vec![Ok(()); 24], "{results:?}");
+    println!("{peak} bytes");
+}
+
+#[test]
 fn a_sparse_image_of_absurd_size_takes_no_memory() {
     // The largest tables that there can be, of which the file holds nothing.
     let kind = Kind { bits: 21, extended: false, zstd: false };

@@ -68,6 +68,17 @@ impl<L: Lab> Reader<L> {
         Ok(bytes)
     }
 
+    /// Reads a sector at each of many places, all submitted at once; what was reported.
+    pub fn read_sectors(&mut self, offsets: impl Iterator<Item = u64>) -> Vec<Result<(), DeviceError>> {
+        for (tag, offset) in offsets.enumerate() {
+            let command = Command::Read(SharedBuf::heap(512).into());
+            self.queue.submit(Request { tag: tag as u64, offset: GuestOffset(offset), len: 512, command });
+        }
+        let mut done = Vec::new();
+        drain(&mut self.queue, &mut done);
+        done.into_iter().map(|done| done.result).collect()
+    }
+
     /// What the disk holds.
     ///
     /// # Errors
