@@ -10,14 +10,17 @@ use sapwood_blockdev::device::{BlockDevice, Command, DeviceError};
 use sapwood_blockdev::engine::{BlockingEngine, UringEngine};
 use sapwood_blockdev::io::{Io, block_on};
 use sapwood_blockdev::storage::{HostStorage, Lock, OpenOptions, Storage, StorageFile};
+use sapwood_image::compare::compare;
 use sapwood_image::probe::{Guess, probe};
 use sapwood_image::qcow2::{self, Qcow2, Qcow2Info};
-use sapwood_image::{ErrorKind, Extent, ExtentKind, Format, OpenBelow};
+use sapwood_image::{ErrorKind, Extent, ExtentKind, Format, OpenBelow, OpenDisk, Side};
 use sapwood_tests::damage::lab::{HostLab, wait};
 use sapwood_tests::qcow2::craft::{Craft, Kind, field, put64, specimen};
 use sapwood_tests::qcow2::qemu::{Made, Qemu};
 use sapwood_tests::qcow2::reader::{Reader, expect_at_random, trusting};
+use sapwood_tests::sim::faults::Faults;
 use sapwood_tests::sim::rng::Rng;
+use sapwood_tests::sim::world::{Config, World};
 
 /// Random operations that make the contents of an image.
 const OPERATIONS: usize = 40;
@@ -350,6 +353,36 @@ fn writes_are_refused_and_the_file_is_shared() {
     other.lock(Lock::Exclusive).unwrap();
     let error = Reader::open(&HostLab, &path, &OpenBelow::default()).err().unwrap();
     assert!(matches!(error.kind, ErrorKind::Locked { .. }), "{error}");
+}
+
+#[test]
+fn failed_and_short_reads_spoil_nothing() {
+    for kind in KINDS.into_iter().filter(|kind| kind.bits < 17) {
+        let world = World::new(Config::blocking(3));
+        let (file, disk) = specimen(kind);
+        world.install(Path::new("/packed"), &file);
+        world.install(Path::new("/plain"), &disk);
+        let side = |path: &str, format| {
+            let process = world.process();
+            let options = OpenDisk { format: Some(format), read_only: true, ..OpenDisk::default() };
+            let io = Io::new(world.engine(process));
+            Side::open(&world.storage(process), io, Path::new(path), options).unwrap()
+        };
+        let (mut failures, faults) = (0, Faults { read_error: 300, short: 2000, ..Faults::default() });
+        for _ in 0..20 {
+            let (mut packed, mut plain) = (side("/packed", Format::Qcow2), side("/plain", Format::Raw));
+            world.set_faults(Faults { interrupted: 1000, ..faults.clone() });
+            let found = compare(&mut packed, &mut plain, &mut |_| ());
+            failures += u32::from(found.is_err());
+            assert!(found.is_err() || found.is_ok_and(|difference| difference.is_none()), "{kind:?}");
+            // What the first attempt left in the caches is right.
+            world.set_faults(Faults::default());
+            drop(plain);
+            let again = compare(&mut packed, &mut side("/plain", Format::Raw), &mut |_| ());
+            assert_eq!(again.unwrap(), None, "{kind:?}");
+        }
+        assert!(failures > 0, "{kind:?}: faults come through");
+    }
 }
 
 /// Why an image is not opened.
