@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use sapwood_fuzz::{layer_header, layer_node, layer_open, layer_record, pack, qcow2_open, virtio_request};
 use sapwood_tests::damage::corrupt::newest;
-use sapwood_tests::damage::format::{BLOCK, header, put_u32, record, slot, slots, u32_at};
+use sapwood_tests::damage::format::{BLOCK, base, bases, header, put_u32, record, slot, slots, u32_at};
 use sapwood_tests::damage::lab::check;
 use sapwood_tests::damage::memory::MemoryStorage;
 use sapwood_tests::damage::seal::Seal;
@@ -62,6 +62,7 @@ fn seeds_are_layers_of_this_version() {
 fn bare(file: &[u8], sealed_records: bool) -> Vec<u8> {
     let mut bare = file.to_vec();
     put_u32(&mut bare, header::CHECKSUM, 0);
+    bases(file).into_iter().for_each(|at| put_u32(&mut bare, at + base::CHECKSUM, 0));
     for at in slots(file) {
         put_u32(&mut bare, at + slot::CHECKSUM, 0);
         for node in walk::nodes(file, at) {

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use sapwood_blockdev::device::DeviceError;
 use sapwood_image::{ErrorKind, ImageError};
 use sapwood_tests::damage::corrupt::{self, Image};
-use sapwood_tests::damage::format::{self, BLOCK, header, node, record, slot};
+use sapwood_tests::damage::format::{self, BLOCK, base, header, node, record, slot};
 use sapwood_tests::damage::lab::{Bench, HostLab, check};
 use sapwood_tests::damage::meter::{Meter, metered};
-use sapwood_tests::damage::seal::{self, Seal};
+use sapwood_tests::damage::seal;
 use sapwood_tests::damage::specimen::{self, Specimen};
 use sapwood_tests::damage::walk;
 
@@ -303,20 +303,40 @@ fn named_damage_of_the_header_is_named() {
     refused(&specimen, corrupt::header_magic, "header.magic", 0);
     refused(&specimen, corrupt::header_checksum, "header.checksum", header::CHECKSUM);
     refused(&specimen, corrupt::segment_size, "header.segment_blocks", header::SEGMENT_BLOCKS);
-    refused(&specimen, corrupt::base_path_length, "header.base_path_len", header::BASE_PATH_LEN);
+}
+
+#[test]
+fn named_damage_of_the_base_record_is_named() {
+    let specimen = specimen::written();
+    let at = corrupt::base_of(&specimen.bytes);
+    refused(&specimen, corrupt::no_base_record, "base.magic", at);
+    refused(&specimen, corrupt::base_checksum, "base.checksum", at + base::CHECKSUM);
+    refused(&specimen, corrupt::base_sequence, "base.sequence", at + base::SEQUENCE);
+    refused(&specimen, corrupt::base_path_length, "base.path_len", at + base::PATH_LEN);
+    let foreign = |b: &mut Image| corrupt::change_base(b, |base| base[base::LAYER_ID] ^= 1);
+    refused(&specimen, foreign, "base.layer_id", at + base::LAYER_ID);
     let too_large = |b: &mut Image| corrupt::raw_base(b, "base", 65 << 40);
-    refused(&specimen, too_large, "header.base_size", header::BASE_SIZE);
+    refused(&specimen, too_large, "base.size", at + base::SIZE);
     let not_text = |b: &mut Image| {
         corrupt::raw_base(b, "base", 512);
-        b[header::BASE_PATH] = 0xff;
-        Seal::ALL.apply(b);
+        corrupt::change_base(b, |base| base[base::PATH] = 0xff);
     };
-    refused(&specimen, not_text, "header.base_path", header::BASE_PATH);
+    refused(&specimen, not_text, "base.path", at + base::PATH);
+    let unnamed = |b: &mut Image| corrupt::change_slot(b, |slot| format::put_u64(slot, slot::BASE, 0));
+    recovered(&specimen, unnamed, &specimen.disk);
 }
 
 #[test]
 fn what_a_newer_program_made_is_refused_as_such() {
-    for damage in [corrupt::header_version, corrupt::incompatible_feature, corrupt::ro_compatible_feature] {
+    let unknown_format =
+        |b: &mut Image| corrupt::change_base(b, |base| format::put_u32(base, base::FORMAT, 9));
+    for damage in [
+        corrupt::header_version,
+        corrupt::incompatible_feature,
+        corrupt::ro_compatible_feature,
+        corrupt::base_flags,
+        unknown_format,
+    ] {
         let mut image = specimen::written().bytes;
         damage(&mut image);
         let error = refusal(&image);

@@ -8,11 +8,12 @@ use std::task::Poll;
 
 use super::core::{Core, Root};
 use super::driver::Driver;
-use super::layout::{LayerId, LogPosition, Slot, slot_offset};
+use super::layout::LayerId;
 use super::log::Part;
 use super::map::Frozen;
 use super::node::{NODE_ALIGNMENT, NodeRef, encode_leaf};
 use super::record::Run;
+use super::slot::{LogPosition, Slot, slot_offset};
 use super::tuning::breaks;
 use super::waiter::Result;
 use sapwood_blockdev::buffer::AlignedBuf;
@@ -192,6 +193,7 @@ impl Core {
             root: running.root.offset,
             root_len: running.root.len,
             size: running.size,
+            base: self.base_sequence,
             clean: clean && log == self.log.head,
         }
     }
@@ -199,6 +201,7 @@ impl Core {
     /// The slot is durable.
     fn checkpoint_done(&mut self, slot: &Slot, dead: &[u32]) {
         self.generation = slot.generation;
+        self.slot_bases = [slot.base, self.slot_bases[0]];
         self.checkpoint_sequence = slot.log.sequence;
         self.segments.retire(dead, breaks!(self.tuning, ReuseAfterOneSlot));
         if breaks!(self.tuning, ReuseWithoutEpochs) {

@@ -11,13 +11,13 @@
 use std::ops::Range;
 use std::task::Waker;
 
-use super::layout::LogPosition;
 use super::log::{FlightState, Log, Part, RecordWrite};
 use super::map::Map;
 use super::node::Entry;
 use super::ports::Ports;
 use super::record::Run;
 use super::segments::Segments;
+use super::slot::LogPosition;
 use super::tuning::{Tuning, breaks};
 use super::waiter::{Result, Waiter};
 use sapwood_blockdev::Errno;
@@ -93,6 +93,10 @@ pub(super) struct Core {
     /// The newest record that it includes.
     pub(super) checkpoint_sequence: u64,
     pub(super) root: Root,
+    /// The base record that checkpoints belong to from now on.
+    pub(super) base_sequence: u64,
+    /// Those that the newest slot and the other one name.
+    pub(super) slot_bases: [u64; 2],
     pub(super) checkpointing: bool,
     pub(super) checkpointed_at: Time,
     pub(super) closing: bool,
@@ -131,6 +135,8 @@ impl Core {
             generation: 0,
             checkpoint_sequence: durable,
             root: Root::default(),
+            base_sequence: 1,
+            slot_bases: [1; 2],
             checkpointing: false,
             checkpointed_at: Time::ZERO,
             closing: false,
@@ -295,6 +301,7 @@ impl Core {
         for part in std::mem::take(&mut self.log.pending) {
             self.end(part.waiter, Err(error), 0);
         }
+        self.merge_wakers.drain(..).for_each(Waker::wake);
     }
 
     /// A record's write has ended.

@@ -3,13 +3,16 @@
 //!
 //! Each panics when what was decoded does not survive being encoded and decoded again.
 
-use super::layout::{Header, Slot, SlotState, slot_offset};
+use super::base_record::{BaseRecord, base_offset};
+use super::header::Header;
 use super::node::{NodeKind, decode_leaf, decode_refs, encode_leaf, encode_refs};
 use super::record::Index;
+use super::slot::{Slot, SlotState, slot_offset};
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE};
 
-/// The first blocks of a layer: header and slots. Says whether there is a header.
-pub fn header_and_slots(bytes: &[u8]) -> bool {
+/// The first blocks of a layer: header, slots and the base records that they name. Says whether
+/// there is a header.
+pub fn preamble(bytes: &[u8]) -> bool {
     let Ok(header) = Header::decode(bytes) else { return false };
     assert_eq!(Header::decode(&header.encode()).as_ref(), Ok(&header));
     for parity in [0, 1] {
@@ -20,6 +23,12 @@ pub fn header_and_slots(bytes: &[u8]) -> bool {
                 panic!("{slot:?} was refused")
             };
             assert_eq!(slot, again);
+            let at = base_offset(slot.base).0 as usize;
+            let Some(block) = bytes.get(at..at + BLOCK_SIZE as usize) else { continue };
+            if let Ok(record) = BaseRecord::decode(block, &header, slot.base) {
+                let again = BaseRecord::decode(&record.encode(), &header, slot.base);
+                assert_eq!(again.as_ref(), Ok(&record));
+            }
         }
     }
     true

@@ -5,10 +5,11 @@
 
 use std::path::Path;
 
-use super::layout::{Damage, FIRST_SEGMENT_BLOCK, Slot, size_max};
+use super::layout::{Damage, FIRST_SEGMENT_BLOCK, size_max};
 use super::map::Map;
 use super::node::{BRANCH_LEAVES, NodeKind, NodeRef, decode_leaf, decode_refs};
 use super::segments::Segments;
+use super::slot::Slot;
 use crate::error::{ErrorKind, ImageError};
 use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::engine::{Engine, Op};

@@ -10,9 +10,10 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use super::layout::{LayerId, LogPosition};
+use super::layout::LayerId;
 use super::record::{Index, Run, fits};
 use super::segments::Segments;
+use super::slot::LogPosition;
 use super::waiter::Waiter;
 use sapwood_blockdev::Errno;
 use sapwood_blockdev::buffer::{AlignedBuf, Memory, Piece};

@@ -11,7 +11,7 @@ use std::task::Poll;
 use super::core::Core;
 use super::driver::Driver;
 use super::log::Part;
-use super::read::Source;
+use super::read::{Source, read_source};
 use super::record::Run;
 use super::tuning::breaks;
 use super::waiter::{Result, Waiter};
@@ -29,7 +29,7 @@ pub(super) fn read_bounced<E: Engine>(
 ) {
     let task = driver.clone();
     driver.io.spawn(async move {
-        let result = task.read_source(source, memory.len()).await;
+        let result = read_source(&task.io, source, memory.len()).await;
         let result = result.map(|bytes| memory.write_at(0, &bytes));
         task.layer.core().end(waiter, result, 0);
     });

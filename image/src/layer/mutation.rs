@@ -53,10 +53,19 @@ pub enum Mutation {
     ShrinkWithoutZeroing,
     /// Writers of a block under merge do not wait.
     MergeWithoutMark,
+    /// A slot names a base record that is not written yet.
+    SlotBeforeBaseRecord,
+    /// A base record is overwritten while the older slot still names it.
+    BaseInOneSlot,
+    /// What lies below is copied up over what a guest writes meanwhile.
+    CopyUpOverWriter,
+    /// A commit changes the base before the layer says so.
+    CommitWithoutMark,
 }
 
 impl Mutation {
-    /// Every mutation.
+    /// Every mutation that histories of one disk can show; those of changes of base have histories
+    /// of their own.
     pub const ALL: [Self; 19] = [
         Self::ReportBeforeEarlierRecord,
         Self::PublishOutOfOrder,

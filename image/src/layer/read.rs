@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::base::Base;
+use super::base::{Base, Below};
 use super::core::Core;
 use super::device::Layer;
 use super::driver::Driver;
@@ -11,6 +11,7 @@ use super::waiter::Result;
 use sapwood_blockdev::buffer::{AlignedBuf, Memory};
 use sapwood_blockdev::device::DeviceError;
 use sapwood_blockdev::engine::{Engine, Op};
+use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::StorageFile;
 use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
 
@@ -48,29 +49,28 @@ impl<E: Engine> Layer<E> {
                     push(parts, ReadPart { range: part, source: Some(source) });
                 }
                 None if entry == Entry::ZERO => push(parts, ReadPart { range: part, source: None }),
-                None => self.plan_below(part, parts),
+                None => self.below().plan(part, parts),
             }
         });
         epoch
     }
+}
 
-    fn plan_below(&self, range: Range<u64>, parts: &mut Vec<ReadPart<E::File>>) {
-        let (end, base) = match self.base() {
-            None => (0, None),
-            Some(Base::Raw { size, .. }) => (*size, self.base()),
-            Some(Base::Layer(below)) => (below.core().size, self.base()),
-        };
+impl<E: Engine> Below<E> {
+    /// Finds the bytes of `range`.
+    fn plan(&self, range: Range<u64>, parts: &mut Vec<ReadPart<E::File>>) {
+        let end = self.base.as_ref().map_or(0, Base::size);
         let inside = range.start.min(end)..range.end.min(end);
-        match base {
+        match &self.base {
             _ if inside.is_empty() => {}
             Some(Base::Raw { file, .. }) => {
                 let source = Source { file: file.clone(), offset: FileOffset(inside.start), may_end: true };
                 push(parts, ReadPart { range: inside.clone(), source: Some(source) });
             }
             // A base is never written, so nothing there needs its epoch.
-            Some(Base::Layer(below)) => {
-                let epoch = below.plan(inside.clone(), parts);
-                below.core().segments.leave(epoch);
+            Some(Base::Layer(layer)) => {
+                let epoch = layer.plan(inside.clone(), parts);
+                layer.core().segments.leave(epoch);
             }
             None => {}
         }
@@ -78,6 +78,13 @@ impl<E: Engine> Layer<E> {
         if !rest.is_empty() {
             push(parts, ReadPart { range: rest, source: None });
         }
+    }
+
+    /// Reads `range`; what nothing says anything about reads as zeroes.
+    pub(super) async fn read(&self, io: &Io<E>, range: Range<u64>) -> Result<AlignedBuf> {
+        let mut parts = Vec::new();
+        self.plan(range.clone(), &mut parts);
+        read_parts(io, range, parts).await
     }
 }
 
@@ -103,35 +110,45 @@ fn push<F: StorageFile>(parts: &mut Vec<ReadPart<F>>, next: ReadPart<F>) {
 impl<E: Engine> Driver<E> {
     /// Reads `range` of the disk into a buffer of its own.
     pub(super) async fn read(&self, range: Range<u64>) -> Result<AlignedBuf> {
-        let mut memory = Memory::from(AlignedBuf::zeroed((range.end - range.start) as usize));
         let mut parts = Vec::new();
         let epoch = self.layer.plan(range.clone(), &mut parts);
-        let mut result = Ok(());
-        for part in parts {
-            let at = (part.range.start - range.start) as usize;
-            let len = (part.range.end - part.range.start) as usize;
-            let Some(source) = part.source else { continue };
-            match self.read_source(source, len).await {
-                Ok(bytes) => memory.write_at(at, &bytes),
-                Err(error) => result = Err(error),
-            }
-        }
+        let result = read_parts(&self.io, range, parts).await;
         self.layer.core().segments.leave(epoch);
-        result.map(|()| memory.into_buf())
+        result
     }
+}
 
-    /// Reads `len` bytes of a file, aligned as the file needs it.
-    pub(super) async fn read_source(&self, source: Source<E::File>, len: usize) -> Result<Vec<u8>> {
-        let alignment = source.file.alignment().offset as u64;
-        let start = source.offset.0 / alignment * alignment;
-        let end = (source.offset.0 + len as u64).next_multiple_of(alignment);
-        let buf = AlignedBuf::zeroed((end - start) as usize);
-        let outcome = self.io.run(Op::read(source.file, FileOffset(start), buf)).await;
-        let skip = (source.offset.0 - start) as usize;
-        if !source.may_end && outcome.result.is_ok_and(|read| read < skip + len) {
-            return Err(DeviceError::Corrupt);
-        }
-        let buf = outcome.zero_filled()?.into_buf();
-        Ok(buf[skip..skip + len].to_vec())
+/// Reads the parts of `range` into one buffer.
+async fn read_parts<E: Engine>(
+    io: &Io<E>,
+    range: Range<u64>,
+    parts: Vec<ReadPart<E::File>>,
+) -> Result<AlignedBuf> {
+    let mut memory = Memory::from(AlignedBuf::zeroed((range.end - range.start) as usize));
+    for part in parts {
+        let at = (part.range.start - range.start) as usize;
+        let len = (part.range.end - part.range.start) as usize;
+        let Some(source) = part.source else { continue };
+        memory.write_at(at, &read_source(io, source, len).await?);
     }
+    Ok(memory.into_buf())
+}
+
+/// Reads `len` bytes of a file, aligned as the file needs it.
+pub(super) async fn read_source<E: Engine>(
+    io: &Io<E>,
+    source: Source<E::File>,
+    len: usize,
+) -> Result<Vec<u8>> {
+    let alignment = source.file.alignment().offset as u64;
+    let start = source.offset.0 / alignment * alignment;
+    let end = (source.offset.0 + len as u64).next_multiple_of(alignment);
+    let buf = AlignedBuf::zeroed((end - start) as usize);
+    let outcome = io.run(Op::read(source.file, FileOffset(start), buf)).await;
+    let skip = (source.offset.0 - start) as usize;
+    if !source.may_end && outcome.result.is_ok_and(|read| read < skip + len) {
+        return Err(DeviceError::Corrupt);
+    }
+    let buf = outcome.zero_filled()?.into_buf();
+    Ok(buf[skip..skip + len].to_vec())
 }

@@ -1,22 +1,25 @@
 //! Opens a layer: finds the newest checkpoint, replays the log after it, and starts a session.
 //!
-//! Order: the lock on the open file description that is read; header and slots; base; map; log;
+//! Order: the lock on the open file description that is read; header, slots, base record; base; map; log;
 //! then, for a writer, a checkpoint under a new nonce, durable before anything is served. A
 //! reader changes nothing.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use super::base::Base;
+use super::base::{Below, OpenBase};
+use super::base_record::{BaseRecord, base_offset};
 use super::core::{Core, Root};
 use super::device::Layer;
 use super::driver::Driver;
-use super::layout::{Header, LayerId, PREAMBLE_BYTES, Slot, SlotState, slot_offset};
+use super::header::Header;
+use super::layout::{HEAD_BYTES, PREAMBLE_BYTES};
 use super::load::Reader;
 use super::log::Log;
 use super::record::Run;
 use super::replay::Replay;
 use super::segments::Segments;
+use super::slot::{LogPosition, Slot, SlotState, slot_offset};
 use super::tuning::breaks;
 use super::{OpenLayer, open_file};
 use crate::error::{ErrorKind, ImageError};
@@ -50,16 +53,15 @@ impl<E: Engine> Layer<E> {
         path: &Path,
         options: &OpenLayer,
     ) -> Result<Arc<Self>, ImageError> {
-        Self::open_below(storage, io, path, options, &[]).await
+        Self::open_with(storage, io, path, options, OpenBase::Chain(&[])).await
     }
 
-    /// Opens a layer that is the base of others: `above`, topmost first.
-    pub(super) async fn open_below<S: Storage<File = E::File>>(
+    pub(super) async fn open_with<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
         path: &Path,
         options: &OpenLayer,
-        above: &[LayerId],
+        bases: OpenBase<'_>,
     ) -> Result<Arc<Self>, ImageError> {
         let (mode, lock) = match options.read_only {
             true => (OpenOptions::READ, Lock::Shared),
@@ -75,16 +77,13 @@ impl<E: Engine> Layer<E> {
             other => other?,
         };
         let reader = Reader { io, file: &file, path };
-        let start = reader.read(0, 3 * BLOCK_SIZE).await?;
+        let start = reader.read(0, HEAD_BYTES).await?;
         let header = Header::decode(&start).map_err(|damage| reader.error(0, damage))?;
-        if above.contains(&header.layer_id) {
-            return Err(ImageError::new(path, ErrorKind::Base("its bases form a loop".to_owned())));
-        }
         let newest = choose_slot(&reader, &header, &start)?;
-        let chain = [above, &[header.layer_id]].concat();
-        let base = match &header.base {
-            Some(record) => Some(Base::open_recorded(storage, io, path, record, &chain).await?),
-            None => None,
+        let record = base_record(&reader, &header, &newest.slot, &start)?;
+        let below = match bases {
+            OpenBase::Chain(above) => Below::open(storage, io, path, record, above).await?,
+            OpenBase::Nothing => Below { record, base: None },
         };
         let (mut core, interrupted) = recover(&reader, &header, &newest, options).await?;
         core.checkpointed_at = io.now();
@@ -99,7 +98,7 @@ impl<E: Engine> Layer<E> {
         if breaks!(options.tuning, RecoveryWithoutSync) {
             core.assume_durable();
         }
-        let layer = Self::new(file, path, header, base, options.read_only, core);
+        let layer = Self::new(file, path, header, below, options.read_only, core);
         if !skip {
             let mut nonce = [0; 8];
             storage.random(&mut nonce).map_err(|e| ImageError::io(path, "make random numbers for", e))?;
@@ -144,6 +143,18 @@ fn choose_slot<E: Engine>(
     }
 }
 
+/// The base record that a slot names.
+fn base_record<E: Engine>(
+    reader: &Reader<'_, E>,
+    header: &Header,
+    slot: &Slot,
+    start: &[u8],
+) -> Result<BaseRecord, ImageError> {
+    let at = base_offset(slot.base).0;
+    BaseRecord::decode(&start[at as usize..(at + BLOCK_SIZE) as usize], header, slot.base)
+        .map_err(|damage| reader.error(at, damage))
+}
+
 /// Loads the newest checkpoint and replays the log after it. Says, too, whether the log holds the
 /// end of a next checkpoint, which no slot names.
 async fn recover<E: Engine>(
@@ -168,6 +179,8 @@ async fn recover<E: Engine>(
     let log = Log::new(header.layer_id, slot.log);
     let mut core = Core::new(options.tuning, slot.size, map, segments, log, slot.log.sequence);
     core.generation = slot.generation;
+    core.base_sequence = slot.base;
+    core.slot_bases = [slot.base, newest.other.map_or(slot.base, |other| other.base)];
     core.root = Root { offset: slot.root, len: slot.root_len };
     core.segments.set_log(slot.log.segment);
     core.segments.set_log(slot.log.next_segment);
@@ -228,7 +241,7 @@ impl Core {
     }
 
     /// Enters a record that was found on recovery.
-    fn replay(&mut self, runs: &[(Run, u32)], end: super::layout::LogPosition) {
+    fn replay(&mut self, runs: &[(Run, u32)], end: LogPosition) {
         if end.segment != self.log.head.segment {
             self.segments.set_used(self.log.head.segment, self.log.head.sequence);
         }

@@ -79,6 +79,8 @@ pub struct World(Arc<Mutex<State>>);
 pub(super) struct File {
     pub medium: Medium,
     pub mtime_ns: u64,
+    /// What a power cut leaves of it: what syncs of data alone do not cover is lost.
+    pub mtime_ns_durable: u64,
     open: Vec<Weak<Description>>,
     pub locks: Vec<(Weak<Description>, Lock)>,
 }

@@ -102,8 +102,8 @@ impl Create {
     }
 }
 
-/// The format of a base that was named without one.
-fn probe_base(host: &Host, layer: &Path, base: &Path) -> anyhow::Result<Format> {
+/// The format of a base that was named without one; a relative path starts at the folder of `layer`.
+pub fn probe_base(host: &Host, layer: &Path, base: &Path) -> anyhow::Result<Format> {
     let path = layer.parent().unwrap_or(Path::new("")).join(base);
     let storage = host.storage();
     match host.block_on(move |io| async move { probe(&storage, &io, &path).await })? {

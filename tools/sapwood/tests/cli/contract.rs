@@ -9,10 +9,19 @@ const READERS: [&str; 6] =
     ["info IN", "map IN", "map --output=json IN", "check IN", "convert -O raw IN out.raw", "compare IN IN"];
 
 /// Commands that open a disk for writing.
-const WRITERS: [&str; 3] =
-    ["resize IN 16M", "serve IN --socket socket", "convert -n -f raw -O layer disk.raw IN"];
+const WRITERS: [&str; 7] = [
+    "resize IN 16M",
+    "serve IN --socket socket",
+    "convert -n -f raw -O layer disk.raw IN",
+    "rebase -b disk.raw -F raw IN",
+    "rebase -u -b disk.raw -F raw IN",
+    "flatten IN",
+    "commit IN",
+];
 
-const COMMANDS: [&str; 8] = ["create", "info", "map", "check", "convert", "compare", "resize", "serve"];
+const COMMANDS: [&str; 11] = [
+    "create", "info", "map", "check", "convert", "compare", "resize", "rebase", "flatten", "commit", "serve",
+];
 
 /// The code for "could not", which for compare must not be the one for "different".
 fn code_of_failure(command: &str) -> i32 {
@@ -178,6 +187,11 @@ fn quiet_commands_say_nothing() {
         "compare -q disk.layer disk.layer",
         "convert -q -O raw disk.layer out.raw",
         "resize -q new.layer 2G",
+        "create -q -b new.layer over.layer",
+        "rebase -q -b disk.layer over.layer",
+        "rebase -q -u -b disk.layer over.layer",
+        "commit -q over.layer",
+        "flatten -q over.layer",
     ] {
         let answer = place.sapwood(line);
         assert_eq!((answer.code, answer.stdout.as_str(), answer.stderr.as_str()), (0, "", ""), "{line}");
