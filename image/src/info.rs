@@ -12,6 +12,7 @@ use crate::format::Format;
 use crate::layer::LayerInfo;
 use crate::open::{Disk, OpenDisk};
 use crate::probe::{Guess, probe};
+use crate::qcow2::{self, Qcow2Info};
 
 /// Facts about an image.
 pub struct DiskInfo {
@@ -25,6 +26,8 @@ pub struct DiskInfo {
     pub actual_size: u64,
     /// More about a layer.
     pub layer: Option<LayerInfo>,
+    /// More about a qcow2 image.
+    pub qcow2: Option<Qcow2Info>,
 }
 
 /// Describes an image. Unlike everything else this takes a file that looks like nothing for raw,
@@ -48,13 +51,20 @@ pub async fn info<S: Storage, E: Engine<File = S::File>>(
     let file = storage.open(path, OpenOptions::READ).map_err(|e| ImageError::io(path, "open", e))?;
     let actual_size = file.allocated().map_err(|e| ImageError::io(path, "measure", e))?;
     drop(file);
-    let options = OpenDisk { format: Some(format), read_only: true };
+    let said =
+        DiskInfo { path: path.to_owned(), format, virtual_size: 0, actual_size, layer: None, qcow2: None };
+    if format == Format::Qcow2 {
+        // Not opened as a disk: what it names stays closed.
+        let found = qcow2::info(storage, io, path).await?;
+        return Ok(DiskInfo { virtual_size: found.size, qcow2: Some(found), ..said });
+    }
+    let options = OpenDisk { format: Some(format), read_only: true, ..OpenDisk::default() };
     let disk = Disk::open(storage, io, path, options).await?;
     let layer = match &*disk {
-        Disk::Raw(_) => None,
+        Disk::Raw(_) | Disk::Qcow2(_) => None,
         Disk::Layer(layer) => Some(layer.info()),
     };
     let virtual_size = disk.geometry().size;
     disk.close(io).await?;
-    Ok(DiskInfo { path: path.to_owned(), format, virtual_size, actual_size, layer })
+    Ok(DiskInfo { virtual_size, layer, ..said })
 }

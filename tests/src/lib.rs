@@ -6,4 +6,5 @@ pub mod damage;
 pub mod frontend;
 pub mod guest;
 pub mod model;
+pub mod qcow2;
 pub mod sim;

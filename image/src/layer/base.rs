@@ -82,6 +82,10 @@ impl<E: Engine> Base<E> {
                 let identity = layer.identity();
                 Ok((Self::Layer(layer), identity))
             }
+            Format::Qcow2 => {
+                let detail = "a qcow2 image cannot lie below a layer yet".to_owned();
+                Err(ImageError::new(path, ErrorKind::Unsupported(detail)))
+            }
         }
     }
 

@@ -98,6 +98,9 @@ impl<E: Engine> Lower<E> {
                 io.spawn(Arc::clone(&layer).maintain(io.clone()));
                 Self::Layer(Driver::new(layer, io.clone()))
             }
+            Format::Qcow2 => {
+                return Err(ImageError::new(path, sapwood_blockdev::device::DeviceError::ReadOnly));
+            }
         };
         match lower.grow(io, size).await {
             Ok(()) => Ok(lower),

@@ -59,7 +59,7 @@ impl Lab for MemoryStorage {
 }
 
 /// Runs a future of a lab to its end.
-fn wait<L: Lab, T: 'static>(lab: &L, f: impl AsyncFnOnce(L::Storage, Io<L::Engine>) -> T + 'static) -> T {
+pub fn wait<L: Lab, T: 'static>(lab: &L, f: impl AsyncFnOnce(L::Storage, Io<L::Engine>) -> T + 'static) -> T {
     let (io, storage) = (Io::new(lab.engine()), lab.storage());
     block_on(&io.clone(), async move { f(storage, io).await })
 }

@@ -11,6 +11,7 @@ mod map;
 mod options;
 mod output;
 mod progress;
+mod reading;
 mod rebase;
 mod resize;
 mod serve;

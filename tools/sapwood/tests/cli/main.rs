@@ -5,6 +5,7 @@ mod bases;
 mod contract;
 mod harness;
 mod layer;
+mod qcow2;
 mod raw;
 mod serve;
 mod served;
