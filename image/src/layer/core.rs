@@ -176,7 +176,7 @@ impl Core {
 
     /// Whether a part that changes these blocks can be appended at once.
     pub(super) fn can_append(&self, blocks: &Range<u64>) -> bool {
-        leaves_of(blocks).all(|leaf| self.map.is_loaded(leaf))
+        leaves_of(blocks).all(|leaf| self.map.can_pin(leaf))
     }
 
     fn unpin(&mut self, leaves: Range<u32>) {

@@ -125,6 +125,8 @@ impl<E: Engine> Layer<E> {
             generation: core.generation,
             sequence: core.log.published.sequence,
             clean: core.was_clean,
+            map_bytes: core.map.bytes(),
+            map_reads: core.node_reads,
         }
     }
 

@@ -35,11 +35,22 @@ pub(super) const GENERATION_MAX: u64 = 1 << 55;
 /// 128 random bits that name a layer.
 pub type LayerId = [u8; 16];
 
-/// Largest guest-visible size in bytes for a segment size: the root of the map names every GiB in
-/// 8 bytes and must fit into one record.
-pub(super) fn size_max(segment_blocks: u32) -> u64 {
+/// References that the root of the map has room for: it must fit into one record.
+fn root_refs_max(segment_blocks: u32) -> u64 {
     let root_max = u64::from(segment_blocks - 1).min(u64::from(DATA_BLOCKS_MAX)) * BLOCK_SIZE;
-    SIZE_MAX.min((root_max / 8 - 2) << 30)
+    // Without the node's header and the word that says how many of them are to branches.
+    root_max / 8 - 3
+}
+
+/// Largest guest-visible size in bytes for a segment size: the root names every GiB. Five eighths of
+/// its references are for that.
+pub(super) fn size_max(segment_blocks: u32) -> u64 {
+    SIZE_MAX.min((root_refs_max(segment_blocks) * 5 / 8) << 30)
+}
+
+/// Most usage nodes for a segment size: what the root has room for beside the largest disk.
+pub(super) fn usage_nodes_max(segment_blocks: u32) -> u32 {
+    (root_refs_max(segment_blocks) - (size_max(segment_blocks) >> 30)) as u32
 }
 
 /// A field that does not make sense, with its offset in the structure.

@@ -158,6 +158,11 @@ impl Map {
             + self.branches.len() * (size_of::<BranchRefs>() + NODE_OVERHEAD)) as u64
     }
 
+    /// Memory that nodes take, in bytes.
+    pub(super) fn bytes(&self) -> u64 {
+        self.clean.weight() + self.dirty_bytes()
+    }
+
     /// The reference to a branch.
     pub(super) fn root_ref(&self, branch: u32) -> NodeRef {
         self.roots.get(branch as usize).copied().unwrap_or(NodeRef::ABSENT)
@@ -240,6 +245,15 @@ impl Map {
     /// Whether a leaf can be looked at without loading anything.
     pub(super) fn is_loaded(&self, leaf: u32) -> bool {
         self.with_leaf(leaf, |_| ()).is_ok()
+    }
+
+    /// Whether a leaf can be pinned without loading anything. A leaf in the cache is not enough: the
+    /// branch above it may have been dropped.
+    pub(super) fn can_pin(&self, leaf: u32) -> bool {
+        let is_known = |reference: NodeRef| {
+            reference.uniform().is_some() || self.clean.peek(&NodeKey::Leaf(leaf)).is_some()
+        };
+        self.leaves.contains_key(&leaf) || self.reference(leaf).is_ok_and(is_known)
     }
 
     /// Keeps a leaf in memory until as many [`unpin`](Self::unpin)s; or the node to load first.

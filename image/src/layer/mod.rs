@@ -127,6 +127,10 @@ pub struct LayerInfo {
     pub sequence: u64,
     /// Whether it had been closed properly before it was opened.
     pub clean: bool,
+    /// Memory that nodes of the map take now, in bytes.
+    pub map_bytes: u64,
+    /// Reads of the map's nodes since it was opened.
+    pub map_reads: u64,
 }
 
 /// Opens a file and takes the lock on that very open file description, before anything is read.

@@ -15,8 +15,8 @@ mod usage;
 
 use std::collections::{BTreeSet, VecDeque};
 
-use super::layout::{FIRST_SEGMENT_BLOCK, PREAMBLE_BYTES};
-use super::node::{NODE_ALIGNMENT, NodeRef};
+use super::layout::{FIRST_SEGMENT_BLOCK, PREAMBLE_BYTES, usage_nodes_max};
+use super::node::{NODE_ALIGNMENT, NodeRef, USAGE_SEGMENTS};
 use readers::Readers;
 use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
 use usage::Group;
@@ -105,9 +105,11 @@ impl Segments {
         }
     }
 
-    /// Most segments a file can have: places are 32-bit block numbers.
+    /// Most segments a file can have: places are 32-bit block numbers, and the root names the usage
+    /// of all of them.
     pub(super) fn count_max(segment_blocks: u32) -> u32 {
-        (u32::MAX - FIRST_SEGMENT_BLOCK) / segment_blocks
+        let places = (u32::MAX - FIRST_SEGMENT_BLOCK) / segment_blocks;
+        places.min(usage_nodes_max(segment_blocks).saturating_mul(USAGE_SEGMENTS as u32))
     }
 
     pub(super) fn segment_blocks(&self) -> u32 {
