@@ -79,6 +79,8 @@ pub struct World(Arc<Mutex<State>>);
 pub(super) struct File {
     pub medium: Medium,
     pub mtime_ns: u64,
+    /// A block device: its size is fixed, and discards leave anything.
+    pub is_device: bool,
     open: Vec<Weak<Description>>,
     pub locks: Vec<(Weak<Description>, Lock)>,
 }
@@ -186,6 +188,16 @@ impl World {
         let file = state.create(path);
         state.files[file].medium = Medium::of(bytes);
         state.names.sync(path.parent().unwrap_or(Path::new("")));
+    }
+
+    /// Puts a block device of `size` bytes of zeroes there.
+    pub fn install_device(&self, path: &Path, size: u64) {
+        self.install(path, &[]);
+        let mut state = self.state();
+        let file = state.names.get(path).expect("just installed");
+        state.files[file].is_device = true;
+        state.files[file].medium.truncate(0, size);
+        state.files[file].medium.sync(0);
     }
 
     /// What readers see of a file now; nothing if there is none.
