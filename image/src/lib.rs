@@ -16,6 +16,8 @@ pub mod open;
 pub mod probe;
 pub mod raw;
 pub mod side;
+mod signature;
+mod site;
 
 pub use create::{CreateDisk, create};
 pub use error::{ErrorKind, ImageError};
@@ -23,3 +25,4 @@ pub use extent::{Extent, ExtentKind};
 pub use format::Format;
 pub use open::{Disk, DiskQueue, OpenDisk};
 pub use side::Side;
+pub use site::remove_incomplete;

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::base::{Base, resolve};
 use super::core::Core;
 use super::driver::Driver;
-use super::layout::{BaseIdentity, Header};
+use super::layout::{BaseIdentity, Header, PREAMBLE_BYTES};
 use super::node::Entry;
 use super::queue::LayerQueue;
 use super::record::Run;
@@ -122,6 +122,7 @@ impl<E: Engine> Layer<E> {
             base_path: self.header.base.as_ref().map(|base| resolve(&self.path, &base.path)),
             base,
             live_blocks,
+            used_bytes: core.segments.used_bytes() + PREAMBLE_BYTES,
             dead_blocks: core.segments.dead_blocks(core.log.head.segment, core.log.head.block),
             generation: core.generation,
             sequence: core.log.published.sequence,

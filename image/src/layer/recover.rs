@@ -144,6 +144,19 @@ fn choose_slot<E: Engine>(
     }
 }
 
+/// How many segments there are, and how many the log may name.
+fn count_segments<E: Engine>(reader: &Reader<'_, E>, header: &Header) -> Result<(u64, u64), ImageError> {
+    let size = reader.file.size().map_err(|e| ImageError::io(reader.path, "measure", e))?;
+    let room = size.saturating_sub(PREAMBLE_BYTES);
+    let segment_bytes = u64::from(header.segment_blocks) * BLOCK_SIZE;
+    if reader.file.is_device() {
+        return Ok((room / segment_bytes, room / segment_bytes));
+    }
+    // The log may go on in segments that were cut off the end of the file when it was closed.
+    let count = room.div_ceil(segment_bytes);
+    Ok((count, count + SEGMENTS_BEYOND_END))
+}
+
 /// Loads the newest checkpoint and replays the log after it. Says, too, whether the log holds the
 /// end of a next checkpoint, which no slot names.
 async fn recover<E: Engine>(
@@ -153,13 +166,9 @@ async fn recover<E: Engine>(
     options: &OpenLayer,
 ) -> Result<(Core, bool), ImageError> {
     let slot = &newest.slot;
-    let size = reader.file.size().map_err(|e| ImageError::io(reader.path, "measure", e))?;
-    let segment_bytes = u64::from(header.segment_blocks) * BLOCK_SIZE;
-    let count = size.saturating_sub(PREAMBLE_BYTES).div_ceil(segment_bytes);
+    let (count, reach) = count_segments(reader, header)?;
     let count_max = u64::from(Segments::count_max(header.segment_blocks));
     let mut segments = Segments::new(header.segment_blocks, count.min(count_max) as u32);
-    // The log may go on in segments that were cut off the end of the file when it was closed.
-    let reach = count + SEGMENTS_BEYOND_END;
     if u64::from(slot.log.segment.max(slot.log.next_segment)) >= reach.min(count_max) {
         let at = slot_offset(slot.generation).0;
         return Err(ImageError::corrupt(reader.path, "slot.log_segment", at, "it lies outside the file"));
@@ -204,6 +213,10 @@ async fn recover<E: Engine>(
             "the map refers to what the log has not written: a part of the log is damaged, or the map";
         return Err(ImageError::corrupt(reader.path, "map", offset, detail));
     }
+    if reader.file.is_device() {
+        core.segments.fix_count();
+        free_unneeded(reader, header, newest, options, &mut core.segments).await?;
+    }
     if let Some(other) = newest
         .other
         .filter(|other| other.clean && slot.clean && other.root == slot.root && core.log.head == slot.log)
@@ -212,6 +225,50 @@ async fn recover<E: Engine>(
         core.segments.free_unused(other.log.segment);
     }
     Ok((core, found_end))
+}
+
+/// Frees what neither slot needs, on a device: a recovery has to write, and cannot let the file grow
+/// until two checkpoints have told what is free.
+async fn free_unneeded<E: Engine>(
+    reader: &Reader<'_, E>,
+    header: &Header,
+    newest: &Newest,
+    options: &OpenLayer,
+    segments: &mut Segments,
+) -> Result<(), ImageError> {
+    let mut needed = Segments::new(header.segment_blocks, segments.count());
+    if let Some(other) = &newest.other {
+        match count_needs(reader, header, other, options, &mut needed).await {
+            // Nobody can fall back to a checkpoint whose map is damaged.
+            Ok(()) | Err(ImageError { kind: ErrorKind::Corrupt { .. }, .. }) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    segments.free_unneeded(&needed);
+    Ok(())
+}
+
+/// Counts what a fall back to `slot` would need: what its map refers to, and its log.
+async fn count_needs<E: Engine>(
+    reader: &Reader<'_, E>,
+    header: &Header,
+    slot: &Slot,
+    options: &OpenLayer,
+    segments: &mut Segments,
+) -> Result<(), ImageError> {
+    let count = segments.count();
+    reader.load_map(slot, segments).await?;
+    let mut replay = Replay::new(reader, header, &options.tuning, slot.log);
+    let mut end = slot.log;
+    loop {
+        for segment in [end.segment, end.next_segment].into_iter().filter(|&segment| segment < count) {
+            segments.set_log(segment);
+        }
+        match replay.next().await? {
+            Some(record) => end = record.end,
+            None => return Ok(()),
+        }
+    }
 }
 
 impl Core {

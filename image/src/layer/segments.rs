@@ -53,6 +53,11 @@ impl Segment {
         reserved: false,
         pinned: false,
     };
+
+    /// Whether the log fills it, or the map or its nodes refer to it.
+    fn is_referenced(&self) -> bool {
+        self.state == State::Log || self.live_blocks > 0 || self.node_bytes > 0
+    }
 }
 
 /// All segments of a layer.
@@ -64,6 +69,8 @@ pub(super) struct Segments {
     /// Draining segments and the epoch whose reads they wait for, oldest first.
     draining: VecDeque<(u32, u64)>,
     segment_blocks: u32,
+    /// Most segments there can be.
+    limit: u32,
     live_blocks: u64,
     readers: Readers,
 }
@@ -78,9 +85,24 @@ impl Segments {
             free_allocated: BTreeSet::new(),
             draining: VecDeque::new(),
             segment_blocks,
+            limit: Self::count_max(segment_blocks),
             live_blocks: 0,
             readers: Readers::default(),
         }
+    }
+
+    /// Has the segments be all that there will ever be, as on a block device. Nothing is known of
+    /// the space of those that neither the map nor the log uses, and so it is not given back.
+    pub(super) fn fix_count(&mut self) {
+        self.limit = self.count();
+        for segment in &mut self.list {
+            segment.allocated = segment.is_referenced();
+        }
+    }
+
+    /// Bytes of the segments that the map or the log uses.
+    pub(super) fn used_bytes(&self) -> u64 {
+        self.list.iter().filter(|segment| segment.is_referenced()).count() as u64 * self.bytes()
     }
 
     /// Most segments a file can have: places are 32-bit block numbers.
@@ -221,7 +243,7 @@ impl Segments {
         self.reap();
         let free = self.free_allocated.first().or_else(|| self.free.first());
         let segment = free.copied().unwrap_or(self.count());
-        if segment >= Self::count_max(self.segment_blocks) {
+        if segment >= self.limit {
             return None;
         }
         self.set_log(segment);
@@ -315,6 +337,18 @@ impl Segments {
             let unused = segment.state == State::Used && segment.live_blocks == 0 && segment.node_bytes == 0;
             if unused && index != keep {
                 self.list[index as usize].allocated = false;
+                self.unchoose(index);
+            }
+        }
+    }
+
+    /// Frees the segments that neither the map uses, nor the log that was replayed, nor the other slot
+    /// whose needs `other` counts: on a device recovery cannot take new ones at the end instead.
+    pub(super) fn free_unneeded(&mut self, other: &Self) {
+        for index in 0..self.count() {
+            let segment = self.list[index as usize];
+            let is_used = segment.is_referenced() || segment.last_sequence > 0;
+            if segment.state == State::Used && !is_used && !other.list[index as usize].is_referenced() {
                 self.unchoose(index);
             }
         }
