@@ -2,6 +2,7 @@
 //! each does.
 
 mod contract;
+mod device;
 mod harness;
 mod layer;
 mod raw;
