@@ -13,7 +13,7 @@ use sapwood_blockdev::storage::{HostFile, HostStorage};
 use sapwood_blockdev::units::GuestOffset;
 use sapwood_image::layer::{self, CreateLayer, Layer, OpenLayer, Tuning};
 use sapwood_image::raw::{CreateRaw, RawDevice};
-use sapwood_image::{CreateDisk, Disk, DiskQueue, Format};
+use sapwood_image::{CreateDisk, Disk, DiskQueue, Format, ImageError};
 
 /// Bytes in a block.
 const BLOCK: u64 = 4096;
@@ -101,7 +101,7 @@ impl<E: Engine<File = HostFile>> Load<E> {
                 }
             }))
         });
-        let disk: Arc<Disk<E>> = opened.unwrap_or_else(|e: sapwood_image::ImageError| panic!("{e}"));
+        let disk: Arc<Disk<E>> = opened.unwrap_or_else(|e: ImageError| panic!("{e}"));
         let maintenance = {
             let (disk, engines) = (Arc::clone(&disk), Arc::clone(&self.engines));
             thread::spawn(move || {
@@ -115,12 +115,20 @@ impl<E: Engine<File = HostFile>> Load<E> {
 
     /// Ends it as a server does.
     pub fn close(&mut self) {
+        self.try_close().unwrap_or_else(|e| panic!("{e}"));
+    }
+
+    /// Ends it as a server does.
+    ///
+    /// # Errors
+    /// When the disk could not be left tidy.
+    pub fn try_close(&mut self) -> Result<(), ImageError> {
         let Open { disk, queue, maintenance } = self.open.take().expect("it is open");
         drop(queue);
         let io = Io::new((self.engines)());
         let closed = block_on(&io.clone(), async move { disk.close(&io).await });
         maintenance.join().expect("the maintenance has not panicked");
-        closed.unwrap_or_else(|e| panic!("{e}"));
+        closed
     }
 
     /// Checks a layer that is closed: its errors.

@@ -1,7 +1,8 @@
 //! A layer on a file system that runs full under load, with the background work going on: nothing that
 //! was flushed is lost, only writes fail, and they only for want of space; space that comes back is used.
 //!
-//! The file system is mounted for the test, which needs root: `cargo xtask test --only storage` runs it.
+//! The file system is mounted for the test, which needs root: `cargo xtask test --only storage` runs it. A
+//! block device runs full in the same way.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::fs::{self, File};
@@ -16,7 +17,7 @@ use sapwood_blockdev::storage::HostFile;
 use sapwood_image::Format;
 use sapwood_image::layer::Tuning;
 use sapwood_tests::load::{Engines, Load};
-use sapwood_tests::mounts::{Mounted, skip};
+use sapwood_tests::mounts::{LoopDevice, Mounted, skip};
 
 const MIB: u64 = 1 << 20;
 /// Batches of writes until the host must be full: many times its size.
@@ -41,38 +42,9 @@ impl<E: Engine<File = HostFile>> Full<E> {
         let file = File::create_new(&filler).unwrap();
         rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, 16 * MIB).unwrap();
         let tuning = Tuning { checkpoint_bytes: 4 * MIB, space_slack: 4 * MIB, ..Tuning::default() };
-        let load = Load::create(&host.path().join("layer"), Format::Layer, 128 * MIB, tuning, engines);
-        let mut full = Self { load, filler, _host: host };
-        full.fill();
-        full
-    }
-
-    fn fill(&mut self) {
-        let mut refused = 0;
-        for batch in 0..BATCHES_MAX {
-            let tally = self.load.write();
-            refused = if tally.done == 0 { refused + 1 } else { 0 };
-            if refused == REFUSED {
-                return;
-            }
-            match batch % 64 {
-                15 | 47 => assert_eq!(self.load.flush().no_space, 0, "a flush needs no space"),
-                31 => drop(self.load.discard(batch % self.load.blocks() / 2, 16)),
-                _ => {}
-            }
-        }
-        panic!("the host is never full");
-    }
-
-    /// Writes until that succeeds, giving background work the time to make room.
-    fn writes_succeed_again(&mut self) {
-        for _ in 0..ATTEMPTS {
-            if self.load.write().no_space == 0 {
-                return;
-            }
-            thread::sleep(Duration::from_millis(50));
-        }
-        panic!("writes are still refused");
+        let mut load = Load::create(&host.path().join("layer"), Format::Layer, 128 * MIB, tuning, engines);
+        fill(&mut load);
+        Self { load, filler, _host: host }
     }
 
     /// Everything is there, also after a restart, and the layer is sound.
@@ -87,6 +59,35 @@ impl<E: Engine<File = HostFile>> Full<E> {
     }
 }
 
+/// Writes until nothing is taken any more.
+fn fill<E: Engine<File = HostFile>>(load: &mut Load<E>) {
+    let mut refused = 0;
+    for batch in 0..BATCHES_MAX {
+        let tally = load.write();
+        refused = if tally.done == 0 { refused + 1 } else { 0 };
+        if refused == REFUSED {
+            return;
+        }
+        match batch % 64 {
+            15 | 47 => assert_eq!(load.flush().no_space, 0, "a flush needs no space"),
+            31 => _ = load.discard(batch % (load.blocks() / 2), 16),
+            _ => {}
+        }
+    }
+    panic!("the host is never full");
+}
+
+/// Writes until that succeeds, giving background work the time to make room.
+fn writes_succeed_again<E: Engine<File = HostFile>>(load: &mut Load<E>) {
+    for _ in 0..ATTEMPTS {
+        if load.write().no_space == 0 {
+            return;
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    panic!("writes are still refused");
+}
+
 fn host(test: &str) -> Option<Mounted> {
     let made = Mounted::on_loop("ext4", 64 * MIB, &["mkfs.ext4", "-q", "-m", "0"], "rw");
     made.map_err(|reason| skip(test, &reason)).ok()
@@ -98,7 +99,7 @@ fn space_that_comes_back_is_used<E: Engine<File = HostFile>>(engines: Engines<E>
     assert_eq!(full.load.flush().done, 1, "flushes go on");
     full.load.verify();
     fs::remove_file(&full.filler).unwrap();
-    full.writes_succeed_again();
+    writes_succeed_again(&mut full.load);
     full.ends_well();
 }
 
@@ -115,4 +116,24 @@ fn full_host_refuses_writes_only_with_io_uring() {
         Ok(_) => space_that_comes_back_is_used::<UringEngine>(Arc::new(|| UringEngine::new().unwrap())),
         Err(error) => skip("full host with io_uring", &error.to_string()),
     }
+}
+
+/// A layer, larger than the loop device that holds it.
+fn full_device(device: &LoopDevice) -> Load<BlockingEngine> {
+    let engines: Engines<BlockingEngine> = Arc::new(|| BlockingEngine::new().unwrap());
+    let tuning = Tuning { checkpoint_bytes: 4 * MIB, space_slack: 4 * MIB, ..Tuning::default() };
+    let mut load = Load::create(device.path(), Format::Layer, 128 * MIB, tuning, engines);
+    fill(&mut load);
+    load
+}
+
+#[test]
+#[ignore = "needs root"]
+fn full_device_refuses_writes_only() {
+    let device = LoopDevice::new(32 * MIB).unwrap();
+    let mut load = full_device(&device);
+    assert_eq!(load.flush().done, 1, "flushes go on");
+    load.verify();
+    // Whether it can be left tidy is another matter.
+    let _ = load.try_close();
 }

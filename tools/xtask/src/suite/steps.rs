@@ -28,7 +28,7 @@ const STORAGE: [(&str, &[&str]); 8] = [
     ("tmpfs", &["tmpfs"]),
     ("vfat", &["vfat"]),
     ("nfs", &["SAPWOOD_NFS_DIR"]),
-    ("full_host", &["ext4"]),
+    ("full", &["ext4"]),
 ];
 
 /// Why this machine cannot run tests that mount something; `needs` as in [`STORAGE`].
