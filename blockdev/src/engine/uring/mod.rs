@@ -288,7 +288,7 @@ impl UringEngine {
         match op {
             Op::Rename { .. } | Op::Unlink { .. } => self.features.names,
             Op::Truncate { .. } => self.features.truncate,
-            // The ring has no ioctl(2); its own command for this is younger than the kernels we meet.
+            // The ring has no ioctl(2), and a command of its own for this only from Linux 6.12 on.
             Op::Discard { file, .. } => !file.is_device(),
             _ => true,
         }
