@@ -74,7 +74,7 @@ fn sample(bench: &mut Bench<MemoryStorage>) -> Contents {
     bench.layer.info();
     let mut starts: Vec<(u64, u64)> = Vec::new();
     // Not the first part of the disk, where `use_it` writes.
-    if let Ok(extents) = bench.layer.extents(WRITTEN_END..size) {
+    if let Ok(extents) = bench.extents(WRITTEN_END..size) {
         starts.extend(extents.iter().take(SAMPLES).map(|e| (e.start, e.len.min(SAMPLE))));
     }
     let mut contents = Contents::new();

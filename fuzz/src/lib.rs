@@ -10,6 +10,7 @@ pub mod layer_node;
 pub mod layer_open;
 pub mod layer_record;
 pub mod pack;
+pub mod qcow2_open;
 pub mod virtio_request;
 
 use sapwood_tests::damage::meter::{Meter, metered};

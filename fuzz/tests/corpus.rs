@@ -3,22 +3,25 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use sapwood_fuzz::{layer_header, layer_node, layer_open, layer_record, pack, virtio_request};
+use sapwood_fuzz::{layer_header, layer_node, layer_open, layer_record, pack, qcow2_open, virtio_request};
 use sapwood_tests::damage::corrupt::newest;
-use sapwood_tests::damage::format::{BLOCK, header, put_u32, record, slot, slots, u32_at};
+use sapwood_tests::damage::format::{BLOCK, base, bases, header, put_u32, record, slot, slots, u32_at};
 use sapwood_tests::damage::lab::check;
 use sapwood_tests::damage::memory::MemoryStorage;
 use sapwood_tests::damage::seal::Seal;
 use sapwood_tests::damage::specimen::{self, Specimen};
 use sapwood_tests::damage::walk;
+use sapwood_tests::qcow2::craft::{self, Craft, Kind};
+use sapwood_tests::qcow2::reader::{Reader, trusting};
 
 type Target = fn(&[u8]);
 
-const TARGETS: [(&str, Target); 5] = [
+const TARGETS: [(&str, Target); 6] = [
     ("layer_header", layer_header::run),
     ("layer_node", layer_node::run),
     ("layer_open", layer_open::run),
     ("layer_record", layer_record::run),
+    ("qcow2_open", qcow2_open::run),
     ("virtio_request", virtio_request::run),
 ];
 
@@ -59,6 +62,7 @@ fn seeds_are_layers_of_this_version() {
 fn bare(file: &[u8], sealed_records: bool) -> Vec<u8> {
     let mut bare = file.to_vec();
     put_u32(&mut bare, header::CHECKSUM, 0);
+    bases(file).into_iter().for_each(|at| put_u32(&mut bare, at + base::CHECKSUM, 0));
     for at in slots(file) {
         put_u32(&mut bare, at + slot::CHECKSUM, 0);
         for node in walk::nodes(file, at) {
@@ -138,7 +142,47 @@ fn make_seeds() {
             save("layer_node", &format!("{name}-{}", found.kind), &seed);
         }
     }
+    for (name, how, file) in qcow2_images() {
+        save("qcow2_open", name, &qcow2_open::pack(&file, how));
+    }
     requests::make(&|name, bytes| save("virtio_request", name, bytes));
+}
+
+/// Small images with something of everything, and over another file.
+fn qcow2_images() -> Vec<(&'static str, u8, Vec<u8>)> {
+    let kind = |bits, extended, zstd| Kind { bits, extended, zstd };
+    let mut over = Craft::new(kind(9, false, false), 64 << 10);
+    over.backing("below", None);
+    over.data(3, &[5; 512]);
+    let mut aside = Craft::new(kind(12, false, false), 64 << 10);
+    aside.extension(craft::extension::DATA_FILE, b"below");
+    craft::put64(&mut aside.file, craft::field::INCOMPATIBLE, 1 << 2);
+    [0, 1, 5].iter().for_each(|&cluster| aside.set(cluster, 1 << 63 | cluster << 12));
+    let specimen = |kind| craft::specimen_of(kind, 12, 40).0;
+    vec![
+        ("small", 0, specimen(kind(9, false, false))),
+        ("zlib", 0, specimen(kind(12, false, false))),
+        ("zstd", 0, specimen(kind(12, false, true))),
+        ("extended", 0, specimen(kind(14, true, true))),
+        ("over", 3, over.file),
+        ("aside", 1, aside.file),
+    ]
+}
+
+#[test]
+fn qcow2_seeds_are_images() {
+    for entry in fs::read_dir(corpus("qcow2_open")).expect("seeds") {
+        let path = entry.expect("an entry").path();
+        let data = fs::read(&path).expect("a seed");
+        let storage = MemoryStorage::new(1000);
+        storage.install(Path::new("/disk"), &qcow2_open::unpack(&data).expect("a file"));
+        storage.install(Path::new("/below"), &[7; 51_200]);
+        let options =
+            sapwood_image::OpenBelow { backing_format: Some(sapwood_image::Format::Raw), ..trusting() };
+        let mut reader = Reader::open(&storage, Path::new("/disk"), &options).expect("an image");
+        let bytes = reader.read(0, reader.size() as usize).expect("a sound one");
+        assert!(bytes.iter().any(|byte| *byte != 0), "{}", path.display());
+    }
 }
 
 /// Seeds of requests, by the constants of the virtio specification.

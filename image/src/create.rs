@@ -21,11 +21,12 @@ pub enum CreateDisk {
 }
 
 impl CreateDisk {
-    /// An empty disk of `size` bytes over nothing.
-    pub fn empty(format: Format, size: u64) -> Self {
+    /// An empty disk of `size` bytes over nothing; `None` for formats that are only read.
+    pub fn empty(format: Format, size: u64) -> Option<Self> {
         match format {
-            Format::Raw => Self::Raw(CreateRaw { size, allocate: false }),
-            Format::Layer => Self::Layer(CreateLayer { size: Some(size), ..CreateLayer::default() }),
+            Format::Raw => Some(Self::Raw(CreateRaw { size, allocate: false })),
+            Format::Layer => Some(Self::Layer(CreateLayer { size: Some(size), ..CreateLayer::default() })),
+            Format::Qcow2 => None,
         }
     }
 }

@@ -9,6 +9,8 @@ use std::sync::Arc;
 pub enum ExtentKind {
     /// Stored bytes, which may happen to be zero.
     Data,
+    /// Stored bytes that have to be decompressed.
+    Compressed,
     /// Known to read as zeroes without reading: a hole of a raw file, zeroed blocks of a layer.
     Zero,
     /// No file of the chain says anything about it: reads as zeroes.

@@ -10,17 +10,20 @@ pub enum Format {
     Raw,
     /// The Sapwood layer: a log and a map, over a base or nothing.
     Layer,
+    /// QEMU's qcow2, versions 2 and 3: for reading only.
+    Qcow2,
 }
 
 impl Format {
     /// Every format.
-    pub const ALL: [Self; 2] = [Self::Raw, Self::Layer];
+    pub const ALL: [Self; 3] = [Self::Raw, Self::Layer, Self::Qcow2];
 
     /// The name, on the command line and inside layers.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Raw => "raw",
             Self::Layer => "layer",
+            Self::Qcow2 => "qcow2",
         }
     }
 }
@@ -33,7 +36,7 @@ impl fmt::Display for Format {
 
 /// A name that is no format's.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("unknown format '{0}': the formats are raw and layer")]
+#[error("unknown format '{0}': the formats are raw, layer and qcow2")]
 pub struct UnknownFormat(pub String);
 
 impl FromStr for Format {

@@ -12,6 +12,7 @@ use crate::format::Format;
 use crate::layer::LayerInfo;
 use crate::open::{Disk, OpenDisk};
 use crate::probe::{Guess, probe};
+use crate::qcow2::{self, Qcow2Info};
 
 /// Facts about an image.
 pub struct DiskInfo {
@@ -32,6 +33,8 @@ pub struct DiskInfo {
     pub gives_space_back: Option<bool>,
     /// More about a layer.
     pub layer: Option<LayerInfo>,
+    /// More about a qcow2 image.
+    pub qcow2: Option<Qcow2Info>,
 }
 
 /// Describes an image. Unlike everything else this takes a file that looks like nothing for raw,
@@ -57,10 +60,26 @@ pub async fn info<S: Storage, E: Engine<File = S::File>>(
     let (is_device, gives_space_back) = (file.is_device(), file.gives_space_back());
     let is_direct = file.alignment() != Alignment::NONE;
     drop(file);
-    let options = OpenDisk { format: Some(format), read_only: true };
+    let said = DiskInfo {
+        path: path.to_owned(),
+        format,
+        virtual_size: 0,
+        actual_size,
+        is_device,
+        is_direct,
+        gives_space_back,
+        layer: None,
+        qcow2: None,
+    };
+    if format == Format::Qcow2 {
+        // Not opened as a disk: what it names stays closed.
+        let found = qcow2::info(storage, io, path).await?;
+        return Ok(DiskInfo { virtual_size: found.size, qcow2: Some(found), ..said });
+    }
+    let options = OpenDisk { format: Some(format), read_only: true, ..OpenDisk::default() };
     let disk = Disk::open(storage, io, path, options).await?;
     let layer = match &*disk {
-        Disk::Raw(_) => None,
+        Disk::Raw(_) | Disk::Qcow2(_) => None,
         Disk::Layer(layer) => Some(layer.info()),
     };
     if let Some(layer) = layer.as_ref().filter(|_| is_device) {
@@ -68,6 +87,5 @@ pub async fn info<S: Storage, E: Engine<File = S::File>>(
     }
     let virtual_size = disk.geometry().size;
     disk.close(io).await?;
-    let path = path.to_owned();
-    Ok(DiskInfo { path, format, virtual_size, actual_size, is_device, is_direct, gives_space_back, layer })
+    Ok(DiskInfo { virtual_size, actual_size, layer, ..said })
 }

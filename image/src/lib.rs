@@ -1,9 +1,10 @@
-//! Image formats: raw and the Sapwood layer.
+//! Image formats: raw, the Sapwood layer, and qcow2 for reading.
 //!
 //! This crate knows formats and no virtio; it holds no `unsafe` code. All I/O goes through the
 //! engine seam of `sapwood-blockdev`.
 #![forbid(unsafe_code)]
 
+pub mod below;
 pub mod compare;
 pub mod convert;
 pub mod create;
@@ -14,11 +15,13 @@ pub mod info;
 pub mod layer;
 pub mod open;
 pub mod probe;
+pub mod qcow2;
 pub mod raw;
 pub mod side;
 mod signature;
 mod site;
 
+pub use below::OpenBelow;
 pub use create::{CreateDisk, create};
 pub use error::{ErrorKind, ImageError};
 pub use extent::{Extent, ExtentKind};

@@ -9,20 +9,40 @@ use sapwood_blockdev::engine::{Engine, Time};
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::{Lock, LockError, Storage, StorageFile};
 
+use crate::below::OpenBelow;
 use crate::error::{ErrorKind, ImageError};
 use crate::extent::Extent;
 use crate::format::Format;
 use crate::layer::{Layer, LayerQueue, OpenLayer};
 use crate::probe::probe;
+use crate::qcow2::{Qcow2, Qcow2Queue};
 use crate::raw::{RawDevice, RawQueue};
 
 /// How to open a disk.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct OpenDisk {
-    /// The format; `None`: a layer if it is one, else an error (see [`crate::probe`]).
+    /// The format; `None`: what is recognised, else an error (see [`crate::probe`]).
     pub format: Option<Format>,
     /// Open for reading only; other readers may have it open too.
     pub read_only: bool,
+    /// How to read formats that are only read.
+    pub below: OpenBelow,
+}
+
+impl OpenDisk {
+    /// Refuses what `format` does not do.
+    fn check(&self, path: &Path, format: Format) -> Result<(), ImageError> {
+        let detail = match format {
+            Format::Qcow2 if !self.read_only => {
+                "qcow2 images are read, not written: serve one with --readonly, or convert it to a layer first"
+            }
+            Format::Raw | Format::Layer if self.below.snapshot.is_some() => {
+                "only qcow2 images have snapshots inside"
+            }
+            _ => return Ok(()),
+        };
+        Err(ImageError::new(path, ErrorKind::Unsupported(detail.to_owned())))
+    }
 }
 
 /// An open disk of any format.
@@ -31,6 +51,8 @@ pub enum Disk<E: Engine> {
     Raw(Arc<RawDevice<E>>),
     /// A layer, with all that lies below it.
     Layer(Arc<Layer<E>>),
+    /// A qcow2 image, with all that lies below it.
+    Qcow2(Arc<Qcow2<E>>),
 }
 
 /// One thread's access to a [`Disk`].
@@ -39,6 +61,8 @@ pub enum DiskQueue<E: Engine> {
     Raw(RawQueue<E>),
     /// To a layer.
     Layer(LayerQueue<E>),
+    /// To a qcow2 image.
+    Qcow2(Qcow2Queue<E>),
 }
 
 /// Evaluates an expression for whichever format `$disk` has.
@@ -47,6 +71,7 @@ macro_rules! dispatch {
         match $disk {
             $type::Raw($inner) => $body,
             $type::Layer($inner) => $body,
+            $type::Qcow2($inner) => $body,
         }
     };
 }
@@ -67,11 +92,13 @@ impl<E: Engine> Disk<E> {
             None => probe(storage, io, path).await?.format(path)?,
         };
         let read_only = options.read_only;
+        options.check(path, format)?;
         Ok(Arc::new(match format {
             Format::Raw => Self::Raw(RawDevice::open(storage, path, read_only)?),
             Format::Layer => Self::Layer(
                 Layer::open(storage, io, path, &OpenLayer { read_only, ..OpenLayer::default() }).await?,
             ),
+            Format::Qcow2 => Self::Qcow2(Qcow2::open(storage, io, path, &options.below).await?),
         }))
     }
 
@@ -80,6 +107,7 @@ impl<E: Engine> Disk<E> {
         match self {
             Self::Raw(_) => Format::Raw,
             Self::Layer(_) => Format::Layer,
+            Self::Qcow2(_) => Format::Qcow2,
         }
     }
 
@@ -88,6 +116,7 @@ impl<E: Engine> Disk<E> {
         match &**self {
             Self::Raw(raw) => DiskQueue::Raw(raw.queue_on(io)),
             Self::Layer(layer) => DiskQueue::Layer(layer.queue_on(io)),
+            Self::Qcow2(qcow2) => DiskQueue::Qcow2(qcow2.queue_on(io)),
         }
     }
 
@@ -95,7 +124,7 @@ impl<E: Engine> Disk<E> {
     /// thread of its own or spawned beside a queue.
     pub async fn maintain(self: Arc<Self>, io: Io<E>) {
         match &*self {
-            Self::Raw(_) => {}
+            Self::Raw(_) | Self::Qcow2(_) => {}
             Self::Layer(layer) => Arc::clone(layer).maintain(io).await,
         }
     }
@@ -120,12 +149,13 @@ impl<E: Engine> Disk<E> {
     /// What a range of the disk, cut to its size, holds, in order and without gaps.
     ///
     /// # Errors
-    /// When the file system cannot be asked.
-    pub fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>, ImageError> {
+    /// When the file system cannot be asked, or tables cannot be read.
+    pub async fn extents(&self, io: &Io<E>, range: Range<u64>) -> Result<Vec<Extent>, ImageError> {
         let range = range.start..range.end.min(self.geometry().size);
         match self {
             Self::Raw(raw) => raw.extents(range),
-            Self::Layer(layer) => layer.extents(range),
+            Self::Layer(layer) => layer.extents(io, range).await,
+            Self::Qcow2(qcow2) => qcow2.extents(io, range).await,
         }
     }
 

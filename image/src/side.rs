@@ -49,12 +49,13 @@ impl<E: Engine> Side<E> {
         path: &Path,
         options: OpenDisk,
     ) -> Result<Self, ImageError> {
+        let read_only = options.read_only;
         let opened = {
             let (storage, io, path) = (storage.clone(), io.clone(), path.to_owned());
             async move { Disk::open(&storage, &io, &path, options).await }
         };
         let disk = block_on(&io, opened)?;
-        if !options.read_only {
+        if !read_only {
             io.spawn(Arc::clone(&disk).maintain(io.clone()));
         }
         let queue = disk.queue_on(io.clone());
@@ -124,8 +125,10 @@ impl<E: Engine> Side<E> {
 
     /// The parts of `window` that hold data, in whole blocks, in order and apart.
     pub(crate) fn data_in(&self, window: Range<u64>) -> Result<Vec<Range<u64>>, ImageError> {
-        let extents = self.disk.extents(window)?;
-        Ok(in_blocks(extents.iter().filter(|e| e.kind == ExtentKind::Data).map(Extent::range), self.size()))
+        let (disk, io) = (Arc::clone(&self.disk), self.io.clone());
+        let extents = block_on(&self.io, async move { disk.extents(&io, window).await })?;
+        let holds_data = |e: &&Extent| matches!(e.kind, ExtentKind::Data | ExtentKind::Compressed);
+        Ok(in_blocks(extents.iter().filter(holds_data).map(Extent::range), self.size()))
     }
 }
 

@@ -9,4 +9,5 @@ pub mod lacking;
 pub mod load;
 pub mod model;
 pub mod mounts;
+pub mod qcow2;
 pub mod sim;

@@ -21,7 +21,7 @@ fn world() -> World {
 
 fn side(world: &World, path: &str, read_only: bool) -> Result<Side<SimEngine>, ImageError> {
     let process = world.process();
-    let options = OpenDisk { format: Some(Format::Raw), read_only };
+    let options = OpenDisk { format: Some(Format::Raw), read_only, ..OpenDisk::default() };
     Side::open(&world.storage(process), Io::new(world.engine(process)), Path::new(path), options)
 }
 

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use sapwood_blockdev::device::DeviceError;
 use sapwood_image::{ErrorKind, ImageError};
 use sapwood_tests::damage::corrupt::{self, Image};
-use sapwood_tests::damage::format::{self, BLOCK, header, node, record, slot};
+use sapwood_tests::damage::format::{self, BLOCK, base, header, node, record, slot};
 use sapwood_tests::damage::lab::{Bench, HostLab, check};
 use sapwood_tests::damage::meter::{Meter, metered};
-use sapwood_tests::damage::seal::{self, Seal};
+use sapwood_tests::damage::seal;
 use sapwood_tests::damage::specimen::{self, Specimen};
 use sapwood_tests::damage::walk;
 
@@ -69,6 +69,36 @@ fn refused(specimen: &Specimen, damage: impl FnOnce(&mut Image), field: &str, at
     assert_eq!(report.errors, [error.kind.to_string()]);
 }
 
+/// Damages a part of a specimen's map; what is mapped there must be refused to readers and writers,
+/// and `check` must say so with this field and offset. The rest goes on.
+#[track_caller]
+fn refused_there(
+    specimen: &Specimen,
+    damage: impl FnOnce(&mut Image),
+    field: &str,
+    at: impl Into<Option<usize>>,
+) {
+    let mut image = specimen.bytes.clone();
+    damage(&mut image);
+    let scene = scene(&image);
+    std::fs::write(scene.folder.path().join("base"), specimen::base()).unwrap();
+    let report = check(&HostLab, &scene.path).unwrap();
+    let expected = match at.into() {
+        Some(at) => format!("{field} at offset {at:#x} is damaged"),
+        None => format!("{field} at offset "),
+    };
+    assert!(report.errors[0].starts_with(&expected), "{:?} instead of {expected}", report.errors);
+    for read_only in [true, false] {
+        let mut bench = Bench::open(&HostLab, &scene.path, read_only).unwrap();
+        assert_eq!(bench.read(0, specimen::SIZE as usize).err(), Some(DeviceError::Corrupt));
+        if !read_only {
+            assert_eq!(bench.write(0, &[1; 512]).unwrap_err(), DeviceError::Corrupt);
+            bench.close().unwrap();
+        }
+    }
+    assert_ne!(check(&HostLab, &scene.path).unwrap().errors, [""; 0], "it is still known");
+}
+
 /// Damages a specimen; it must open and hold `disk`, also for a writer, who leaves it in order.
 #[track_caller]
 fn recovered(specimen: &Specimen, damage: impl FnOnce(&mut Image), disk: &[u8]) {
@@ -119,7 +149,7 @@ fn a_record_beyond_the_largest_disk_is_not_believed() {
 
 #[test]
 fn a_node_that_is_not_as_long_as_its_reference_is_refused() {
-    refused(&specimen::written(), corrupt::reference_length, "node.count", None);
+    refused_there(&specimen::written(), corrupt::reference_length, "node.count", None);
     let longer = |slot: &mut [u8]| {
         let len = format::u32_at(slot, slot::ROOT_LEN);
         format::put_u32(slot, slot::ROOT_LEN, len + 8);
@@ -135,8 +165,8 @@ fn a_node_that_crosses_segments_is_refused() {
     refused(&specimen, |b| in_both_slots(b, crossing), "slot.root", end as usize - 8);
     let crossing = |b: &mut Image| {
         let root = corrupt::first_node(b, &[node::ROOT]);
-        let len = format::u64_at(b, root.at + node::BODY) & 0xffff;
-        corrupt::change_node(b, &root, |n| format::put_u64(n, node::BODY, (end - 8) << 16 | len));
+        let len = format::u64_at(b, root.at + node::ROOT_REFS) & 0xffff;
+        corrupt::change_node(b, &root, |n| format::put_u64(n, node::ROOT_REFS, (end - 8) << 16 | len));
     };
     refused(&specimen, crossing, "node.reference", None);
 }
@@ -151,7 +181,7 @@ fn a_log_that_would_overwrite_what_the_map_needs_is_refused() {
     refused(&specimen, |b| in_both_slots(b, looping), "slot.next_segment", None);
     let over_data = |slot: &mut [u8]| format::put_u32(slot, slot::NEXT_SEGMENT, 0);
     refused(&specimen, |b| in_both_slots(b, over_data), "map", None);
-    refused(&specimen, corrupt::leaf_place_future, "map", None);
+    refused_there(&specimen, corrupt::leaf_place_future, "leaf.place", None);
 }
 
 #[test]
@@ -243,7 +273,7 @@ fn a_chain_of_bases_has_a_length_that_every_stack_holds() {
     }
     let mut bench = Bench::open(&HostLab, &folder.path().join(name(100)), true).unwrap();
     assert_eq!(bench.read(4096, 4096).unwrap(), [0; 4096]);
-    bench.layer.extents(0..1 << 20).unwrap();
+    bench.extents(0..1 << 20).unwrap();
     let error = Bench::open(&HostLab, &folder.path().join(name(101)), true).err().unwrap();
     assert!(error.to_string().contains("more than 100 bases in a chain"), "{error}");
 }
@@ -255,7 +285,6 @@ fn the_cleaner_moves_no_damaged_block() {
         let scene = scene(&image);
         let bench = Bench::open(&HostLab, &scene.path, true).unwrap();
         let places: Vec<usize> = bench
-            .layer
             .extents(0..specimen::SIZE)
             .unwrap()
             .iter()
@@ -303,20 +332,40 @@ fn named_damage_of_the_header_is_named() {
     refused(&specimen, corrupt::header_magic, "header.magic", 0);
     refused(&specimen, corrupt::header_checksum, "header.checksum", header::CHECKSUM);
     refused(&specimen, corrupt::segment_size, "header.segment_blocks", header::SEGMENT_BLOCKS);
-    refused(&specimen, corrupt::base_path_length, "header.base_path_len", header::BASE_PATH_LEN);
+}
+
+#[test]
+fn named_damage_of_the_base_record_is_named() {
+    let specimen = specimen::written();
+    let at = corrupt::base_of(&specimen.bytes);
+    refused(&specimen, corrupt::no_base_record, "base.magic", at);
+    refused(&specimen, corrupt::base_checksum, "base.checksum", at + base::CHECKSUM);
+    refused(&specimen, corrupt::base_sequence, "base.sequence", at + base::SEQUENCE);
+    refused(&specimen, corrupt::base_path_length, "base.path_len", at + base::PATH_LEN);
+    let foreign = |b: &mut Image| corrupt::change_base(b, |base| base[base::LAYER_ID] ^= 1);
+    refused(&specimen, foreign, "base.layer_id", at + base::LAYER_ID);
     let too_large = |b: &mut Image| corrupt::raw_base(b, "base", 65 << 40);
-    refused(&specimen, too_large, "header.base_size", header::BASE_SIZE);
+    refused(&specimen, too_large, "base.size", at + base::SIZE);
     let not_text = |b: &mut Image| {
         corrupt::raw_base(b, "base", 512);
-        b[header::BASE_PATH] = 0xff;
-        Seal::ALL.apply(b);
+        corrupt::change_base(b, |base| base[base::PATH] = 0xff);
     };
-    refused(&specimen, not_text, "header.base_path", header::BASE_PATH);
+    refused(&specimen, not_text, "base.path", at + base::PATH);
+    let unnamed = |b: &mut Image| corrupt::change_slot(b, |slot| format::put_u64(slot, slot::BASE, 0));
+    recovered(&specimen, unnamed, &specimen.disk);
 }
 
 #[test]
 fn what_a_newer_program_made_is_refused_as_such() {
-    for damage in [corrupt::header_version, corrupt::incompatible_feature, corrupt::ro_compatible_feature] {
+    let unknown_format =
+        |b: &mut Image| corrupt::change_base(b, |base| format::put_u32(base, base::FORMAT, 9));
+    for damage in [
+        corrupt::header_version,
+        corrupt::incompatible_feature,
+        corrupt::ro_compatible_feature,
+        corrupt::base_flags,
+        unknown_format,
+    ] {
         let mut image = specimen::written().bytes;
         damage(&mut image);
         let error = refusal(&image);
@@ -382,15 +431,34 @@ fn named_damage_of_the_map_is_named() {
     let leaf = corrupt::first_node(&specimen.bytes, &[node::LEAF_RUNS]);
     let branch = corrupt::first_node(&specimen.bytes, &[node::BRANCH]);
     let root = corrupt::first_node(&specimen.bytes, &[node::ROOT]);
-    refused(&specimen, corrupt::node_checksum, "node.checksum", leaf.at + node::CHECKSUM);
-    refused(&specimen, corrupt::leaf_place_outside, "leaf.place", leaf.at + node::BODY);
-    refused(&specimen, corrupt::leaf_place_header, "leaf.place", leaf.at + node::BODY);
-    refused(&specimen, corrupt::leaf_run_long, "leaf.run", leaf.at + node::BODY);
-    refused(&specimen, corrupt::shared_places, "map", None);
-    refused(&specimen, corrupt::branch_index, "node.index", branch.at + node::INDEX);
-    refused(&specimen, corrupt::branch_as_leaf, "node.kind", branch.at + node::KIND);
-    refused(&specimen, corrupt::reference_to_header, "node.reference", root.at + node::BODY);
+    refused_there(&specimen, corrupt::node_checksum, "node.checksum", leaf.at + node::CHECKSUM);
+    refused_there(&specimen, corrupt::leaf_place_outside, "leaf.place", leaf.at + node::BODY);
+    refused_there(&specimen, corrupt::leaf_place_header, "leaf.place", leaf.at + node::BODY);
+    refused_there(&specimen, corrupt::leaf_run_long, "leaf.run", leaf.at + node::BODY);
+    refused_there(&specimen, corrupt::branch_index, "node.index", branch.at + node::INDEX);
+    refused_there(&specimen, corrupt::branch_as_leaf, "node.kind", branch.at + node::KIND);
+    refused(&specimen, corrupt::reference_to_header, "node.reference", root.at + node::ROOT_REFS);
     refused(&specimen, |b| b[root.at] ^= 1, "node.magic", root.at);
+}
+
+#[test]
+fn blocks_that_are_mapped_twice_are_reported_and_harm_nobody_else() {
+    let mut image = specimen::written().bytes;
+    corrupt::shared_places(&mut image);
+    let scene = scene(&image);
+    let errors = check(&HostLab, &scene.path).unwrap().errors;
+    assert!(errors.iter().any(|e| e.contains("are mapped to the same block of segment")), "{errors:?}");
+    // Its own accounts are wrong, which must not be more than wrong.
+    let mut bench = Bench::open(&HostLab, &scene.path, false).unwrap();
+    for at in (0..specimen::SIZE).step_by(64 << 10) {
+        bench.write(at, &[3; 64 << 10]).unwrap();
+    }
+    bench.checkpoint().unwrap();
+    for _ in 0..8 {
+        bench.clean().unwrap();
+    }
+    assert_eq!(bench.read(0, specimen::SIZE as usize).unwrap(), [3; specimen::SIZE as usize]);
+    bench.close().unwrap();
 }
 
 #[test]

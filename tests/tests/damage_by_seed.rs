@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use sapwood_blockdev::device::Command;
 use sapwood_image::ImageError;
-use sapwood_tests::damage::corrupt::{Image, newest};
+use sapwood_tests::damage::corrupt::{Image, base_of, newest};
 use sapwood_tests::damage::format::{BLOCK, FIRST_SEGMENT, slot_at, slots};
 use sapwood_tests::damage::lab::{Bench, check};
 use sapwood_tests::damage::memory::MemoryStorage;
@@ -55,7 +55,7 @@ fn survive(image: &Image) -> &'static str {
         Ok(mut bench) => {
             let len = bench.size().min(specimen::SIZE) as usize;
             bench.read(0, len).ok();
-            bench.layer.extents(0..bench.size()).ok();
+            bench.extents(0..bench.size()).ok();
         }
     }
     let mut bench = match Bench::open(&storage, &path, false) {
@@ -102,16 +102,18 @@ fn no_damage_by_seed_is_more_than_an_error() {
     assert!(ends[&("refused", true)] > 100 && ends[&("works", true)] > 100, "damage gets past checksums");
 }
 
-/// Bytes of a layer that something uses: the header, the slots, records with live data, live nodes.
+/// Bytes of a layer that something uses: the header, the slots, the base record,
+/// records with live data, live nodes.
 fn live_bytes(specimen: &Specimen) -> BTreeSet<usize> {
     let b = &specimen.bytes;
     let mut live: BTreeSet<usize> = (0..BLOCK).collect();
     [0, 1].iter().for_each(|&i| live.extend(slot_at(i)..slot_at(i) + 512));
+    live.extend(base_of(b)..base_of(b) + BLOCK);
     let nodes = walk::nodes(b, newest(b));
     nodes.iter().for_each(|node| live.extend(node.at..node.at + node.len));
     let storage = store(b);
     let bench = Bench::open(&storage, &specimen::path(), true).unwrap();
-    for extent in bench.layer.extents(0..specimen::SIZE).unwrap() {
+    for extent in bench.extents(0..specimen::SIZE).unwrap() {
         if let Some(offset) = extent.offset.filter(|_| extent.depth == 0) {
             live.extend(offset as usize..(offset + extent.len) as usize);
         }

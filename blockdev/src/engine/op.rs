@@ -32,6 +32,11 @@ pub enum Op<F> {
         /// The file.
         file: F,
     },
+    /// The same, with all metadata, the time of modification included (fsync(2)).
+    SyncAll {
+        /// The file.
+        file: F,
+    },
     /// Allocates space without changing the size beyond `offset + len` or the contents
     /// (fallocate(2), mode 0: the file grows to the range's end if it is shorter).
     Allocate {

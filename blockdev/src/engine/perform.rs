@@ -90,6 +90,7 @@ pub(super) fn perform(op: &Op<HostFile>, scratch: &mut Vec<iovec>) -> Result<usi
             vectored(libc::pwritev64, transfer, scratch)
         }
         Op::Sync { file } => done(rustix::fs::fdatasync(file)),
+        Op::SyncAll { file } => done(rustix::fs::fsync(file)),
         Op::Allocate { file, offset, len } => {
             done(rustix::fs::fallocate(file, FallocateFlags::empty(), offset.0, *len))
         }

@@ -5,17 +5,21 @@
 //! goes on where a record ends.
 
 use std::collections::HashMap;
+use std::ops::Range;
 use std::path::Path;
+use std::sync::Arc;
 
 use super::OpenLayer;
 use super::device::Layer;
+use super::extents::MapRun;
 use super::load::Reader;
+use super::map::{BRANCH_BLOCKS, LEAF_BLOCKS, by_branch, pieces};
 use super::record::{Index, Run};
 use crate::error::{ErrorKind, ImageError};
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
-use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE};
+use sapwood_blockdev::units::BLOCK_BYTES;
 
 /// Findings listed in full; more are only counted.
 const LISTED_MAX: usize = 100;
@@ -66,7 +70,7 @@ pub async fn check<S: Storage, E: Engine<File = S::File>>(
     if !layer.core().was_clean {
         report.warnings.push("it was not closed properly; opening it for writing recovers it".to_owned());
     }
-    let mut places = mapped_places(&layer, &mut report);
+    let mut places = mapped_places(&layer, io, &mut report).await?;
     let file = layer.file();
     let reader = Reader { io, file: &file, path };
     let (count, head) = {
@@ -86,20 +90,53 @@ pub async fn check<S: Storage, E: Engine<File = S::File>>(
 /// The mapped blocks of each segment: place in the segment and guest block.
 type Mapped = HashMap<u32, Vec<(u32, u64)>>;
 
-fn mapped_places<E: Engine>(layer: &Layer<E>, report: &mut CheckReport) -> Mapped {
-    let mut places = Mapped::new();
-    let core = layer.core();
-    let end = super::SIZE_MAX / BLOCK_SIZE;
-    core.map.for_each_run(0..end, |start, count, entry| {
-        let Some(first) = entry.place() else { return };
-        for i in 0..count as u32 {
-            let segment = core.segments.of_place(first + i);
-            let inside = first + i - core.segments.first_block(segment);
-            places.entry(segment).or_default().push((inside, start + u64::from(i)));
-            report.mapped_blocks += 1;
+/// What the map says of blocks of one branch; what it cannot say is an error of the report.
+async fn readable_runs<E: Engine>(
+    layer: &Arc<Layer<E>>,
+    io: &Io<E>,
+    blocks: Range<u64>,
+    report: &mut CheckReport,
+) -> Result<Vec<MapRun>, ImageError> {
+    let mut runs = Vec::new();
+    let mut last = String::new();
+    for (leaf, part) in pieces(blocks, LEAF_BLOCKS) {
+        let base = u64::from(leaf) * LEAF_BLOCKS;
+        match layer.runs(io, base + part.start..base + part.end).await {
+            Ok(found) => runs.extend(found),
+            Err(ImageError { kind: kind @ ErrorKind::Corrupt { .. }, .. }) => {
+                // A damaged branch is one error, not one for each of its leaves.
+                let text = kind.to_string();
+                if text != last {
+                    report.error(text.clone());
+                    last = text;
+                }
+            }
+            Err(error) => return Err(error),
         }
-    });
-    let head = core.log.head;
+    }
+    Ok(runs)
+}
+
+async fn mapped_places<E: Engine>(
+    layer: &Arc<Layer<E>>,
+    io: &Io<E>,
+    report: &mut CheckReport,
+) -> Result<Mapped, ImageError> {
+    let mut places = Mapped::new();
+    let end = u64::from(layer.core().map.branch_count()) * BRANCH_BLOCKS;
+    for blocks in by_branch(0..end) {
+        for MapRun { start, count, entry } in readable_runs(layer, io, blocks, report).await? {
+            let Some(first) = entry.place() else { continue };
+            let core = layer.core();
+            for i in 0..count as u32 {
+                let segment = core.segments.of_place(first + i);
+                let inside = first + i - core.segments.first_block(segment);
+                places.entry(segment).or_default().push((inside, start + u64::from(i)));
+                report.mapped_blocks += 1;
+            }
+        }
+    }
+    let head = layer.core().log.head;
     for (segment, limit) in [(head.segment, head.block), (head.next_segment, 0)] {
         for (inside, block) in places.get(&segment).into_iter().flatten() {
             if *inside >= limit {
@@ -107,7 +144,7 @@ fn mapped_places<E: Engine>(layer: &Layer<E>, report: &mut CheckReport) -> Mappe
             }
         }
     }
-    places
+    Ok(places)
 }
 
 async fn check_segment<E: Engine>(

@@ -1,6 +1,6 @@
 //! Checkpoints: the map as of one sequence number, made durable and named by a slot.
 //!
-//! Order: leaves, branches, root and end are appended to the log like anything else; a sync; the
+//! Order: leaves, branches, usage, root and end are appended to the log like anything else; a sync; the
 //! slot that is not the newest; a sync; then segments that neither slot needs are let go.
 
 use std::future::poll_fn;
@@ -8,16 +8,21 @@ use std::task::Poll;
 
 use super::core::{Core, Root};
 use super::driver::Driver;
-use super::layout::{LayerId, LogPosition, Slot, slot_offset};
+use super::layout::LayerId;
+use super::leaf::Leaf;
 use super::log::Part;
 use super::map::Frozen;
-use super::node::{NODE_ALIGNMENT, NodeRef, encode_leaf};
+use super::node::{NODE_ALIGNMENT, NodeRef, encode_leaf, encode_root, encode_usage};
 use super::record::Run;
+use super::slot::{LogPosition, Slot, slot_offset};
 use super::tuning::breaks;
 use super::waiter::Result;
 use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE};
+
+/// Nodes appended before waiting for them: bounds what a checkpoint puts before a guest's write.
+const STORE_NODES: usize = 128;
 
 /// A checkpoint under way.
 struct Running {
@@ -86,19 +91,31 @@ impl<E: Engine> Driver<E> {
 
     /// Writes leaves, then branches, then the root: each level names the places of the one below.
     async fn write_nodes(&self, running: &mut Running) -> Result {
-        let leaves: Vec<(u32, Vec<u8>)> =
-            running.frozen.leaves.iter().map(|(index, table)| (*index, encode_leaf(*index, table))).collect();
-        for (leaf, node) in self.store(leaves).await? {
-            let core = &mut *self.layer.core();
-            core.map.place_leaf(leaf, node, &mut core.segments);
+        for leaves in running.frozen.leaves.chunks(STORE_NODES) {
+            let encode = |(index, leaf): &(u32, Leaf)| (*index, encode_leaf(*index, &leaf.to_table()));
+            for (leaf, node) in self.store(leaves.iter().map(encode).collect()).await? {
+                let core = &mut *self.layer.core();
+                core.map.place_leaf(leaf, node);
+                core.segments.place_leaf(node);
+            }
         }
-        let branches: Vec<(u32, Vec<u8>)> = {
-            let core = self.layer.core();
-            running.frozen.branches.iter().map(|&index| (index, core.map.encode_branch(index))).collect()
-        };
-        for (branch, node) in self.store(branches).await? {
-            let core = &mut *self.layer.core();
-            core.map.place_branch(branch, node, &mut core.segments);
+        for branches in running.frozen.branches.chunks(STORE_NODES) {
+            let encoded = {
+                let map = &mut self.layer.core().map;
+                branches.iter().map(|&index| (index, map.encode_branch(index))).collect()
+            };
+            for (branch, node) in self.store(encoded).await? {
+                let core = &mut *self.layer.core();
+                core.map.place_branch(branch, node);
+                core.segments.take_node(node);
+            }
+        }
+        let usage = self.layer.core().segments.frozen_usage();
+        for usage in usage.chunks(STORE_NODES) {
+            let encoded = usage.iter().map(|(index, table)| (*index, encode_usage(*index, table)));
+            for (group, node) in self.store(encoded.collect()).await? {
+                self.layer.core().segments.place_usage(group, node);
+            }
         }
         self.write_root(running).await
     }
@@ -108,10 +125,14 @@ impl<E: Engine> Driver<E> {
         if !running.frozen.root_changed {
             return Ok(());
         }
-        let root = self.layer.core().map.encode_root();
-        if root.is_empty() {
-            return Ok(());
-        }
+        let root = {
+            let core = self.layer.core();
+            let (branches, usage) = (core.map.root_refs(), core.segments.usage_refs());
+            if branches.is_empty() && usage.is_empty() {
+                return Ok(());
+            }
+            encode_root(branches, &usage)
+        };
         let blocks = root.len().div_ceil(BLOCK_BYTES);
         let mut buf = AlignedBuf::zeroed(blocks * BLOCK_BYTES);
         buf[..root.len()].copy_from_slice(&root);
@@ -159,7 +180,8 @@ impl<E: Engine> Driver<E> {
 
 impl Core {
     fn freeze(&mut self) -> Running {
-        let frozen = self.map.freeze(&mut self.segments);
+        let mut frozen = self.map.freeze(&mut self.segments);
+        frozen.root_changed |= self.segments.freeze_usage();
         if frozen.root_changed {
             self.set_root(Root::default());
         }
@@ -192,6 +214,7 @@ impl Core {
             root: running.root.offset,
             root_len: running.root.len,
             size: running.size,
+            base: self.base_sequence,
             clean: clean && log == self.log.head,
         }
     }
@@ -199,6 +222,7 @@ impl Core {
     /// The slot is durable.
     fn checkpoint_done(&mut self, slot: &Slot, dead: &[u32]) {
         self.generation = slot.generation;
+        self.slot_bases = [slot.base, self.slot_bases[0]];
         self.checkpoint_sequence = slot.log.sequence;
         self.segments.retire(dead, breaks!(self.tuning, ReuseAfterOneSlot));
         if breaks!(self.tuning, ReuseWithoutEpochs) {
@@ -208,9 +232,8 @@ impl Core {
 
     /// Ends a checkpoint; one that failed leaves everything to the next.
     fn thaw(&mut self, frozen: &Frozen, failed: bool) {
-        self.map.thaw();
-        if failed {
-            self.map.refreeze(frozen);
-        }
+        self.map.thaw(frozen, failed);
+        self.segments.thaw_usage(failed);
+        self.release_held();
     }
 }

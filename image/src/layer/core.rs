@@ -11,13 +11,14 @@
 use std::ops::Range;
 use std::task::Waker;
 
-use super::layout::LogPosition;
-use super::log::{FlightState, Log, Part, RecordWrite};
-use super::map::Map;
+use super::log::{Flight, FlightState, Log, Part, RecordWrite, guest_blocks};
+use super::map::{Map, leaves_of};
 use super::node::Entry;
+use super::paging::Loading;
 use super::ports::Ports;
 use super::record::Run;
 use super::segments::Segments;
+use super::slot::LogPosition;
 use super::tuning::{Tuning, breaks};
 use super::waiter::{Result, Waiter};
 use sapwood_blockdev::Errno;
@@ -27,6 +28,9 @@ use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
 
 /// Data that may wait for a record, in bytes: more is left with the guest.
 const PENDING_BYTES_MAX: usize = 64 << 20;
+
+/// Memory for changed nodes of the map that there always is, in bytes.
+const DIRTY_BYTES_MIN: u64 = 1 << 20;
 
 /// Something to do for the layer, by whoever asks.
 #[derive(Debug)]
@@ -77,6 +81,10 @@ pub(super) struct Core {
     /// Guest-visible size in bytes.
     pub(super) size: u64,
     pub(super) map: Map,
+    /// Nodes of the map that are being read.
+    pub(super) loading: Loading,
+    /// Reads of nodes, since the layer was opened.
+    pub(super) node_reads: u64,
     pub(super) segments: Segments,
     pub(super) log: Log,
     pub(super) ports: Ports,
@@ -93,6 +101,10 @@ pub(super) struct Core {
     /// The newest record that it includes.
     pub(super) checkpoint_sequence: u64,
     pub(super) root: Root,
+    /// The base record that checkpoints belong to from now on.
+    pub(super) base_sequence: u64,
+    /// Those that the newest slot and the other one name.
+    pub(super) slot_bases: [u64; 2],
     pub(super) checkpointing: bool,
     pub(super) checkpointed_at: Time,
     pub(super) closing: bool,
@@ -121,6 +133,8 @@ impl Core {
             tuning,
             size,
             map,
+            loading: Loading::new(),
+            node_reads: 0,
             segments,
             log,
             ports: Ports::default(),
@@ -131,6 +145,8 @@ impl Core {
             generation: 0,
             checkpoint_sequence: durable,
             root: Root::default(),
+            base_sequence: 1,
+            slot_bases: [1; 2],
             checkpointing: false,
             checkpointed_at: Time::ZERO,
             closing: false,
@@ -143,28 +159,56 @@ impl Core {
         }
     }
 
-    /// Appends a part to the log; its waiter hears of it exactly once.
+    /// Appends a part to the log; its waiter hears of it exactly once. The leaves whose entries it
+    /// changes must be loaded; they stay so until the part has ended.
     pub(super) fn append(&mut self, part: Part) {
         if let Waiter::Ticket(ticket) = &part.waiter {
             ticket.add();
         }
-        match self.latched {
-            Some(_) => self.end(part.waiter, Err(DeviceError::Latched), 0),
-            None => self.log.push(part),
+        if self.latched.is_some() {
+            return self.end(part.waiter, Err(DeviceError::Latched), 0);
         }
+        for leaf in leaves_of(&guest_blocks(&part.run)) {
+            self.map.pin(leaf).expect("whoever appends has loaded the leaves");
+        }
+        self.log.push(part);
+    }
+
+    /// Whether a part that changes these blocks can be appended at once.
+    pub(super) fn can_append(&self, blocks: &Range<u64>) -> bool {
+        leaves_of(blocks).all(|leaf| self.map.is_loaded(leaf))
+    }
+
+    fn unpin(&mut self, leaves: Range<u32>) {
+        leaves.for_each(|leaf| self.map.unpin(leaf));
+    }
+
+    fn unpin_flight(&mut self, flight: &mut Flight) {
+        std::mem::take(&mut flight.leaves).into_iter().for_each(|leaves| self.unpin(leaves));
     }
 
     /// Whether a queue's writes should wait until less waits for the log. Then the queue is woken
     /// when it may try again.
     pub(super) fn hold(&mut self, port: usize) -> bool {
-        let congested = self.log.pending_bytes > PENDING_BYTES_MAX;
+        let congested =
+            self.latched.is_none() && (self.log.pending_bytes > PENDING_BYTES_MAX || self.is_map_full());
         self.ports.set_held(port, congested);
         congested
     }
 
+    /// Whether changed nodes take so much memory that a checkpoint has to come first.
+    pub(super) fn is_map_full(&self) -> bool {
+        self.map.dirty_bytes() > DIRTY_BYTES_MIN.max(self.tuning.map_cache_bytes)
+    }
+
+    /// Whether changed nodes take so much memory that a checkpoint is due.
+    pub(super) fn is_map_dirty(&self) -> bool {
+        self.map.dirty_bytes() > DIRTY_BYTES_MIN.max(self.tuning.map_cache_bytes) / 2
+    }
+
     /// Wakes the queues that hold writes back, once they need not.
-    fn release_held(&mut self) {
-        if self.log.pending_bytes <= PENDING_BYTES_MAX {
+    pub(super) fn release_held(&mut self) {
+        if self.log.pending_bytes <= PENDING_BYTES_MAX && !self.is_map_full() {
             self.ports.release_held();
         }
     }
@@ -293,8 +337,10 @@ impl Core {
         self.log.pending_bytes = 0;
         self.release_held();
         for part in std::mem::take(&mut self.log.pending) {
+            self.unpin(leaves_of(&guest_blocks(&part.run)));
             self.end(part.waiter, Err(error), 0);
         }
+        self.merge_wakers.drain(..).for_each(Waker::wake);
     }
 
     /// A record's write has ended.
@@ -337,10 +383,11 @@ impl Core {
                 FlightState::Voided(errno) => Err(DeviceError::from(errno)),
                 _ => break,
             };
-            let flight = self.log.flights.pop_front().expect("looked at above");
+            let mut flight = self.log.flights.pop_front().expect("looked at above");
             if result.is_ok() {
                 self.apply(&flight.runs);
             }
+            self.unpin_flight(&mut flight);
             self.log.published = flight.end;
             self.sync.unsynced_since.get_or_insert(now);
             for (waiter, place) in flight.waiters {
@@ -394,7 +441,8 @@ impl Core {
             self.latched = Some(error);
         }
         self.fail_pending(DeviceError::Latched);
-        for flight in std::mem::take(&mut self.log.flights) {
+        for mut flight in std::mem::take(&mut self.log.flights) {
+            self.unpin_flight(&mut flight);
             flight.waiters.into_iter().for_each(|(waiter, _)| self.end(waiter, Err(DeviceError::Latched), 0));
         }
         for waiter in std::mem::take(&mut self.sync.waiting) {

@@ -1,17 +1,17 @@
 //! Makes a layer.
 //!
-//! Order: the slot, then a sync, then the header, then a sync of file and folder. A file without a
+//! Order: slot and base record, then a sync, then the header, then a sync of file and folder. A file without a
 //! header is no layer, so a crash on the way leaves nothing that could be mistaken for one. On a block
 //! device all that would tell what it held before is erased first, durably (`image/src/site.rs`).
 
 use std::path::{Path, PathBuf};
 
-use super::base::{Base, resolve};
-use super::layout::{
-    BASE_PATH_MAX, BaseIdentity, BaseRecord, Header, LogPosition, PREAMBLE_BYTES, SEGMENT_BLOCKS_MAX,
-    SEGMENT_BLOCKS_MIN, Slot, slot_offset,
-};
-use super::{BaseSpec, CreateLayer, check_size};
+use super::base::Base;
+use super::base_record::{BaseRecord, base_offset};
+use super::header::Header;
+use super::layout::{PREAMBLE_BYTES, SEGMENT_BLOCKS_MAX, SEGMENT_BLOCKS_MIN};
+use super::slot::{LogPosition, Slot, slot_offset};
+use super::{CreateLayer, check_size};
 use crate::error::ImageError;
 use crate::site;
 use sapwood_blockdev::Errno;
@@ -35,7 +35,7 @@ pub async fn create<S: Storage, E: Engine<File = S::File>>(
 ) -> Result<(), ImageError> {
     let segment_blocks = segment_blocks(path, options.segment_size)?;
     let base = match &options.base {
-        Some(spec) => Some(identify(storage, io, path, spec).await?),
+        Some(spec) => Some(Base::<E>::open_named(storage, io, path, spec, &[]).await?.1),
         None => None,
     };
     let size = options.size.or(base.as_ref().map(|base| base.identity.size()));
@@ -49,13 +49,23 @@ pub async fn create<S: Storage, E: Engine<File = S::File>>(
     storage.random(&mut random).map_err(|e| ImageError::io(path, "make random numbers for", e))?;
     let layer_id = super::bytes::array(&random, 0);
     let nonce = super::bytes::get_u64(&random, 16);
-    let header = Header { layer_id, segment_blocks, base };
+    let header = Header { layer_id, segment_blocks };
+    let record = BaseRecord { layer_id, sequence: 1, committing: false, base };
     let log = LogPosition { segment: 0, block: 0, next_segment: 1, sequence: 0, chain: 0, nonce };
-    let slot = Slot { layer_id, generation: 1, log, root: FileOffset(0), root_len: 0, size, clean: true };
+    let slot = Slot {
+        layer_id,
+        generation: 1,
+        log,
+        root: FileOffset(0),
+        root_len: 0,
+        size,
+        base: record.sequence,
+        clean: true,
+    };
 
     let room = PREAMBLE_BYTES + DEVICE_SEGMENTS_MIN * u64::from(options.segment_size);
     let file = site::prepare(storage, io, path, room, options.overwrite).await?;
-    let written = write(io, &file, path, &header, &slot).await;
+    let written = write(io, &file, path, &header, &slot, &record).await;
     if written.is_err() {
         // The first failure is the one to tell.
         let _ = site::abandon(io, &file).await;
@@ -74,35 +84,13 @@ fn segment_blocks(path: &Path, bytes: u32) -> Result<u32, ImageError> {
     Ok(blocks)
 }
 
-/// Opens the base, to see that it can be used and what it is.
-async fn identify<S: Storage, E: Engine<File = S::File>>(
-    storage: &S,
-    io: &Io<E>,
-    path: &Path,
-    spec: &BaseSpec,
-) -> Result<BaseRecord, ImageError> {
-    let stored =
-        spec.path.to_str().filter(|p| !p.is_empty() && p.len() <= BASE_PATH_MAX).ok_or_else(|| {
-            ImageError::invalid(path, format!("the base's path must be UTF-8 of 1 to {BASE_PATH_MAX} bytes"))
-        })?;
-    let resolved = resolve(path, stored);
-    let (_, identity) = Base::<E>::open(storage, io, &resolved, spec.format, &[]).await?;
-    if let BaseIdentity::Raw { mtime_ns: 0, .. } = identity {
-        log::warn!(
-            "{}: a block device has no modification time: only a change of its size will be noticed, so make \
-             sure that nothing writes it while layers are over it (blockdev --setro)",
-            resolved.display()
-        );
-    }
-    Ok(BaseRecord { path: stored.to_owned(), identity })
-}
-
 async fn write<E: Engine>(
     io: &Io<E>,
     file: &E::File,
     path: &Path,
     header: &Header,
     slot: &Slot,
+    record: &BaseRecord,
 ) -> Result<(), Errno> {
     if !file.is_device() {
         io.run(Op::Truncate { file: file.clone(), size: PREAMBLE_BYTES }).await.result?;
@@ -110,6 +98,7 @@ async fn write<E: Engine>(
     let put =
         |offset, bytes: Vec<u8>| io.run(Op::write(file.clone(), offset, AlignedBuf::from_slice(&bytes)));
     put(slot_offset(slot.generation), slot.encode()).await.result?;
+    put(base_offset(record.sequence), record.encode()).await.result?;
     io.run(Op::Sync { file: file.clone() }).await.result?;
     put(FileOffset(0), header.encode()).await.result?;
     io.run(Op::Sync { file: file.clone() }).await.result?;

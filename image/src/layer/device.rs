@@ -2,20 +2,20 @@
 
 use std::ops::Range;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
-use super::base::{Base, resolve};
+use super::base::{Below, hex, resolve};
+use super::base_record::BaseIdentity;
 use super::core::Core;
 use super::driver::Driver;
-use super::layout::{BaseIdentity, Header, PREAMBLE_BYTES};
+use super::header::Header;
+use super::layout::PREAMBLE_BYTES;
 use super::node::Entry;
 use super::queue::LayerQueue;
 use super::record::Run;
 use super::tuning::breaks;
 use super::{BaseSpec, LayerInfo};
 use crate::error::ImageError;
-use crate::extent::{Extent, ExtentKind};
-use crate::raw;
 use sapwood_blockdev::device::{BlockDevice, Command, Geometry, Request};
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
@@ -23,8 +23,6 @@ use sapwood_blockdev::units::{BLOCK_SIZE, GuestOffset, SECTOR_SIZE};
 
 /// Largest part of a record, in blocks: what is left over at the end of a segment stays below it.
 const PART_BLOCKS_MAX: u32 = 32;
-/// Largest run of zeroes in one part, in blocks.
-const ZERO_RUN_MAX: u64 = 1 << 30;
 
 /// An open layer: a disk that guests write, over a base that they do not.
 ///
@@ -34,7 +32,8 @@ pub struct Layer<E: Engine> {
     file: E::File,
     path: PathBuf,
     header: Header,
-    base: Option<Base<E>>,
+    /// Replaced as a whole when the base is changed.
+    below: RwLock<Arc<Below<E>>>,
     read_only: bool,
     core: Mutex<Core>,
 }
@@ -44,11 +43,12 @@ impl<E: Engine> Layer<E> {
         file: E::File,
         path: &Path,
         header: Header,
-        base: Option<Base<E>>,
+        below: Below<E>,
         read_only: bool,
         core: Core,
     ) -> Arc<Self> {
-        Arc::new(Self { file, path: path.to_owned(), header, base, read_only, core: Mutex::new(core) })
+        let below = RwLock::new(Arc::new(below));
+        Arc::new(Self { file, path: path.to_owned(), header, below, read_only, core: Mutex::new(core) })
     }
 
     /// The shared state. A panic elsewhere does not make it unusable: reads go on.
@@ -68,8 +68,13 @@ impl<E: Engine> Layer<E> {
         &self.header
     }
 
-    pub(super) fn base(&self) -> Option<&Base<E>> {
-        self.base.as_ref()
+    pub(super) fn set_below(&self, below: Arc<Below<E>>) {
+        *self.below.write().unwrap_or_else(PoisonError::into_inner) = below;
+    }
+
+    /// What lies below now.
+    pub(super) fn below(&self) -> Arc<Below<E>> {
+        Arc::clone(&self.below.read().unwrap_or_else(PoisonError::into_inner))
     }
 
     pub(super) fn is_read_only(&self) -> bool {
@@ -87,17 +92,15 @@ impl<E: Engine> Layer<E> {
         BaseIdentity::Layer { size: core.size, id: self.header.layer_id, generation: core.generation }
     }
 
-    /// The runs that make whole blocks read as zeroes. Without a base nothing needs to be said of
-    /// them but that they are not mapped.
-    pub(super) fn zero_runs(&self, blocks: Range<u64>) -> Vec<Run> {
-        let run = |start: u64| {
-            let count = ZERO_RUN_MAX.min(blocks.end - start) as u32;
-            match self.base {
-                Some(_) => Run::Zero { start, count },
-                None => Run::Absent { start, count },
-            }
-        };
-        blocks.clone().step_by(ZERO_RUN_MAX as usize).map(run).collect()
+    /// The entry that makes a block read as zeroes. Without a base nothing needs to be said but that
+    /// it is not mapped.
+    pub(super) fn zero_entry(&self) -> Entry {
+        if self.below().record.base.is_some() { Entry::ZERO } else { Entry::ABSENT }
+    }
+
+    /// The run that makes whole blocks, not more than a branch has, read as zeroes.
+    pub(super) fn zero_run(&self, blocks: Range<u64>) -> Run {
+        Run::uniform(blocks, self.zero_entry())
     }
 
     /// A queue over a reactor that the caller also uses for other things.
@@ -107,20 +110,17 @@ impl<E: Engine> Layer<E> {
 
     /// Facts about the layer as it is now.
     pub fn info(&self) -> LayerInfo {
+        let below = self.below();
+        let base = below.record.base.as_ref();
         let core = self.core();
-        let id = self.header.layer_id.iter().map(|byte| format!("{byte:02x}")).collect();
-        let base = self
-            .header
-            .base
-            .as_ref()
-            .map(|base| BaseSpec { path: PathBuf::from(&base.path), format: base.identity.format() });
         let live_blocks = core.segments.live_blocks();
         LayerInfo {
             size: core.size,
-            id,
+            id: hex(&self.header.layer_id),
             segment_size: core.segments.bytes(),
-            base_path: self.header.base.as_ref().map(|base| resolve(&self.path, &base.path)),
-            base,
+            base_path: base.map(|base| resolve(&self.path, &base.path)),
+            base: base
+                .map(|base| BaseSpec { path: PathBuf::from(&base.path), format: base.identity.format() }),
             live_blocks,
             used_bytes: core.segments.used_bytes() + PREAMBLE_BYTES,
             dead_blocks: core.segments.dead_blocks(core.log.head.segment, core.log.head.block),
@@ -128,73 +128,6 @@ impl<E: Engine> Layer<E> {
             sequence: core.log.published.sequence,
             clean: core.was_clean,
         }
-    }
-
-    /// What `range` of the disk, in bytes, holds, through all bases. Cut off at the disk's end.
-    ///
-    /// # Errors
-    /// When a raw base cannot say where its holes are.
-    pub fn extents(&self, range: Range<u64>) -> Result<Vec<Extent>, ImageError> {
-        let mut extents = Vec::new();
-        self.extents_at_depth(range, 0, &mut extents)?;
-        Ok(extents)
-    }
-
-    fn extents_at_depth(
-        &self,
-        range: Range<u64>,
-        depth: u32,
-        out: &mut Vec<Extent>,
-    ) -> Result<(), ImageError> {
-        let size = self.core().size;
-        let range = range.start.min(size)..range.end.min(size);
-        if range.is_empty() {
-            return Ok(());
-        }
-        let file: Arc<Path> = self.path.as_path().into();
-        let mut runs = Vec::new();
-        let blocks = range.start / BLOCK_SIZE..range.end.div_ceil(BLOCK_SIZE);
-        self.core().map.for_each_run(blocks, |start, count, entry| runs.push((start, count, entry)));
-        for (start, count, entry) in runs {
-            let first = start * BLOCK_SIZE;
-            let part = first.max(range.start)..(first + count * BLOCK_SIZE).min(range.end);
-            let (kind, offset) = match entry.place() {
-                Some(place) => (ExtentKind::Data, Some(Core::file_offset(place).0 + part.start - first)),
-                None if entry == Entry::ZERO => (ExtentKind::Zero, None),
-                None => {
-                    self.extents_below(part, depth, out)?;
-                    continue;
-                }
-            };
-            let len = part.end - part.start;
-            let file = Some(Arc::clone(&file));
-            Extent::push_to(out, Extent { start: part.start, len, kind, depth, offset, file });
-        }
-        Ok(())
-    }
-
-    fn extents_below(&self, range: Range<u64>, depth: u32, out: &mut Vec<Extent>) -> Result<(), ImageError> {
-        let end = match &self.base {
-            None => range.start,
-            Some(Base::Raw { file, size }) => {
-                let inside = range.start.min(*size)..range.end.min(*size);
-                for extent in raw::map::extents(file, inside.clone())? {
-                    Extent::push_to(out, Extent { depth: depth + 1, ..extent });
-                }
-                inside.end.max(range.start)
-            }
-            Some(Base::Layer(below)) => {
-                let inside_end = below.core().size.clamp(range.start, range.end);
-                below.extents_at_depth(range.start..inside_end, depth + 1, out)?;
-                inside_end
-            }
-        };
-        if end < range.end {
-            let (start, len) = (end, range.end - end);
-            let absent = Extent { start, len, kind: ExtentKind::Absent, depth, offset: None, file: None };
-            Extent::push_to(out, absent);
-        }
-        Ok(())
     }
 
     /// Gives the disk another size in bytes, a multiple of 512; durable when it returns. Bytes

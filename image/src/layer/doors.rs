@@ -3,13 +3,19 @@
 //!
 //! Each panics when what was decoded does not survive being encoded and decoded again.
 
-use super::layout::{Header, Slot, SlotState, slot_offset};
-use super::node::{NodeKind, decode_leaf, decode_refs, encode_leaf, encode_refs};
+use super::base_record::{BaseRecord, base_offset};
+use super::header::Header;
+use super::node::{
+    decode_branch, decode_leaf, decode_root, decode_usage, encode_branch, encode_leaf, encode_root,
+    encode_usage, packed_nodes,
+};
 use super::record::Index;
+use super::slot::{Slot, SlotState, slot_offset};
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE};
 
-/// The first blocks of a layer: header and slots. Says whether there is a header.
-pub fn header_and_slots(bytes: &[u8]) -> bool {
+/// The first blocks of a layer: header, slots and the base records that they name. Says whether
+/// there is a header.
+pub fn preamble(bytes: &[u8]) -> bool {
     let Ok(header) = Header::decode(bytes) else { return false };
     assert_eq!(Header::decode(&header.encode()).as_ref(), Ok(&header));
     for parity in [0, 1] {
@@ -20,6 +26,12 @@ pub fn header_and_slots(bytes: &[u8]) -> bool {
                 panic!("{slot:?} was refused")
             };
             assert_eq!(slot, again);
+            let at = base_offset(slot.base).0 as usize;
+            let Some(block) = bytes.get(at..at + BLOCK_SIZE as usize) else { continue };
+            if let Ok(record) = BaseRecord::decode(block, &header, slot.base) {
+                let again = BaseRecord::decode(&record.encode(), &header, slot.base);
+                assert_eq!(again.as_ref(), Ok(&record));
+            }
         }
     }
     true
@@ -37,7 +49,7 @@ pub fn record(bytes: &[u8]) -> bool {
     true
 }
 
-/// A map node of any kind, as leaf, branch or root `index` of a file with this many blocks. Says
+/// A map node of any kind, as leaf, branch, root or usage node `index` of a file with this many blocks. Says
 /// whether it is one.
 pub fn node(bytes: &[u8], index: u32, blocks: u32) -> bool {
     if let Ok(table) = decode_leaf(bytes, index, blocks) {
@@ -49,12 +61,22 @@ pub fn node(bytes: &[u8], index: u32, blocks: u32) -> bool {
     let holds = |offset: u64, len: usize| {
         offset.checked_add(len as u64).is_some_and(|end| end <= u64::from(blocks) * BLOCK_SIZE)
     };
-    for kind in [NodeKind::Branch, NodeKind::Root] {
-        if let Ok(refs) = decode_refs(bytes, kind, index, holds) {
-            let encoded = encode_refs(kind, index, &refs);
-            assert_eq!(decode_refs(&encoded, kind, index, holds).as_ref(), Ok(&refs));
-            return true;
-        }
+    if let Ok(refs) = decode_branch(bytes, index, holds) {
+        let encoded = encode_branch(index, &refs);
+        assert_eq!(decode_branch(&encoded, index, holds).as_ref(), Ok(&refs));
+        return true;
     }
+    if let Ok(refs) = decode_root(bytes, holds) {
+        let encoded = encode_root(&refs.0, &refs.1);
+        assert_eq!(decode_root(&encoded, holds).as_ref(), Ok(&refs));
+        return true;
+    }
+    let segment_bytes = u64::from(blocks) * BLOCK_SIZE;
+    if let Ok(table) = decode_usage(bytes, index, segment_bytes) {
+        let encoded = encode_usage(index, &table);
+        assert_eq!(decode_usage(&encoded, index, segment_bytes).as_ref(), Ok(&table));
+        return true;
+    }
+    packed_nodes(bytes);
     false
 }

@@ -1,14 +1,15 @@
-//! Reads a stored map.
+//! Reads what an open layer always keeps in memory: the root of the map and the usage of segments.
 //!
-//! The nodes of one level are read in the order in which they lie in the file, several with one
-//! read where they are close, because a map is many small nodes.
+//! Usage nodes are read in the order in which they lie in the file, several with one read where
+//! they are close.
 
 use std::path::Path;
 
-use super::layout::{Damage, FIRST_SEGMENT_BLOCK, Slot, size_max};
+use super::layout::{Damage, size_max};
 use super::map::Map;
-use super::node::{BRANCH_LEAVES, NodeKind, NodeRef, decode_leaf, decode_refs};
+use super::node::{NodeRef, decode_root, decode_usage};
 use super::segments::Segments;
+use super::slot::Slot;
 use crate::error::{ErrorKind, ImageError};
 use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::engine::{Engine, Op};
@@ -45,62 +46,54 @@ impl<E: Engine> Reader<'_, E> {
         ImageError::corrupt(self.path, damage.field, offset + damage.at as u64, damage.detail)
     }
 
-    /// Reads the map that `slot` names, and counts what it refers to.
-    pub(super) async fn load_map(&self, slot: &Slot, segments: &mut Segments) -> Result<Map, ImageError> {
-        let mut map = Map::default();
+    /// Reads what `slot` says of the map and of the segments: the root, and the usage nodes. The rest
+    /// of the map is read when it is needed.
+    pub(super) async fn load_root(
+        &self,
+        slot: &Slot,
+        segments: &mut Segments,
+        cache_bytes: u64,
+    ) -> Result<Map, ImageError> {
         if slot.root_len == 0 {
-            return Ok(map);
+            return Ok(Map::new(Vec::new(), cache_bytes));
         }
         let (root, len) = (slot.root.0, u64::from(slot.root_len));
         if len > WINDOW_BYTES || !segments.holds(root, len as usize) {
             return Err(ImageError::corrupt(self.path, "slot.root", root, "it does not lie in a segment"));
         }
-        let bytes = self.read_span(root, root + len).await?;
-        let skip = (root % BLOCK_SIZE) as usize;
-        let bytes = &bytes[skip..skip + len as usize];
-        let refs = decode_refs(bytes, NodeKind::Root, 0, |o, n| segments.holds(o, n))
-            .map_err(|damage| self.error(root, damage))?;
-        if (refs.len() as u64) << 30 > size_max(segments.segment_blocks()) {
+        let bytes = self.read_bytes(root, root + len).await?;
+        let (branches, usage) =
+            decode_root(&bytes, |o, n| segments.holds(o, n)).map_err(|damage| self.error(root, damage))?;
+        if (branches.len() as u64) << 30 > size_max(segments.segment_blocks()) {
             let detail = "more branches than a disk of this layer can have";
-            return Err(ImageError::corrupt(self.path, "root.count", root, detail));
+            return Err(ImageError::corrupt(self.path, "root.branches", root, detail));
         }
         segments.take_node_bytes(root, len as usize);
+        branches.iter().for_each(|&node| segments.take_node(node));
+        self.load_usage(slot, usage, segments).await?;
+        Ok(Map::new(branches, cache_bytes))
+    }
 
-        let mut branches = Vec::new();
-        for (index, node) in refs.into_iter().enumerate() {
-            map.load_branch(index, node, segments);
-            branches.extend(node.stored().map(|_| (index as u32, node)));
-        }
-        let mut leaves = Vec::new();
-        self.read_nodes(branches, |branch, node, bytes| {
+    async fn load_usage(
+        &self,
+        slot: &Slot,
+        usage: Vec<NodeRef>,
+        segments: &mut Segments,
+    ) -> Result<(), ImageError> {
+        let stored = (0..).zip(usage).filter(|(_, node)| node.stored().is_some()).collect();
+        let bytes_max = segments.bytes();
+        self.read_nodes(stored, |group, node, bytes| {
             let (offset, _) = node.stored().unwrap_or_default();
-            let refs = decode_refs(bytes, NodeKind::Branch, branch, |o, n| segments.holds(o, n))
-                .map_err(|damage| self.error(offset, damage))?;
-            for (i, node) in refs.into_iter().enumerate() {
-                let leaf = branch * BRANCH_LEAVES as u32 + i as u32;
-                match node.stored() {
-                    Some(_) => leaves.push((leaf, node)),
-                    None => map.load_leaf(leaf, node, None, segments),
+            let table = decode_usage(bytes, group, bytes_max).map_err(|damage| self.error(offset, damage))?;
+            match segments.load_usage(group, node, &table, slot.log.sequence) {
+                true => Ok(()),
+                false => {
+                    let detail = "it speaks of segments behind the end of the file";
+                    Err(ImageError::corrupt(self.path, "usage.live", offset, detail))
                 }
             }
-            Ok(())
         })
-        .await?;
-        let place_end = FIRST_SEGMENT_BLOCK + segments.count() * segments.segment_blocks();
-        self.read_nodes(leaves, |leaf, node, bytes| {
-            let (offset, _) = node.stored().unwrap_or_default();
-            let table = decode_leaf(bytes, leaf, place_end).map_err(|damage| self.error(offset, damage))?;
-            map.load_leaf(leaf, node, Some(table), segments);
-            Ok(())
-        })
-        .await?;
-        match segments.overfull() {
-            None => Ok(map),
-            Some(segment) => {
-                let offset = segments.offset(segment).0;
-                Err(ImageError::corrupt(self.path, "map", offset, "several entries name one block here"))
-            }
-        }
+        .await
     }
 
     /// Reads stored nodes and hands each to `f` with its index and reference.
@@ -128,6 +121,13 @@ impl<E: Engine> Reader<'_, E> {
             rest = others;
         }
         Ok(())
+    }
+
+    /// Reads the bytes `start..end`.
+    pub(super) async fn read_bytes(&self, start: u64, end: u64) -> Result<Vec<u8>, ImageError> {
+        let skip = (start % BLOCK_SIZE) as usize;
+        let bytes = self.read_span(start, end).await?;
+        Ok(bytes[skip..skip + (end - start) as usize].to_vec())
     }
 
     /// Reads the blocks that hold the bytes `start..end`.

@@ -10,9 +10,11 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use super::layout::{LayerId, LogPosition};
+use super::layout::LayerId;
+use super::map::leaves_of;
 use super::record::{Index, Run, fits};
 use super::segments::Segments;
+use super::slot::LogPosition;
 use super::waiter::Waiter;
 use sapwood_blockdev::Errno;
 use sapwood_blockdev::buffer::{AlignedBuf, Memory, Piece};
@@ -51,7 +53,7 @@ impl Part {
 }
 
 /// The guest blocks whose entries a run changes.
-fn guest_blocks(run: &Run) -> Range<u64> {
+pub(super) fn guest_blocks(run: &Run) -> Range<u64> {
     match *run {
         Run::Data { start, count } | Run::Zero { start, count } | Run::Absent { start, count } => {
             start..start + u64::from(count)
@@ -85,6 +87,8 @@ pub(super) struct Flight {
     pub(super) runs: Vec<(Run, u32)>,
     /// Who waits: one entry for each part.
     pub(super) waiters: Vec<(Waiter, u32)>,
+    /// The leaves that its parts keep in memory: one entry for each.
+    pub(super) leaves: Vec<Range<u32>>,
     pub(super) state: FlightState,
 }
 
@@ -204,6 +208,7 @@ impl Log {
             let data_place = place + 1 + taken.blocks;
             taken.ends_here = matches!(part.run, Run::CheckpointEnd { .. });
             taken.blocks = blocks;
+            taken.leaves.extend(Some(leaves_of(&part.guest_blocks())).filter(|leaves| !leaves.is_empty()));
             let absorbed = taken.runs.last_mut().is_some_and(|(last, _)| last.absorb(&part.run));
             if !absorbed {
                 taken.runs.push((part.run, data_place));
@@ -252,6 +257,7 @@ impl Log {
             data_blocks: taken.blocks,
             runs: taken.runs,
             waiters: taken.waiters,
+            leaves: taken.leaves,
             state: FlightState::Writing,
         });
         let mut memory = Memory::from(block);
@@ -301,6 +307,7 @@ struct Taken {
     checksums: Vec<u32>,
     memory: Memory,
     waiters: Vec<(Waiter, u32)>,
+    leaves: Vec<Range<u32>>,
     blocks: u32,
     /// The record changes the nonce, so it is the last with the old one: nothing may follow in it.
     ends_here: bool,

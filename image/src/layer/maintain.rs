@@ -52,7 +52,7 @@ impl Core {
         let old = now >= self.checkpointed_at + self.tuning.checkpoint_interval;
         Due {
             sync: self.unsynced_since().is_some_and(|since| now >= since + self.tuning.sync_interval),
-            checkpoint: self.is_log_long() || (old && self.is_checkpoint_wanted()),
+            checkpoint: self.is_log_long() || self.is_map_dirty() || (old && self.is_checkpoint_wanted()),
             clean: self.is_over_space()
                 && (self.segments.has_retired()
                     || self.segments.victim(self.log.published.sequence).is_some()),
@@ -75,7 +75,7 @@ impl Core {
     /// Wakes the maintenance when the log has become long, or when something was written at all
     /// since it went to sleep without a deadline.
     pub(super) fn wake_maintenance_if_due(&mut self) {
-        if self.is_log_long() || self.maintenance_idle {
+        if self.is_log_long() || self.is_map_dirty() || self.maintenance_idle {
             self.maintenance_idle = false;
             self.wake_maintenance();
         }

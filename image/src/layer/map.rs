@@ -1,116 +1,102 @@
 //! The map in memory: for each guest block, where its contents are.
 //!
-//! A radix tree of fixed shape: the root holds branches of 1 GiB, a branch holds leaves of 2 MiB,
-//! a leaf holds 512 entries. Stretches that are all absent or all zero take no table. Leaf tables
-//! are shared with a running checkpoint and copied when written meanwhile, so that a checkpoint
-//! is the map as of one sequence number.
+//! A radix tree of fixed shape: the root names branches of 1 GiB, a branch names leaves of 2 MiB,
+//! a leaf holds 512 entries. What the root says is always in memory. Other nodes are loaded when they are
+//! needed and are either *active* (changed since the last checkpoint, part of a running one, or
+//! pinned by somebody who is about to use them) or clean, in a cache of bounded size that may
+//! drop them. Whoever finds a node missing gets its key, loads it (see `paging`) and tries again.
 //!
-//! Invariant: a node reference (`node`) is changed by checkpoints only; it names what the newest
+//! Invariants: a cached node is not active and is what the node above it names. A branch with
+//! active leaves is active. References are changed by checkpoints only: they name what the newest
 //! complete checkpoint stored, or will store once the running one has placed its nodes.
 
+mod freeze;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::hash::{BuildHasherDefault, DefaultHasher};
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::node::{BRANCH_LEAVES, Entry, LEAF_ENTRIES, NodeKind, NodeRef, encode_refs, run_length};
-use super::segments::Segments;
-use sapwood_blockdev::units::BLOCK_SIZE;
+use quick_cache::unsync::{Cache, DefaultLifecycle};
+use quick_cache::{OptionsBuilder, Weighter};
 
-/// The 512 entries of one leaf.
-pub(super) type LeafTable = [Entry; LEAF_ENTRIES];
+use super::leaf::{Leaf, LeafTable};
+use super::node::{BRANCH_LEAVES, Entry, LEAF_ENTRIES, NodeRef};
+use super::segments::Segments;
+pub(super) use freeze::Frozen;
 
 /// Guest blocks of a branch.
-const BRANCH_BLOCKS: u64 = (BRANCH_LEAVES * LEAF_ENTRIES) as u64;
-const LEAF_BLOCKS: u64 = LEAF_ENTRIES as u64;
+pub(super) const BRANCH_BLOCKS: u64 = (BRANCH_LEAVES * LEAF_ENTRIES) as u64;
+/// Guest blocks of a leaf.
+pub(super) const LEAF_BLOCKS: u64 = LEAF_ENTRIES as u64;
+/// What a cached node costs beside its contents: about what the cache itself needs for it.
+const NODE_OVERHEAD: usize = 128;
 
-enum Leaf {
-    Uniform(Entry),
-    Table(Arc<LeafTable>),
+/// A node below the root.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(super) enum NodeKey {
+    Branch(u32),
+    Leaf(u32),
 }
 
-struct LeafSlot {
+/// The references of one branch.
+pub(super) type BranchRefs = [NodeRef; BRANCH_LEAVES];
+
+/// The contents of a loaded node.
+#[derive(Clone)]
+pub(super) enum Node {
+    Branch(Arc<BranchRefs>),
+    Leaf(Leaf),
+}
+
+#[derive(Clone)]
+struct Weight;
+
+impl Weighter<NodeKey, Node> for Weight {
+    fn weight(&self, _: &NodeKey, node: &Node) -> u64 {
+        let bytes = match node {
+            Node::Branch(_) => size_of::<BranchRefs>(),
+            Node::Leaf(leaf) => leaf.bytes(),
+        };
+        (bytes + NODE_OVERHEAD) as u64
+    }
+}
+
+type Clean = Cache<NodeKey, Node, Weight, BuildHasherDefault<DefaultHasher>>;
+
+struct ActiveLeaf {
     leaf: Leaf,
-    node: NodeRef,
+    pins: u32,
     dirty: bool,
+    /// The running checkpoint has yet to say where it is stored.
+    frozen: bool,
 }
 
-enum Branch {
-    Uniform(Entry),
-    Table(Vec<LeafSlot>),
-}
-
-struct BranchSlot {
-    branch: Branch,
-    node: NodeRef,
+struct ActiveBranch {
+    refs: Arc<BranchRefs>,
+    /// Active leaves below it, and pins.
+    users: u32,
     dirty: bool,
+    frozen: bool,
 }
 
 /// The map of one layer.
-#[derive(Default)]
 pub(super) struct Map {
-    branches: Vec<BranchSlot>,
-    /// Leaves whose `dirty` flag is up, once each; may name leaves that have gone since.
-    dirty_leaves: Vec<u32>,
-    /// A checkpoint is placing nodes: branches must keep their tables.
+    /// The references of the root.
+    roots: Vec<NodeRef>,
+    branches: BTreeMap<u32, ActiveBranch>,
+    leaves: BTreeMap<u32, ActiveLeaf>,
+    clean: Clean,
+    /// Leaves whose `dirty` flag is up.
+    dirty_leaves: BTreeSet<u32>,
+    /// A checkpoint is placing nodes.
     frozen: bool,
     /// The root must be stored anew although no branch changed.
     root_dirty: bool,
 }
 
-/// What a checkpoint has to write: the leaves and branches that changed since the last one.
-pub(super) struct Frozen {
-    pub(super) leaves: Vec<(u32, Arc<LeafTable>)>,
-    pub(super) branches: Vec<u32>,
-    /// The root has to be stored too.
-    pub(super) root_changed: bool,
-}
-
-impl BranchSlot {
-    const ABSENT: Self = Self { branch: Branch::Uniform(Entry::ABSENT), node: NodeRef::ABSENT, dirty: false };
-
-    /// The leaves, made from the uniform value where there were none.
-    fn table(&mut self) -> &mut Vec<LeafSlot> {
-        if let Branch::Uniform(entry) = self.branch {
-            let leaf =
-                || LeafSlot { leaf: Leaf::Uniform(entry), node: NodeRef(entry.0.into()), dirty: false };
-            self.branch = Branch::Table((0..BRANCH_LEAVES).map(|_| leaf()).collect());
-        }
-        match &mut self.branch {
-            Branch::Table(leaves) => leaves,
-            Branch::Uniform(_) => unreachable!("made a table above"),
-        }
-    }
-}
-
-impl LeafSlot {
-    fn entry(&self, index: usize) -> Entry {
-        match &self.leaf {
-            Leaf::Uniform(entry) => *entry,
-            Leaf::Table(table) => table[index],
-        }
-    }
-
-    /// The entries, to be changed; copied when a checkpoint still reads them.
-    fn table(&mut self) -> &mut LeafTable {
-        if let Leaf::Uniform(entry) = self.leaf {
-            self.leaf = Leaf::Table(Arc::new([entry; LEAF_ENTRIES]));
-        }
-        match &mut self.leaf {
-            Leaf::Table(table) => Arc::make_mut(table),
-            Leaf::Uniform(_) => unreachable!("made a table above"),
-        }
-    }
-
-    fn release_places(&self, range: Range<usize>, segments: &mut Segments) {
-        if let Leaf::Table(table) = &self.leaf {
-            for place in table[range].iter().filter_map(|entry| entry.place()) {
-                segments.release_block(place);
-            }
-        }
-    }
-}
-
 /// Splits `range` at multiples of `unit`: (unit index, part inside the unit).
-fn pieces(range: Range<u64>, unit: u64) -> impl Iterator<Item = (usize, Range<u64>)> {
+pub(super) fn pieces(range: Range<u64>, unit: u64) -> impl Iterator<Item = (u32, Range<u64>)> {
     let mut at = range.start;
     std::iter::from_fn(move || {
         (at < range.end).then(|| {
@@ -118,301 +104,322 @@ fn pieces(range: Range<u64>, unit: u64) -> impl Iterator<Item = (usize, Range<u6
             let end = range.end.min((index + 1) * unit);
             let part = at - index * unit..end - index * unit;
             at = end;
-            (index as usize, part)
+            (index as u32, part)
         })
     })
 }
 
+/// Splits blocks where branches end.
+pub(super) fn by_branch(blocks: Range<u64>) -> impl Iterator<Item = Range<u64>> {
+    pieces(blocks, BRANCH_BLOCKS).map(|(branch, part)| {
+        let base = u64::from(branch) * BRANCH_BLOCKS;
+        base + part.start..base + part.end
+    })
+}
+
+/// The leaves that hold the entries of some guest blocks.
+pub(super) fn leaves_of(blocks: &Range<u64>) -> Range<u32> {
+    if blocks.is_empty() {
+        return 0..0;
+    }
+    (blocks.start / LEAF_BLOCKS) as u32..blocks.end.div_ceil(LEAF_BLOCKS) as u32
+}
+
+/// The branch of a leaf and its index there.
+fn split(leaf: u32) -> (u32, usize) {
+    (leaf / BRANCH_LEAVES as u32, leaf as usize % BRANCH_LEAVES)
+}
+
 impl Map {
-    /// The entry of one block.
-    pub(super) fn lookup(&self, block: u64) -> Entry {
-        let Some(slot) = self.branches.get((block / BRANCH_BLOCKS) as usize) else { return Entry::ABSENT };
-        match &slot.branch {
-            Branch::Uniform(entry) => *entry,
-            Branch::Table(leaves) => {
-                let inside = (block % BRANCH_BLOCKS) as usize;
-                leaves[inside / LEAF_ENTRIES].entry(inside % LEAF_ENTRIES)
-            }
+    /// The map that a root with these references describes, with a cache for so many bytes of
+    /// clean nodes.
+    pub(super) fn new(roots: Vec<NodeRef>, cache_bytes: u64) -> Self {
+        let options = OptionsBuilder::new()
+            .weight_capacity(cache_bytes)
+            .estimated_items_capacity((cache_bytes / size_of::<LeafTable>() as u64).max(1) as usize)
+            .build()
+            .expect("every option is given");
+        let clean =
+            Cache::with_options(options, Weight, BuildHasherDefault::default(), DefaultLifecycle::default());
+        Self {
+            roots,
+            branches: BTreeMap::new(),
+            leaves: BTreeMap::new(),
+            clean,
+            dirty_leaves: BTreeSet::new(),
+            frozen: false,
+            root_dirty: false,
         }
+    }
+
+    /// Memory that nodes take which cannot be dropped before a checkpoint, in bytes.
+    pub(super) fn dirty_bytes(&self) -> u64 {
+        (self.dirty_leaves.len() * (size_of::<LeafTable>() + NODE_OVERHEAD)
+            + self.branches.len() * (size_of::<BranchRefs>() + NODE_OVERHEAD)) as u64
+    }
+
+    /// The reference to a branch.
+    pub(super) fn root_ref(&self, branch: u32) -> NodeRef {
+        self.roots.get(branch as usize).copied().unwrap_or(NodeRef::ABSENT)
+    }
+
+    /// The reference to a leaf; the key of its branch when that is not in memory.
+    pub(super) fn reference(&self, leaf: u32) -> Result<NodeRef, NodeKey> {
+        let (branch, index) = split(leaf);
+        if let Some(active) = self.branches.get(&branch) {
+            return Ok(active.refs[index]);
+        }
+        let root = self.root_ref(branch);
+        if root.uniform().is_some() {
+            return Ok(root);
+        }
+        match self.clean.get(&NodeKey::Branch(branch)) {
+            Some(Node::Branch(refs)) => Ok(refs[index]),
+            _ => Err(NodeKey::Branch(branch)),
+        }
+    }
+
+    /// Calls `f` with a leaf; returns the key of the node that is missing.
+    fn with_leaf<R>(&self, leaf: u32, f: impl FnOnce(&Leaf) -> R) -> Result<R, NodeKey> {
+        if let Some(active) = self.leaves.get(&leaf) {
+            return Ok(f(&active.leaf));
+        }
+        if let Some(Node::Leaf(found)) = self.clean.get(&NodeKey::Leaf(leaf)) {
+            return Ok(f(found));
+        }
+        match self.reference(leaf)?.uniform() {
+            Some(entry) => Ok(f(&Leaf::Uniform(entry))),
+            None => Err(NodeKey::Leaf(leaf)),
+        }
+    }
+
+    /// The entry of one block, or the node to load first.
+    pub(super) fn lookup(&self, block: u64) -> Result<Entry, NodeKey> {
+        self.with_leaf((block / LEAF_BLOCKS) as u32, |leaf| leaf.entry((block % LEAF_BLOCKS) as usize))
     }
 
     /// Calls `f(start, count, entry)` for stretches of equal uniform entries or of rising places
     /// that together cover `range`, in order. Stretches end at leaf boundaries at the latest
-    /// where there is a table.
-    pub(super) fn for_each_run(&self, range: Range<u64>, mut f: impl FnMut(u64, u64, Entry)) {
+    /// where there is a leaf. Stops where a node has to be loaded first.
+    pub(super) fn for_each_run(
+        &self,
+        range: Range<u64>,
+        mut f: impl FnMut(u64, u64, Entry),
+    ) -> Result<(), NodeKey> {
         for (branch, part) in pieces(range, BRANCH_BLOCKS) {
-            let base = branch as u64 * BRANCH_BLOCKS;
-            match self.branches.get(branch).map(|slot| &slot.branch) {
-                None => f(base + part.start, part.end - part.start, Entry::ABSENT),
-                Some(Branch::Uniform(entry)) => f(base + part.start, part.end - part.start, *entry),
-                Some(Branch::Table(leaves)) => {
-                    for (leaf, inner) in pieces(part, LEAF_BLOCKS) {
-                        let start = base + leaf as u64 * LEAF_BLOCKS;
-                        Self::leaf_runs(&leaves[leaf], start, inner, &mut f);
-                    }
-                }
+            let base = u64::from(branch) * BRANCH_BLOCKS;
+            if let Some(entry) = self.uniform_branch(branch) {
+                f(base + part.start, part.end - part.start, entry);
+                continue;
             }
+            for (leaf, part) in pieces(base + part.start..base + part.end, LEAF_BLOCKS) {
+                let start = u64::from(leaf) * LEAF_BLOCKS;
+                self.with_leaf(leaf, |leaf| {
+                    leaf.for_each_run(part.start as usize..part.end as usize, |at, count, entry| {
+                        f(start + at as u64, count as u64, entry);
+                    });
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The entry that all blocks of a branch share and nobody is changing, if there is one.
+    pub(super) fn uniform_branch(&self, branch: u32) -> Option<Entry> {
+        match self.branches.contains_key(&branch) {
+            true => None,
+            false => self.root_ref(branch).uniform(),
         }
     }
 
-    fn leaf_runs(slot: &LeafSlot, base: u64, range: Range<u64>, f: &mut impl FnMut(u64, u64, Entry)) {
-        match &slot.leaf {
-            Leaf::Uniform(entry) => f(base + range.start, range.end - range.start, *entry),
-            Leaf::Table(table) => {
-                let mut rest = &table[range.start as usize..range.end as usize];
-                let mut at = range.start;
-                while let Some(first) = rest.first() {
-                    let len = run_length(rest);
-                    f(base + at, len as u64, *first);
-                    at += len as u64;
-                    rest = &rest[len..];
-                }
-            }
+    /// Branches that the root names.
+    pub(super) fn branch_count(&self) -> u32 {
+        self.branches.last_key_value().map_or(0, |(last, _)| last + 1).max(self.roots.len() as u32)
+    }
+
+    /// Whether a leaf can be looked at without loading anything.
+    pub(super) fn is_loaded(&self, leaf: u32) -> bool {
+        self.with_leaf(leaf, |_| ()).is_ok()
+    }
+
+    /// Keeps a leaf in memory until as many [`unpin`](Self::unpin)s; or the node to load first.
+    pub(super) fn pin(&mut self, leaf: u32) -> Result<(), NodeKey> {
+        if let Some(active) = self.leaves.get_mut(&leaf) {
+            active.pins += 1;
+            return Ok(());
         }
+        let contents = match self.reference(leaf)?.uniform() {
+            Some(entry) => Leaf::Uniform(entry),
+            None => match self.clean.remove(&NodeKey::Leaf(leaf)) {
+                Some((_, Node::Leaf(contents))) => contents,
+                _ => return Err(NodeKey::Leaf(leaf)),
+            },
+        };
+        self.activate(leaf, contents);
+        Ok(())
+    }
+
+    fn activate(&mut self, leaf: u32, contents: Leaf) {
+        self.hold_branch(split(leaf).0).expect("the branch of a leaf that was found is in memory");
+        self.leaves.insert(leaf, ActiveLeaf { leaf: contents, pins: 1, dirty: false, frozen: false });
+    }
+
+    /// Ends a [`pin`](Self::pin).
+    pub(super) fn unpin(&mut self, leaf: u32) {
+        self.active(leaf).pins -= 1;
+        self.settle(leaf);
+    }
+
+    /// Keeps a branch in memory until as many [`release_branch`](Self::release_branch)es.
+    pub(super) fn hold_branch(&mut self, branch: u32) -> Result<(), NodeKey> {
+        if let Some(active) = self.branches.get_mut(&branch) {
+            active.users += 1;
+            return Ok(());
+        }
+        let root = self.root_ref(branch);
+        let refs = match root.uniform() {
+            Some(_) => Arc::new([root; BRANCH_LEAVES]),
+            None => match self.clean.remove(&NodeKey::Branch(branch)) {
+                Some((_, Node::Branch(refs))) => refs,
+                _ => return Err(NodeKey::Branch(branch)),
+            },
+        };
+        self.branches.insert(branch, ActiveBranch { refs, users: 1, dirty: false, frozen: false });
+        Ok(())
+    }
+
+    /// Ends a [`hold_branch`](Self::hold_branch).
+    pub(super) fn release_branch(&mut self, branch: u32) {
+        self.branch(branch).users -= 1;
+        self.settle_branch(branch);
+    }
+
+    fn active(&mut self, leaf: u32) -> &mut ActiveLeaf {
+        self.leaves.get_mut(&leaf).expect("a leaf in use is active")
+    }
+
+    fn branch(&mut self, branch: u32) -> &mut ActiveBranch {
+        self.branches.get_mut(&branch).expect("a branch in use is active")
+    }
+
+    /// Lets a leaf go that nothing keeps in memory any more.
+    fn settle(&mut self, leaf: u32) {
+        let active = self.active(leaf);
+        if active.pins > 0 || active.dirty || active.frozen {
+            return;
+        }
+        let Some(active) = self.leaves.remove(&leaf) else { return };
+        let (branch, index) = split(leaf);
+        if self.branch(branch).refs[index].stored().is_some() {
+            self.clean.insert(NodeKey::Leaf(leaf), Node::Leaf(active.leaf));
+        }
+        self.release_branch(branch);
+    }
+
+    fn settle_branch(&mut self, branch: u32) {
+        let active = self.branch(branch);
+        if active.users > 0 || active.dirty || active.frozen {
+            return;
+        }
+        let Some(active) = self.branches.remove(&branch) else { return };
+        if self.root_ref(branch).stored().is_some() {
+            self.clean.insert(NodeKey::Branch(branch), Node::Branch(active.refs));
+        }
+    }
+
+    /// Where a node that is missing is stored; `None` when it need not be loaded any more.
+    pub(super) fn source(&self, key: NodeKey) -> Option<NodeRef> {
+        let is_missing = match key {
+            NodeKey::Branch(branch) => !self.branches.contains_key(&branch),
+            NodeKey::Leaf(leaf) => !self.leaves.contains_key(&leaf),
+        };
+        let reference = match key {
+            NodeKey::Branch(branch) => self.root_ref(branch),
+            NodeKey::Leaf(leaf) => self.reference(leaf).ok()?,
+        };
+        (is_missing && self.clean.peek(&key).is_none() && reference.stored().is_some()).then_some(reference)
+    }
+
+    /// Takes a node that was read from where `from` says, unless it is no longer what is wanted;
+    /// says whether it was taken. It may be dropped at once.
+    pub(super) fn insert(&mut self, key: NodeKey, from: NodeRef, node: Node) -> bool {
+        let wanted = self.source(key) == Some(from);
+        if wanted {
+            self.clean.insert(key, node);
+        }
+        wanted
+    }
+
+    /// As [`insert`](Self::insert), and pins the leaf or holds the branch.
+    pub(super) fn insert_pinned(&mut self, key: NodeKey, from: NodeRef, node: Node) -> bool {
+        if self.source(key) != Some(from) {
+            return false;
+        }
+        match (key, node) {
+            (NodeKey::Leaf(leaf), Node::Leaf(contents)) => self.activate(leaf, contents),
+            (NodeKey::Branch(branch), Node::Branch(refs)) => {
+                let active = ActiveBranch { refs, users: 1, dirty: false, frozen: false };
+                self.branches.insert(branch, active);
+            }
+            _ => unreachable!("nodes are loaded by their key"),
+        }
+        true
     }
 
     /// Maps `count` blocks from `start` to consecutive places from `place`, and accounts for the
-    /// places that they leave and take.
+    /// places that they leave and take. Their leaves are pinned.
     pub(super) fn set_places(&mut self, start: u64, count: u32, place: u32, segments: &mut Segments) {
         segments.take_blocks(place, count);
         let mut next = place;
         for (leaf, part) in pieces(start..start + u64::from(count), LEAF_BLOCKS) {
             let range = part.start as usize..part.end as usize;
-            let slot = self.touch(leaf);
-            slot.release_places(range.clone(), segments);
-            for entry in &mut slot.table()[range] {
+            let contents = self.touch(leaf);
+            contents.for_each_place(range.clone(), |place| segments.release_block(place));
+            for entry in &mut contents.table_mut()[range] {
                 *entry = Entry(next);
                 next += 1;
             }
         }
     }
 
-    /// Sets every block of `range` to `entry`, which is absent or zero.
+    /// Sets every block of `range` to `entry`, which is absent or zero. Their leaves are pinned.
     pub(super) fn set_uniform(&mut self, range: Range<u64>, entry: Entry, segments: &mut Segments) {
         debug_assert!(entry.place().is_none());
-        for (index, part) in pieces(range, BRANCH_BLOCKS) {
-            if entry == Entry::ABSENT && index >= self.branches.len() {
-                return;
-            }
-            let whole = part.end - part.start == BRANCH_BLOCKS;
-            let frozen = self.frozen;
-            let slot = self.branch(index);
-            match &slot.branch {
-                Branch::Uniform(old) if *old == entry => {}
-                Branch::Uniform(_) if whole => {
-                    slot.branch = Branch::Uniform(entry);
-                    slot.dirty = true;
-                }
-                Branch::Table(leaves) if whole && !frozen => {
-                    for leaf in leaves {
-                        leaf.release_places(0..LEAF_ENTRIES, segments);
-                        segments.release_node(leaf.node);
-                    }
-                    slot.branch = Branch::Uniform(entry);
-                    slot.dirty = true;
-                }
-                _ => {
-                    let base = index as u64 * BRANCH_BLOCKS;
-                    self.set_leaves_uniform(base + part.start..base + part.end, entry, segments);
-                }
-            }
-        }
-    }
-
-    fn set_leaves_uniform(&mut self, range: Range<u64>, entry: Entry, segments: &mut Segments) {
         for (leaf, part) in pieces(range, LEAF_BLOCKS) {
             let range = part.start as usize..part.end as usize;
-            let slot = self.touch(leaf);
-            slot.release_places(range.clone(), segments);
+            if matches!(self.active(leaf).leaf, Leaf::Uniform(old) if old == entry) {
+                continue;
+            }
+            let contents = self.touch(leaf);
+            contents.for_each_place(range.clone(), |place| segments.release_block(place));
             if range.len() == LEAF_ENTRIES {
-                slot.leaf = Leaf::Uniform(entry);
+                *contents = Leaf::Uniform(entry);
             } else {
-                slot.table()[range].fill(entry);
+                contents.table_mut()[range].fill(entry);
             }
         }
     }
 
-    fn branch(&mut self, index: usize) -> &mut BranchSlot {
-        if index >= self.branches.len() {
-            self.branches.resize_with(index + 1, || BranchSlot::ABSENT);
-        }
-        &mut self.branches[index]
+    /// A pinned leaf that is about to change.
+    fn touch(&mut self, leaf: u32) -> &mut Leaf {
+        self.dirty_leaf(leaf);
+        &mut self.active(leaf).leaf
     }
 
-    /// The slot of a leaf that is about to change.
-    fn touch(&mut self, leaf: usize) -> &mut LeafSlot {
-        let branch = leaf / BRANCH_LEAVES;
-        self.branch(branch);
-        let slot = &mut self.branches[branch];
-        slot.dirty = true;
-        let slot = &mut slot.table()[leaf % BRANCH_LEAVES];
-        if !slot.dirty {
-            slot.dirty = true;
-            self.dirty_leaves.push(leaf as u32);
-        }
-        slot
-    }
-
-    /// Makes every node stored in the given segment part of the next checkpoint, so that the
-    /// segment can be emptied.
-    pub(super) fn dirty_nodes_in(&mut self, in_segment: impl Fn(u64) -> bool) {
-        let stored_there = |node: NodeRef| node.stored().is_some_and(|(offset, _)| in_segment(offset));
-        for (b, slot) in self.branches.iter_mut().enumerate() {
-            slot.dirty |= stored_there(slot.node);
-            let Branch::Table(leaves) = &mut slot.branch else { continue };
-            for (l, leaf) in leaves.iter_mut().enumerate() {
-                if !leaf.dirty && stored_there(leaf.node) {
-                    leaf.dirty = true;
-                    slot.dirty = true;
-                    self.dirty_leaves.push((b * BRANCH_LEAVES + l) as u32);
-                }
-            }
+    /// Makes an active leaf part of the next checkpoint.
+    pub(super) fn dirty_leaf(&mut self, leaf: u32) {
+        if !std::mem::replace(&mut self.active(leaf).dirty, true) {
+            self.dirty_leaves.insert(leaf);
         }
     }
 
-    /// Starts a checkpoint: hands out what changed, as of now. The nodes that it replaces are
-    /// released; the new ones are accounted for when they are placed.
-    pub(super) fn freeze(&mut self, segments: &mut Segments) -> Frozen {
-        assert!(!self.frozen, "one checkpoint at a time");
-        self.frozen = true;
-        let root_changed = std::mem::take(&mut self.root_dirty);
-        let mut frozen = Frozen { leaves: Vec::new(), branches: Vec::new(), root_changed };
-        for leaf in std::mem::take(&mut self.dirty_leaves) {
-            let Some(slot) = self.leaf_slot(leaf).filter(|slot| slot.dirty) else { continue };
-            slot.dirty = false;
-            segments.release_node(slot.node);
-            slot.node = match &slot.leaf {
-                Leaf::Uniform(entry) => NodeRef(entry.0.into()),
-                Leaf::Table(table) => {
-                    frozen.leaves.push((leaf, Arc::clone(table)));
-                    NodeRef::ABSENT
-                }
-            };
-        }
-        for (index, slot) in self.branches.iter_mut().enumerate().filter(|(_, slot)| slot.dirty) {
-            slot.dirty = false;
-            frozen.root_changed = true;
-            segments.release_node(slot.node);
-            slot.node = match &slot.branch {
-                Branch::Uniform(entry) => NodeRef(entry.0.into()),
-                Branch::Table(_) => {
-                    frozen.branches.push(index as u32);
-                    NodeRef::ABSENT
-                }
-            };
-        }
-        frozen
-    }
-
-    /// Records where the running checkpoint stored a leaf.
-    pub(super) fn place_leaf(&mut self, leaf: u32, node: NodeRef, segments: &mut Segments) {
-        self.leaf_slot(leaf).expect("branches keep their tables while frozen").node = node;
-        segments.take_node(node);
-    }
-
-    /// Records where the running checkpoint stored a branch.
-    pub(super) fn place_branch(&mut self, branch: u32, node: NodeRef, segments: &mut Segments) {
-        self.branches[branch as usize].node = node;
-        segments.take_node(node);
-    }
-
-    /// The stored form of a branch as of the freeze, once its leaves are placed.
-    pub(super) fn encode_branch(&self, branch: u32) -> Vec<u8> {
-        let Branch::Table(leaves) = &self.branches[branch as usize].branch else {
-            unreachable!("branches keep their tables while frozen")
-        };
-        let refs: Vec<NodeRef> = leaves.iter().map(|slot| slot.node).collect();
-        encode_refs(NodeKind::Branch, branch, &refs)
-    }
-
-    /// The stored form of the root as of the freeze, once the branches are placed; empty when
-    /// nothing is mapped.
-    pub(super) fn encode_root(&self) -> Vec<u8> {
-        let refs: Vec<NodeRef> = self.branches.iter().map(|slot| slot.node).collect();
-        match refs.iter().rposition(|&node| node != NodeRef::ABSENT) {
-            Some(last) => encode_refs(NodeKind::Root, 0, &refs[..=last]),
-            None => Vec::new(),
-        }
-    }
-
-    /// Gives back what a failed checkpoint took, for the next one.
-    pub(super) fn refreeze(&mut self, frozen: &Frozen) {
-        for &(leaf, _) in &frozen.leaves {
-            self.touch(leaf as usize);
-        }
-        for &branch in &frozen.branches {
-            self.branches[branch as usize].dirty = true;
-        }
-        self.root_dirty |= frozen.root_changed;
+    /// Makes an active branch part of the next checkpoint.
+    pub(super) fn dirty_branch(&mut self, branch: u32) {
+        self.branch(branch).dirty = true;
     }
 
     /// Has the next checkpoint store the root anew.
     pub(super) fn dirty_root(&mut self) {
         self.root_dirty = true;
-    }
-
-    /// Ends a checkpoint.
-    pub(super) fn thaw(&mut self) {
-        self.frozen = false;
-    }
-
-    /// Puts a stored branch into an empty map: for loading.
-    pub(super) fn load_branch(&mut self, index: usize, node: NodeRef, segments: &mut Segments) {
-        segments.take_node(node);
-        let slot = self.branch(index);
-        slot.node = node;
-        if let Some(entry) = node.uniform() {
-            slot.branch = Branch::Uniform(entry);
-        }
-    }
-
-    /// Puts a stored leaf into a loaded branch; `table` is `None` for a uniform one.
-    pub(super) fn load_leaf(
-        &mut self,
-        leaf: u32,
-        node: NodeRef,
-        table: Option<LeafTable>,
-        segments: &mut Segments,
-    ) {
-        segments.take_node(node);
-        let loaded = match (table, node.uniform()) {
-            (Some(table), _) => {
-                for place in table.iter().filter_map(|entry| entry.place()) {
-                    segments.take_blocks(place, 1);
-                }
-                Leaf::Table(Arc::new(table))
-            }
-            (None, uniform) => Leaf::Uniform(uniform.unwrap_or(Entry::ABSENT)),
-        };
-        let slot = &mut self.branch(leaf as usize / BRANCH_LEAVES).table()[leaf as usize % BRANCH_LEAVES];
-        *slot = LeafSlot { leaf: loaded, node, dirty: false };
-    }
-
-    /// A place in the file that the map refers to and that `f` is true of, if there is one: of a
-    /// mapped block, or of the first block of a stored node.
-    pub(super) fn find_place(&self, f: impl Fn(u32) -> bool) -> Option<u32> {
-        let of_node = |node: NodeRef| {
-            let place = (node.stored()?.0 / BLOCK_SIZE) as u32;
-            f(place).then_some(place)
-        };
-        let of_leaf = |slot: &LeafSlot| {
-            of_node(slot.node).or_else(|| match &slot.leaf {
-                Leaf::Uniform(_) => None,
-                Leaf::Table(table) => table.iter().filter_map(|entry| entry.place()).find(|&place| f(place)),
-            })
-        };
-        self.branches.iter().find_map(|slot| {
-            of_node(slot.node).or_else(|| match &slot.branch {
-                Branch::Uniform(_) => None,
-                Branch::Table(leaves) => leaves.iter().find_map(of_leaf),
-            })
-        })
-    }
-
-    fn leaf_slot(&mut self, leaf: u32) -> Option<&mut LeafSlot> {
-        match &mut self.branches.get_mut(leaf as usize / BRANCH_LEAVES)?.branch {
-            Branch::Table(leaves) => Some(&mut leaves[leaf as usize % BRANCH_LEAVES]),
-            Branch::Uniform(_) => None,
-        }
     }
 }

@@ -11,7 +11,10 @@ use std::task::Poll;
 use super::core::Core;
 use super::driver::Driver;
 use super::log::Part;
-use super::read::Source;
+use super::map::{BRANCH_BLOCKS, by_branch};
+use super::node::Entry;
+use super::paging::Pins;
+use super::read::{Source, complain, read_source};
 use super::record::Run;
 use super::tuning::breaks;
 use super::waiter::{Result, Waiter};
@@ -29,8 +32,18 @@ pub(super) fn read_bounced<E: Engine>(
 ) {
     let task = driver.clone();
     driver.io.spawn(async move {
-        let result = task.read_source(source, memory.len()).await;
+        let result = read_source(&task.io, source, memory.len()).await;
         let result = result.map(|bytes| memory.write_at(0, &bytes));
+        task.layer.core().end(waiter, result, 0);
+    });
+}
+
+/// Reads the disk from byte `start`, loading what has to be known for it, and tells `waiter`.
+pub(super) fn read<E: Engine>(driver: &Driver<E>, start: u64, mut memory: Memory, waiter: Waiter) {
+    let task = driver.clone();
+    driver.io.spawn(async move {
+        let result = task.read_into(start, &mut memory).await;
+        drop(memory);
         task.layer.core().end(waiter, result, 0);
     });
 }
@@ -61,6 +74,12 @@ impl Core {
             self.merging.push(blocks.clone());
         }
         !busy
+    }
+
+    /// Whether blocks of one branch have an entry already, and nobody is changing that.
+    fn is_uniform(&self, blocks: &Range<u64>, entry: Entry) -> bool {
+        self.map.uniform_branch((blocks.start / BRANCH_BLOCKS) as u32) == Some(entry)
+            && !self.log.is_writing(blocks)
     }
 
     fn unmark(&mut self, blocks: &Range<u64>) {
@@ -103,20 +122,55 @@ impl<E: Engine> Driver<E> {
         let whole = span.whole.clone();
         let data = match &request.command {
             Command::Write(memory) => self.copy_whole(request, memory, whole),
-            _ => self.layer.zero_runs(whole).into_iter().map(|run| (run, None)).collect(),
+            _ => {
+                self.zero(whole).await?;
+                Vec::new()
+            }
         };
-        let cuts = cut.iter().zip(merged).map(|(&start, buf)| (Run::Data { start, count: 1 }, Some(buf)));
+        let cuts = cut.iter().zip(merged).map(|(&start, buf)| (Run::Data { start, count: 1 }, buf));
         let all: Vec<_> = data.into_iter().chain(cuts).collect();
-        if all.is_empty() {
-            return Ok(());
+        if !all.is_empty() {
+            let blocks = if cut.is_empty() { &span.whole } else { &span.touched };
+            // The leaves of a long run of zeroes were needed one branch at a time.
+            let _pins = match &request.command {
+                Command::Write(_) => vec![self.pin(blocks).await?],
+                _ => {
+                    let mut pins = Vec::new();
+                    for &block in cut {
+                        pins.push(self.pin(&(block..block + 1)).await?);
+                    }
+                    pins
+                }
+            };
+            let part = |waiter: &Waiter, (run, buf)| Part::data(run, buf, waiter.clone());
+            self.append(|waiter| all.into_iter().map(|p| part(waiter, p)).collect()).await?;
         }
-        let part = |waiter: &Waiter, (run, buf): (Run, Option<AlignedBuf>)| match buf {
-            Some(buf) => Part::data(run, buf, waiter.clone()),
-            None => Part::index_only(run, waiter.clone()),
-        };
-        self.append(|waiter| all.into_iter().map(|p| part(waiter, p)).collect()).await?;
         if !self.layer.core().write_cache {
             self.flush().await?;
+        }
+        Ok(())
+    }
+
+    /// Keeps the leaves of blocks in memory.
+    pub(super) async fn pin(&self, blocks: &Range<u64>) -> Result<Pins<E>> {
+        self.layer.pin(&self.io, blocks).await.map_err(|error| complain(&error))
+    }
+
+    /// Makes whole blocks read as zeroes.
+    async fn zero(&self, blocks: Range<u64>) -> Result {
+        self.set_uniform(blocks, self.layer.zero_entry()).await
+    }
+
+    /// Gives blocks an entry, which is zero or absent: one branch after the other, so that what has
+    /// to be in memory for it is bounded.
+    pub(super) async fn set_uniform(&self, blocks: Range<u64>, entry: Entry) -> Result {
+        for part in by_branch(blocks) {
+            if self.layer.core().is_uniform(&part, entry) {
+                continue;
+            }
+            let _pins = self.pin(&part).await?;
+            let run = Run::uniform(part, entry);
+            self.append(|waiter| vec![Part::index_only(run, waiter.clone())]).await?;
         }
         Ok(())
     }
@@ -144,12 +198,7 @@ impl<E: Engine> Driver<E> {
     }
 
     /// Copies of the whole blocks of a write.
-    fn copy_whole(
-        &self,
-        request: &Request,
-        memory: &Memory,
-        whole: Range<u64>,
-    ) -> Vec<(Run, Option<AlignedBuf>)> {
+    fn copy_whole(&self, request: &Request, memory: &Memory, whole: Range<u64>) -> Vec<(Run, AlignedBuf)> {
         let unit = u64::from(self.layer.part_blocks_max());
         whole
             .clone()
@@ -159,7 +208,7 @@ impl<E: Engine> Driver<E> {
                 let mut buf = self.staging(count as usize);
                 memory.read_at((start * BLOCK_SIZE - request.offset.0) as usize, &mut buf);
                 debug_assert_eq!(buf.len(), count as usize * BLOCK_BYTES);
-                (Run::Data { start, count: count as u32 }, Some(buf))
+                (Run::Data { start, count: count as u32 }, buf)
             })
             .collect()
     }

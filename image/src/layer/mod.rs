@@ -5,23 +5,30 @@
 //! checkpoint is replayed. `docs/format-layer.md` is the format's reference, with the commit
 //! protocol and a table of every crash case.
 //!
-//! From the bottom up: `layout` (header, slots), `record` and `node` are the stored forms;
+//! From the bottom up: `layout`, `header`, `slot`, `base_record`, `record` and `node` are the stored forms;
 //! `map`, `segments` and `log` the state in memory; `core` joins them under one lock and says
 //! what to do next; `driver` does it; `queue`, `read` and `merge` serve guests; `checkpoint`,
-//! `clean` and `maintain` work in the background; `create`, `recover` and `check` begin and judge.
+//! `clean` and `maintain` work in the background; `create`, `recover` and `check` begin and judge;
+//! `copy_up`, `switch`, `rebase` and `commit` change what lies below.
 
 mod base;
+mod base_record;
 mod bytes;
 mod check;
 mod checkpoint;
 mod clean;
+mod commit;
+mod copy_up;
 mod core;
 mod create;
 mod device;
 #[cfg(feature = "fuzzing")]
 pub mod doors;
 mod driver;
+mod extents;
+mod header;
 mod layout;
+mod leaf;
 mod load;
 mod log;
 mod maintain;
@@ -30,13 +37,17 @@ mod merge;
 #[cfg(feature = "mutations")]
 pub mod mutation;
 mod node;
+mod paging;
 mod ports;
 mod queue;
 mod read;
+mod rebase;
 mod record;
 mod recover;
 mod replay;
 mod segments;
+mod slot;
+mod switch;
 mod tuning;
 mod waiter;
 
@@ -48,12 +59,14 @@ use sapwood_blockdev::storage::{Lock, OpenOptions, Storage};
 use sapwood_blockdev::units::SECTOR_SIZE;
 
 pub use check::{CheckReport, check};
+pub use commit::{Committed, commit};
 pub use create::create;
 pub use device::Layer;
 pub use layout::{LayerId, MAGIC, SEGMENT_SIZE_DEFAULT, SIZE_MAX};
 #[cfg(feature = "mutations")]
 pub use mutation::Mutation;
 pub use queue::LayerQueue;
+pub use rebase::{rebase, repoint};
 pub use tuning::Tuning;
 
 /// A base by name.

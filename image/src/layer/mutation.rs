@@ -4,8 +4,6 @@
 //! with the cargo feature `mutations`, which nothing but the test crate enables: a rule whose
 //! breach no test notices is not tested.
 
-use std::sync::Arc;
-
 use super::core::Core;
 use super::log::FlightState;
 use super::map::Frozen;
@@ -53,10 +51,19 @@ pub enum Mutation {
     ShrinkWithoutZeroing,
     /// Writers of a block under merge do not wait.
     MergeWithoutMark,
+    /// A slot names a base record that is not written yet.
+    SlotBeforeBaseRecord,
+    /// A base record is overwritten while the older slot still names it.
+    BaseInOneSlot,
+    /// What lies below is copied up over what a guest writes meanwhile.
+    CopyUpOverWriter,
+    /// A commit changes the base before the layer says so.
+    CommitWithoutMark,
 }
 
 impl Mutation {
-    /// Every mutation.
+    /// Every mutation that histories of one disk can show; those of changes of base have histories
+    /// of their own.
     pub const ALL: [Self; 19] = [
         Self::ReportBeforeEarlierRecord,
         Self::PublishOutOfOrder,
@@ -105,7 +112,7 @@ impl Core {
             for (block, place) in (start..start + u64::from(count)).zip(*place..) {
                 let leaf = (block / LEAF_ENTRIES as u64) as u32;
                 if let Some((_, table)) = frozen.leaves.iter_mut().find(|(index, _)| *index == leaf) {
-                    Arc::make_mut(table)[block as usize % LEAF_ENTRIES] = Entry(place);
+                    table.table_mut()[block as usize % LEAF_ENTRIES] = Entry(place);
                 }
             }
         }

@@ -6,6 +6,7 @@
 
 use super::bytes::{checksum, get_u16, get_u32, get_u64, put};
 use super::layout::{Damage, FIRST_SEGMENT_BLOCK, damage};
+use sapwood_blockdev::units::BLOCK_SIZE;
 
 /// Guest blocks of a leaf (2 MiB), and leaves of a branch (1 GiB).
 pub(super) const LEAF_ENTRIES: usize = 512;
@@ -34,6 +35,11 @@ impl Entry {
     /// The block of the file that holds the contents, if there is one.
     pub(super) fn place(self) -> Option<u32> {
         (self.0 >= FIRST_SEGMENT_BLOCK).then_some(self.0)
+    }
+
+    /// The entry `n` blocks further in a run that begins with this one.
+    pub(super) fn plus(self, n: u32) -> Self {
+        Self(self.0 + if self.0 >= FIRST_SEGMENT_BLOCK { n } else { 0 })
     }
 }
 
@@ -76,8 +82,10 @@ pub(super) enum NodeKind {
     LeafDense = 2,
     /// 512 references to leaves.
     Branch = 3,
-    /// References to branches, as many as the count says.
+    /// References to branches and to usage nodes.
     Root = 4,
+    /// What is in use of 256 segments.
+    Usage = 5,
 }
 
 fn finish(kind: NodeKind, index: u32, count: usize, mut b: Vec<u8>) -> Vec<u8> {
@@ -130,26 +138,52 @@ pub(super) fn run_length(entries: &[Entry]) -> usize {
     entries.iter().enumerate().take_while(follows).count()
 }
 
-/// The stored form of a branch or of the root.
-pub(super) fn encode_refs(kind: NodeKind, index: u32, refs: &[NodeRef]) -> Vec<u8> {
+/// The stored form of the root: a word that says how many of the references are to branches,
+/// those, and the references to usage nodes.
+pub(super) fn encode_root(branches: &[NodeRef], usage: &[NodeRef]) -> Vec<u8> {
+    let mut words = vec![NodeRef(branches.len() as u64)];
+    words.extend_from_slice(branches);
+    words.extend_from_slice(usage);
+    encode_refs(NodeKind::Root, 0, &words)
+}
+
+/// The stored form of a branch.
+pub(super) fn encode_branch(index: u32, refs: &[NodeRef; BRANCH_LEAVES]) -> Vec<u8> {
+    encode_refs(NodeKind::Branch, index, refs)
+}
+
+fn encode_refs(kind: NodeKind, index: u32, refs: &[NodeRef]) -> Vec<u8> {
     let mut b = vec![0; NODE_HEADER];
     b.extend(refs.iter().flat_map(|r| r.0.to_le_bytes()));
     finish(kind, index, refs.len(), b)
 }
 
-/// Checks a node's frame; returns its kind and body. `b` may be padded.
-fn open(b: &[u8], index: u32) -> Result<(NodeKind, usize, &[u8]), Damage> {
+/// A node's kind and the bytes of one of the things that it counts.
+fn kind(b: &[u8]) -> Result<(NodeKind, usize), Damage> {
     if b.len() < NODE_HEADER || get_u16(b, 0) != MAGIC {
         return Err(damage("node.magic", 0, "there is no map node here"));
     }
-    let count = get_u32(b, N_COUNT) as usize;
-    let (kind, unit) = match get_u16(b, N_KIND) {
+    Ok(match get_u16(b, N_KIND) {
         1 => (NodeKind::LeafRuns, RUN_BYTES),
         2 => (NodeKind::LeafDense, 4),
         3 => (NodeKind::Branch, 8),
         4 => (NodeKind::Root, 8),
+        5 => (NodeKind::Usage, USAGE_BYTES),
         other => return Err(damage("node.kind", N_KIND, other)),
-    };
+    })
+}
+
+/// The kind and padded length that a node claims to have.
+fn length(b: &[u8]) -> Option<(NodeKind, usize)> {
+    let (kind, unit) = kind(b).ok()?;
+    let body = (get_u32(b, N_COUNT) as usize).checked_mul(unit)?;
+    Some((kind, body.checked_add(NODE_HEADER)?.next_multiple_of(NODE_ALIGNMENT)))
+}
+
+/// Checks a node's frame; returns its kind and body. `b` may be padded.
+fn open(b: &[u8], index: u32) -> Result<(NodeKind, usize, &[u8]), Damage> {
+    let (kind, unit) = kind(b)?;
+    let count = get_u32(b, N_COUNT) as usize;
     let end = count.checked_mul(unit).and_then(|body| body.checked_add(NODE_HEADER));
     // A reference that is longer than its node would be accounted for with space that is another's.
     let fills = |end: &usize| b.len() >= *end && b.len() - *end < NODE_ALIGNMENT;
@@ -196,33 +230,121 @@ pub(super) fn decode_leaf(b: &[u8], index: u32, place_end: u32) -> Result<[Entry
     }
 }
 
-/// Reads the references of a branch or root. Stored nodes must lie where `holds` says that a
-/// segment holds so many bytes from an offset.
-pub(super) fn decode_refs(
+/// Reads the references of a branch. Stored nodes must lie where `holds` says that a segment holds
+/// so many bytes from an offset.
+pub(super) fn decode_branch(
     b: &[u8],
-    expected: NodeKind,
     index: u32,
     holds: impl Fn(u64, usize) -> bool,
-) -> Result<Vec<NodeRef>, Damage> {
+) -> Result<[NodeRef; BRANCH_LEAVES], Damage> {
     let (kind, count, body) = open(b, index)?;
-    if kind != expected || (kind == NodeKind::Branch && count != BRANCH_LEAVES) {
-        return Err(damage("node.kind", N_KIND, format!("{kind:?} where a {expected:?} belongs")));
+    if kind != NodeKind::Branch || count != BRANCH_LEAVES {
+        return Err(damage("node.kind", N_KIND, format!("{kind:?} where a branch belongs")));
     }
-    (0..count)
-        .map(|i| {
-            let reference = NodeRef(get_u64(body, i * 8));
-            match reference.stored() {
-                Some((offset, len))
-                    if !offset.is_multiple_of(NODE_ALIGNMENT as u64)
-                        || len < NODE_HEADER
-                        || !holds(offset, len) =>
-                {
-                    Err(damage("node.reference", NODE_HEADER + i * 8, format!("{:#x}", reference.0)))
+    let mut refs = [NodeRef::ABSENT; BRANCH_LEAVES];
+    for (i, reference) in refs.iter_mut().enumerate() {
+        *reference = decode_ref(body, i, &holds)?;
+    }
+    Ok(refs)
+}
+
+/// Reads the root: the references to branches, and those to usage nodes.
+pub(super) fn decode_root(
+    b: &[u8],
+    holds: impl Fn(u64, usize) -> bool,
+) -> Result<(Vec<NodeRef>, Vec<NodeRef>), Damage> {
+    let (kind, count, body) = open(b, 0)?;
+    if kind != NodeKind::Root || count == 0 {
+        return Err(damage("node.kind", N_KIND, format!("{kind:?} where the root belongs")));
+    }
+    let branches = get_u64(body, 0);
+    let Some(branches) = usize::try_from(branches).ok().filter(|&n| n < count) else {
+        return Err(damage("root.branches", NODE_HEADER, branches));
+    };
+    let refs: Vec<NodeRef> = (1..count).map(|i| decode_ref(body, i, &holds)).collect::<Result<_, _>>()?;
+    Ok((refs[..branches].to_vec(), refs[branches..].to_vec()))
+}
+
+fn decode_ref(body: &[u8], i: usize, holds: &impl Fn(u64, usize) -> bool) -> Result<NodeRef, Damage> {
+    let reference = NodeRef(get_u64(body, i * 8));
+    match reference.stored() {
+        Some((offset, len))
+            if !offset.is_multiple_of(NODE_ALIGNMENT as u64) || len < NODE_HEADER || !holds(offset, len) =>
+        {
+            Err(damage("node.reference", NODE_HEADER + i * 8, format!("{:#x}", reference.0)))
+        }
+        _ => Ok(reference),
+    }
+}
+
+/// Segments of a usage node.
+pub(super) const USAGE_SEGMENTS: usize = 256;
+const USAGE_BYTES: usize = 16;
+
+/// What is in use of a segment, as of a checkpoint.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Usage {
+    /// Mapped blocks.
+    pub(super) live_blocks: u32,
+    /// Bytes of leaves that the map refers to.
+    pub(super) leaf_bytes: u32,
+    /// The newest record in it, or an earlier one.
+    pub(super) written: u64,
+}
+
+/// The usage of 256 segments.
+pub(super) type UsageTable = [Usage; USAGE_SEGMENTS];
+
+/// The stored form of usage node `index`.
+pub(super) fn encode_usage(index: u32, table: &UsageTable) -> Vec<u8> {
+    let mut b = vec![0; NODE_HEADER];
+    for usage in table {
+        b.extend(usage.live_blocks.to_le_bytes());
+        b.extend(usage.leaf_bytes.to_le_bytes());
+        b.extend(usage.written.to_le_bytes());
+    }
+    finish(NodeKind::Usage, index, USAGE_SEGMENTS, b)
+}
+
+/// Reads usage node `index` of segments that have `segment_bytes` bytes.
+pub(super) fn decode_usage(b: &[u8], index: u32, segment_bytes: u64) -> Result<UsageTable, Damage> {
+    let (kind, count, body) = open(b, index)?;
+    if kind != NodeKind::Usage || count != USAGE_SEGMENTS {
+        return Err(damage("node.kind", N_KIND, format!("{kind:?} where a usage node belongs")));
+    }
+    let mut table = [Usage::default(); USAGE_SEGMENTS];
+    for (i, usage) in table.iter_mut().enumerate() {
+        let at = i * USAGE_BYTES;
+        let (live_blocks, leaf_bytes) = (get_u32(body, at), get_u32(body, at + 4));
+        if u64::from(live_blocks) * BLOCK_SIZE + u64::from(leaf_bytes) > segment_bytes {
+            let detail = format!("entry {i}: {live_blocks} blocks and {leaf_bytes} bytes of leaves");
+            return Err(damage("usage.live", NODE_HEADER + at, detail));
+        }
+        *usage = Usage { live_blocks, leaf_bytes, written: get_u64(body, at + 8) };
+    }
+    Ok(table)
+}
+
+/// The nodes that lie in blocks in which nodes were packed: where each begins, its kind, its index
+/// and its padded length. Bytes that are no node are passed over.
+pub(super) fn packed_nodes(b: &[u8]) -> Vec<(usize, NodeKind, u32, usize)> {
+    let mut nodes = Vec::new();
+    let mut at = 0;
+    while at + NODE_HEADER <= b.len() {
+        match length(&b[at..]) {
+            Some((kind, len)) if at + len <= b.len() => {
+                let index = get_u32(b, at + N_INDEX);
+                if open(&b[at..at + len], index).is_ok() {
+                    nodes.push((at, kind, index, len));
+                    at += len;
+                    continue;
                 }
-                _ => Ok(reference),
+                at = (at + 1).next_multiple_of(BLOCK_SIZE as usize);
             }
-        })
-        .collect()
+            _ => at = (at + 1).next_multiple_of(BLOCK_SIZE as usize),
+        }
+    }
+    nodes
 }
 
 #[cfg(test)]
@@ -268,11 +390,31 @@ mod tests {
     }
 
     #[test]
+    fn packed_nodes_are_found() {
+        let usage = |live_blocks| [Usage { live_blocks, leaf_bytes: 8, written: 5 }; USAGE_SEGMENTS];
+        let mut b = encode_leaf(3, &leaf(|i| if i < 9 { 16 + 2 * i as u32 } else { 0 }));
+        b.resize(b.len().next_multiple_of(NODE_ALIGNMENT), 0);
+        let second = b.len();
+        b.extend(encode_usage(7, &usage(1)));
+        let end = b.len();
+        b.resize(end.next_multiple_of(4096), 0);
+        let third = b.len();
+        b.extend(encode_usage(8, &usage(2)));
+        let found: Vec<_> =
+            packed_nodes(&b).into_iter().map(|(at, kind, index, _)| (at, kind, index)).collect();
+        let expected =
+            [(0, NodeKind::LeafRuns, 3), (second, NodeKind::Usage, 7), (third, NodeKind::Usage, 8)];
+        assert_eq!(found, expected);
+        assert_eq!(decode_usage(&b[second..end], 7, 1 << 16).unwrap(), usage(1));
+        assert_eq!(decode_usage(&b[second..end], 7, 4096).unwrap_err().field, "usage.live");
+    }
+
+    #[test]
     fn references_stay_in_the_file() {
         let refs = [NodeRef::ABSENT, NodeRef::ZERO, NodeRef::new(65536, 24)];
-        let b = encode_refs(NodeKind::Root, 0, &refs);
-        let decode = |end| decode_refs(&b, NodeKind::Root, 0, |offset, len| offset + len as u64 <= end);
-        assert_eq!(decode(65560).unwrap(), refs);
+        let b = encode_root(&refs[..2], &refs[2..]);
+        let decode = |end| decode_root(&b, |offset, len| offset + len as u64 <= end);
+        assert_eq!(decode(65560).unwrap(), (refs[..2].to_vec(), refs[2..].to_vec()));
         assert_eq!(decode(65559).unwrap_err().field, "node.reference");
     }
 }

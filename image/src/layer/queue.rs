@@ -2,7 +2,8 @@
 //!
 //! - Read: one look at the map, then straight into the guest's memory.
 //! - Write of whole blocks: one copy into staging, then the log.
-//! - Everything else (cut blocks, memory that direct I/O cannot reach) goes to `merge`.
+//! - Everything else (cut blocks, memory that direct I/O cannot reach, nodes of the map that are not
+//!   in memory, long runs of zeroes) goes to `merge`.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -10,6 +11,7 @@ use std::sync::Arc;
 use super::device::Layer;
 use super::driver::Driver;
 use super::log::Part;
+use super::map::BRANCH_BLOCKS;
 use super::merge;
 use super::read::{ReadPart, Source};
 use super::record::Run;
@@ -18,7 +20,6 @@ use sapwood_blockdev::buffer::Memory;
 use sapwood_blockdev::device::{Command, DeviceError, DeviceQueue, Done, Request};
 use sapwood_blockdev::engine::{Engine, Op, Time};
 use sapwood_blockdev::io::{Io, Outcome};
-use sapwood_blockdev::storage::StorageFile;
 use sapwood_blockdev::units::{BLOCK_BYTES, BlockSpan, SECTOR_SIZE};
 use slab::Slab;
 
@@ -120,7 +121,11 @@ impl<E: Engine> LayerQueue<E> {
         let key = self.insert(tag, 0);
         let mut parts = std::mem::take(&mut self.parts);
         let len = memory.len();
-        let epoch = self.driver.layer.plan(start..start + len as u64, &mut parts);
+        let Ok(epoch) = self.driver.layer.plan(start..start + len as u64, &mut parts) else {
+            self.parts = parts;
+            self.pending[key].remaining = 1;
+            return merge::read(&self.driver, start, memory, self.waiter(key));
+        };
         let mut remaining = 0;
         for part in parts.drain(..) {
             let at = (part.range.start - start) as usize;
@@ -144,10 +149,7 @@ impl<E: Engine> LayerQueue<E> {
     }
 
     fn read_part(&mut self, key: usize, source: Source<E::File>, memory: Memory) {
-        let alignment = source.file.alignment();
-        let reachable = (source.offset.0 | memory.len() as u64).is_multiple_of(alignment.offset as u64)
-            && memory.is_aligned(alignment.memory);
-        if reachable {
+        if source.reaches(&memory) {
             let token = (key as u64) << 1 | u64::from(source.may_end);
             self.driver.io.start(token, Op::read(source.file, source.offset, memory));
         } else {
@@ -158,13 +160,14 @@ impl<E: Engine> LayerQueue<E> {
     fn write(&mut self, request: Request) {
         let span = BlockSpan::of(request.offset, request.len);
         let key = self.insert(request.tag, 1);
-        if span.is_aligned() {
+        let is_short = span.touched.end - span.touched.start <= BRANCH_BLOCKS;
+        if span.is_aligned() && is_short {
             let mut staged = std::mem::take(&mut self.staged);
             match &request.command {
                 Command::Write(memory) => self.stage(memory, span.whole.start, key, &mut staged),
                 _ => {
-                    let runs = self.layer().zero_runs(span.whole.clone()).into_iter();
-                    staged.extend(runs.map(|run| Part::index_only(run, self.waiter(key))));
+                    let run = self.layer().zero_run(span.whole.clone());
+                    staged.push(Part::index_only(run, self.waiter(key)));
                 }
             }
             let appended = self.append(&span, key, &mut staged);
@@ -180,7 +183,7 @@ impl<E: Engine> LayerQueue<E> {
     /// Appends what was staged, unless one of the blocks is under merge.
     fn append(&mut self, span: &BlockSpan, key: usize, staged: &mut Vec<Part>) -> bool {
         let mut core = self.driver.layer.core();
-        if core.is_merging(&span.touched) {
+        if core.is_merging(&span.touched) || !core.can_append(&span.touched) {
             return false;
         }
         self.pending[key].remaining = staged.len();

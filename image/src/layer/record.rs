@@ -4,8 +4,11 @@
 //! and the chain that ties it to the record before it. It is encoded once, when the record gets
 //! its place in the log, and believed on recovery only through [`Index::decode`].
 
+use std::ops::Range;
+
 use super::bytes::{array, checksum, get_u32, get_u64, put};
 use super::layout::{Damage, LayerId, SIZE_MAX, damage};
+use super::node::Entry;
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, SECTOR_SIZE};
 
 const MAGIC: [u8; 8] = *b"SAPWRECD";
@@ -57,6 +60,22 @@ impl Run {
         match *self {
             Self::Data { count, .. } | Self::Nodes { count } => count,
             _ => 0,
+        }
+    }
+
+    /// The run that gives blocks an entry, which is zero or absent.
+    pub(super) fn uniform(blocks: Range<u64>, entry: Entry) -> Self {
+        let (start, count) = (blocks.start, (blocks.end - blocks.start) as u32);
+        if entry == Entry::ZERO { Self::Zero { start, count } } else { Self::Absent { start, count } }
+    }
+
+    /// What the run says of `count` of its guest blocks from `start`.
+    pub(super) fn part(&self, start: u64, count: u32) -> Self {
+        match self {
+            Self::Data { .. } => Self::Data { start, count },
+            Self::Zero { .. } => Self::Zero { start, count },
+            Self::Absent { .. } => Self::Absent { start, count },
+            other => *other,
         }
     }
 

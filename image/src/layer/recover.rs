@@ -1,22 +1,26 @@
 //! Opens a layer: finds the newest checkpoint, replays the log after it, and starts a session.
 //!
-//! Order: the lock on the open file description that is read; header and slots; base; map; log;
+//! Order: the lock on the open file description that is read; header, slots, base record; base; map; log;
 //! then, for a writer, a checkpoint under a new nonce, durable before anything is served. A
 //! reader changes nothing.
 
 use std::path::Path;
 use std::sync::Arc;
 
-use super::base::Base;
+use super::base::{Below, OpenBase};
+use super::base_record::{BaseRecord, base_offset};
 use super::core::{Core, Root};
 use super::device::Layer;
 use super::driver::Driver;
-use super::layout::{Header, LayerId, PREAMBLE_BYTES, Slot, SlotState, slot_offset};
+use super::header::Header;
+use super::layout::{HEAD_BYTES, PREAMBLE_BYTES};
 use super::load::Reader;
-use super::log::Log;
+use super::log::{Log, guest_blocks};
+use super::map::by_branch;
 use super::record::Run;
-use super::replay::Replay;
+use super::replay::{Replay, Replayed};
 use super::segments::Segments;
+use super::slot::{LogPosition, Slot, SlotState, slot_offset};
 use super::tuning::breaks;
 use super::{OpenLayer, open_file};
 use crate::error::{ErrorKind, ImageError};
@@ -50,17 +54,95 @@ impl<E: Engine> Layer<E> {
         path: &Path,
         options: &OpenLayer,
     ) -> Result<Arc<Self>, ImageError> {
-        Self::open_below(storage, io, path, options, &[]).await
+        Self::open_with(storage, io, path, options, OpenBase::Chain(&[])).await
     }
 
-    /// Opens a layer that is the base of others: `above`, topmost first.
-    pub(super) async fn open_below<S: Storage<File = E::File>>(
+    pub(super) async fn open_with<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
         path: &Path,
         options: &OpenLayer,
-        above: &[LayerId],
+        bases: OpenBase<'_>,
     ) -> Result<Arc<Self>, ImageError> {
+        // In boxes, so that little of the stack is in use while the base, and what lies below that,
+        // is opened.
+        let head = Box::pin(Head::read(storage, io, path, options)).await?;
+        let record = head.record.clone();
+        let below = match bases {
+            OpenBase::Chain(above) => Box::pin(Below::open(storage, io, path, record, above)).await?,
+            OpenBase::Nothing => Below { record, base: None },
+        };
+        Box::pin(Self::open_over(storage, io, path, options, head, below)).await
+    }
+
+    /// Opens a layer whose base is open.
+    async fn open_over<S: Storage<File = E::File>>(
+        storage: &S,
+        io: &Io<E>,
+        path: &Path,
+        options: &OpenLayer,
+        head: Head<E>,
+        below: Below<E>,
+    ) -> Result<Arc<Self>, ImageError> {
+        let Head { file, header, newest, .. } = head;
+        let reader = Reader { io, file: &file, path };
+        let core = load(&reader, &header, &newest, options).await?;
+        let layer = Self::new(file.clone(), path, header, below, options.read_only, core);
+        let interrupted = layer.recover(&reader, &newest).await?;
+        {
+            let mut core = layer.core();
+            core.checkpointed_at = io.now();
+            core.was_clean = newest.slot.clean && core.log.head == newest.slot.log;
+        }
+        if options.read_only && !layer.core().was_clean {
+            // What a killed writer left may be in the host's cache only.
+            let sync = io.run(Op::Sync { file: file.clone() }).await;
+            sync.result.map_err(|errno| ImageError::errno(path, "sync", errno))?;
+        }
+        if breaks!(options.tuning, RecoveryWithoutSync) {
+            layer.core().assume_durable();
+        } else if !options.read_only {
+            layer.begin_session(storage, io, interrupted).await?;
+        }
+        Ok(layer)
+    }
+
+    /// Makes a checkpoint after which records carry a new nonce. With `interrupted`, the log of the
+    /// slot before holds another end record of the same number.
+    async fn begin_session<S: Storage<File = E::File>>(
+        self: &Arc<Self>,
+        storage: &S,
+        io: &Io<E>,
+        interrupted: bool,
+    ) -> Result<(), ImageError> {
+        let path = self.path();
+        let mut nonce = [0; 8];
+        storage.random(&mut nonce).map_err(|e| ImageError::io(path, "make random numbers for", e))?;
+        let driver = Driver::new(Arc::clone(self), io.clone());
+        let mut result = driver.checkpoint(Some(u64::from_le_bytes(nonce)), false).await;
+        if interrupted && result.is_ok() {
+            result = driver.checkpoint(None, false).await;
+        }
+        driver.retire().await;
+        result.map_err(|error| ImageError::new(path, error))
+    }
+}
+
+/// What the first blocks of a locked file say.
+struct Head<E: Engine> {
+    file: E::File,
+    header: Header,
+    newest: Newest,
+    record: BaseRecord,
+}
+
+impl<E: Engine> Head<E> {
+    async fn read<S: Storage<File = E::File>>(
+        storage: &S,
+        io: &Io<E>,
+        path: &Path,
+        options: &OpenLayer,
+    ) -> Result<Self, ImageError> {
         let (mode, lock) = match options.read_only {
             true => (OpenOptions::READ, Lock::Shared),
             false => (OpenOptions::WRITE, Lock::Exclusive),
@@ -75,44 +157,11 @@ impl<E: Engine> Layer<E> {
             other => other?,
         };
         let reader = Reader { io, file: &file, path };
-        let start = reader.read(0, 3 * BLOCK_SIZE).await?;
+        let start = reader.read(0, HEAD_BYTES).await?;
         let header = Header::decode(&start).map_err(|damage| reader.error(0, damage))?;
-        if above.contains(&header.layer_id) {
-            return Err(ImageError::new(path, ErrorKind::Base("its bases form a loop".to_owned())));
-        }
         let newest = choose_slot(&reader, &header, &start)?;
-        let chain = [above, &[header.layer_id]].concat();
-        let base = match &header.base {
-            Some(record) => Some(Base::open_recorded(storage, io, path, record, &chain).await?),
-            None => None,
-        };
-        let (mut core, interrupted) = recover(&reader, &header, &newest, options).await?;
-        core.checkpointed_at = io.now();
-        let clean = newest.slot.clean && core.log.head == newest.slot.log;
-        core.was_clean = clean;
-        if options.read_only && !clean {
-            // What a killed writer left may be in the host's cache only.
-            let sync = io.run(Op::Sync { file: file.clone() }).await;
-            sync.result.map_err(|errno| ImageError::errno(path, "sync", errno))?;
-        }
-        let skip = options.read_only || breaks!(options.tuning, RecoveryWithoutSync);
-        if breaks!(options.tuning, RecoveryWithoutSync) {
-            core.assume_durable();
-        }
-        let layer = Self::new(file, path, header, base, options.read_only, core);
-        if !skip {
-            let mut nonce = [0; 8];
-            storage.random(&mut nonce).map_err(|e| ImageError::io(path, "make random numbers for", e))?;
-            let driver = Driver::new(Arc::clone(&layer), io.clone());
-            let mut result = driver.checkpoint(Some(u64::from_le_bytes(nonce)), false).await;
-            if interrupted && result.is_ok() {
-                // The log of the slot before holds another end record of the same number.
-                result = driver.checkpoint(None, false).await;
-            }
-            driver.retire().await;
-            result.map_err(|error| ImageError::new(path, error))?;
-        }
-        Ok(layer)
+        let record = base_record(&reader, &header, &newest.slot, &start)?;
+        Ok(Self { file, header, newest, record })
     }
 }
 
@@ -144,154 +193,193 @@ fn choose_slot<E: Engine>(
     }
 }
 
-/// How many segments there are, and how many the log may name.
-fn count_segments<E: Engine>(reader: &Reader<'_, E>, header: &Header) -> Result<(u64, u64), ImageError> {
+/// How many segments there are.
+fn count_segments<E: Engine>(reader: &Reader<'_, E>, header: &Header) -> Result<u32, ImageError> {
     let size = reader.file.size().map_err(|e| ImageError::io(reader.path, "measure", e))?;
     let room = size.saturating_sub(PREAMBLE_BYTES);
     let segment_bytes = u64::from(header.segment_blocks) * BLOCK_SIZE;
-    if reader.file.is_device() {
-        return Ok((room / segment_bytes, room / segment_bytes));
-    }
-    // The log may go on in segments that were cut off the end of the file when it was closed.
-    let count = room.div_ceil(segment_bytes);
-    Ok((count, count + SEGMENTS_BEYOND_END))
+    let count = match reader.file.is_device() {
+        true => room / segment_bytes,
+        false => room.div_ceil(segment_bytes),
+    };
+    Ok(count.min(u64::from(Segments::count_max(header.segment_blocks))) as u32)
 }
 
-/// Loads the newest checkpoint and replays the log after it. Says, too, whether the log holds the
-/// end of a next checkpoint, which no slot names.
-async fn recover<E: Engine>(
-    reader: &Reader<'_, E>,
-    header: &Header,
-    newest: &Newest,
-    options: &OpenLayer,
-) -> Result<(Core, bool), ImageError> {
-    let slot = &newest.slot;
-    let (count, reach) = count_segments(reader, header)?;
-    let count_max = u64::from(Segments::count_max(header.segment_blocks));
-    let mut segments = Segments::new(header.segment_blocks, count.min(count_max) as u32);
-    if u64::from(slot.log.segment.max(slot.log.next_segment)) >= reach.min(count_max) {
-        let at = slot_offset(slot.generation).0;
-        return Err(ImageError::corrupt(reader.path, "slot.log_segment", at, "it lies outside the file"));
-    }
-    let map = reader.load_map(slot, &mut segments).await?;
-    let log = Log::new(header.layer_id, slot.log);
-    let mut core = Core::new(options.tuning, slot.size, map, segments, log, slot.log.sequence);
-    core.generation = slot.generation;
-    core.root = Root { offset: slot.root, len: slot.root_len };
-    core.segments.set_log(slot.log.segment);
-    core.segments.set_log(slot.log.next_segment);
-
-    let mut replay = Replay::new(reader, header, &options.tuning, slot.log);
-    let mut found_end = false;
-    while let Some(record) = replay.next().await? {
-        found_end |= record.runs.iter().any(
-            |(run, _)| matches!(run, Run::CheckpointEnd { generation, .. } if *generation == slot.generation + 1),
-        );
-        if u64::from(record.end.next_segment) >= reach {
-            let offset = core.segments.offset(record.end.segment).0;
-            return Err(ImageError::corrupt(
-                reader.path,
-                "record.next_segment",
-                offset,
-                record.end.next_segment,
-            ));
-        }
-        core.replay(&record.runs, record.end);
-    }
-    if newest.other_damaged && !found_end && !breaks!(options.tuning, FallbackWithoutLog) {
-        let at = slot_offset(slot.generation + 1).0;
-        let detail = format!(
-            "one slot is damaged, and the log after checkpoint {} in the other one does not reach the next \
-             checkpoint: writes may be missing. Restore the layer from a copy",
-            slot.generation
-        );
-        return Err(ImageError::corrupt(reader.path, "slot", at, detail));
-    }
-    if let Some(place) = core.find_ahead() {
-        let offset = Core::file_offset(place).0;
-        let detail =
-            "the map refers to what the log has not written: a part of the log is damaged, or the map";
-        return Err(ImageError::corrupt(reader.path, "map", offset, detail));
-    }
-    if reader.file.is_device() {
-        core.segments.fix_count();
-        free_unneeded(reader, header, newest, options, &mut core.segments).await?;
-    }
-    if let Some(other) = newest
-        .other
-        .filter(|other| other.clean && slot.clean && other.root == slot.root && core.log.head == slot.log)
-    {
-        // A clean stop: both slots name one map, so what it does not use can be used at once.
-        core.segments.free_unused(other.log.segment);
-    }
-    Ok((core, found_end))
+/// How many segments the log may name where there are `count`. It may go on in segments that were
+/// cut off the end of a file when that was closed.
+fn reach<E: Engine>(reader: &Reader<'_, E>, count: u32) -> u64 {
+    u64::from(count) + if reader.file.is_device() { 0 } else { SEGMENTS_BEYOND_END }
 }
 
-/// Frees what neither slot needs, on a device: a recovery has to write, and cannot let the file grow
-/// until two checkpoints have told what is free.
-async fn free_unneeded<E: Engine>(
-    reader: &Reader<'_, E>,
-    header: &Header,
-    newest: &Newest,
-    options: &OpenLayer,
-    segments: &mut Segments,
-) -> Result<(), ImageError> {
-    let mut needed = Segments::new(header.segment_blocks, segments.count());
-    if let Some(other) = &newest.other {
-        match count_needs(reader, header, other, options, &mut needed).await {
-            // Nobody can fall back to a checkpoint whose map is damaged.
-            Ok(()) | Err(ImageError { kind: ErrorKind::Corrupt { .. }, .. }) => {}
-            Err(error) => return Err(error),
-        }
-    }
-    segments.free_unneeded(&needed);
-    Ok(())
-}
-
-/// Counts what a fall back to `slot` would need: what its map refers to, and its log.
-async fn count_needs<E: Engine>(
+/// The base record that a slot names.
+fn base_record<E: Engine>(
     reader: &Reader<'_, E>,
     header: &Header,
     slot: &Slot,
+    start: &[u8],
+) -> Result<BaseRecord, ImageError> {
+    let at = base_offset(slot.base).0;
+    BaseRecord::decode(&start[at as usize..(at + BLOCK_SIZE) as usize], header, slot.base)
+        .map_err(|damage| reader.error(at, damage))
+}
+
+/// Loads what the newest checkpoint says and is always kept in memory.
+async fn load<E: Engine>(
+    reader: &Reader<'_, E>,
+    header: &Header,
+    newest: &Newest,
     options: &OpenLayer,
+) -> Result<Core, ImageError> {
+    let slot = &newest.slot;
+    let count = count_segments(reader, header)?;
+    let mut segments = Segments::new(header.segment_blocks, count);
+    let reach = reach(reader, count).min(u64::from(Segments::count_max(header.segment_blocks)));
+    if u64::from(slot.log.segment.max(slot.log.next_segment)) >= reach {
+        let at = slot_offset(slot.generation).0;
+        return Err(ImageError::corrupt(reader.path, "slot.log_segment", at, "it lies outside the file"));
+    }
+    let map = reader.load_root(slot, &mut segments, options.tuning.map_cache_bytes).await?;
+    let log = Log::new(header.layer_id, slot.log);
+    let mut core = Core::new(options.tuning, slot.size, map, segments, log, slot.log.sequence);
+    core.generation = slot.generation;
+    core.base_sequence = slot.base;
+    core.slot_bases = [slot.base, newest.other.map_or(slot.base, |other| other.base)];
+    core.root = Root { offset: slot.root, len: slot.root_len };
+    core.segments.set_log(slot.log.segment);
+    core.segments.set_log(slot.log.next_segment);
+    Ok(core)
+}
+
+impl<E: Engine> Layer<E> {
+    /// Replays the log after the newest checkpoint. Says whether it holds the end of a next
+    /// checkpoint, which no slot names.
+    async fn recover(self: &Arc<Self>, reader: &Reader<'_, E>, newest: &Newest) -> Result<bool, ImageError> {
+        let (slot, tuning) = (&newest.slot, self.core().tuning);
+        let reach = reach(reader, self.core().segments.count());
+        let mut replay = Replay::new(reader, self.header(), &tuning, slot.log);
+        let mut found_end = false;
+        while let Some(record) = replay.next().await? {
+            let is_next = |run: &Run| matches!(run, Run::CheckpointEnd { generation, .. } if *generation == slot.generation + 1);
+            found_end |= record.runs.iter().any(|(run, _)| is_next(run));
+            if u64::from(record.end.next_segment) >= reach {
+                let offset = self.core().segments.offset(record.end.segment).0;
+                let next = record.end.next_segment;
+                return Err(ImageError::corrupt(reader.path, "record.next_segment", offset, next));
+            }
+            self.replay(reader.io, &record).await?;
+        }
+        if newest.other_damaged && !found_end && !breaks!(tuning, FallbackWithoutLog) {
+            let at = slot_offset(slot.generation + 1).0;
+            let detail = format!(
+                "one slot is damaged, and the log after checkpoint {} in the other one does not reach the next \
+                 checkpoint: writes may be missing. Restore the layer from a copy",
+                slot.generation
+            );
+            return Err(ImageError::corrupt(reader.path, "slot", at, detail));
+        }
+        self.core().check_ahead(reader)?;
+        if reader.file.is_device() {
+            self.free_unneeded(reader, newest).await?;
+        }
+        let mut core = self.core();
+        if let Some(other) = newest
+            .other
+            .filter(|other| other.clean && slot.clean && other.root == slot.root && core.log.head == slot.log)
+        {
+            // A clean stop: both slots name one map, so what it does not use can be used at once.
+            core.segments.free_unused(other.log.segment);
+        }
+        Ok(found_end)
+    }
+
+    /// Enters a record that was found on recovery. Long runs are entered one branch at a time, so that
+    /// what has to be in memory for it is bounded; nobody sees the layer in between.
+    async fn replay(self: &Arc<Self>, io: &Io<E>, record: &Replayed) -> Result<(), ImageError> {
+        self.core().replay_position(record.end);
+        for &(run, place) in &record.runs {
+            let blocks = guest_blocks(&run);
+            if blocks.is_empty() {
+                self.core().apply(&[(run, place)]);
+            }
+            for part in by_branch(blocks.clone()) {
+                let (skip, count) = ((part.start - blocks.start) as u32, (part.end - part.start) as u32);
+                let run = run.part(part.start, count);
+                let _pins = self.pin(io, &part).await?;
+                self.core().apply(&[(run, place + skip)]);
+            }
+        }
+        Ok(())
+    }
+
+    /// Has the device's segments be all that there are, and frees what neither slot needs: a recovery
+    /// has to write, and cannot let the file grow until two checkpoints have told what is free.
+    ///
+    /// What the newest slot and the log after it need is known by now; of the other slot the usage of
+    /// segments is read for it, and forgotten again.
+    async fn free_unneeded(&self, reader: &Reader<'_, E>, newest: &Newest) -> Result<(), ImageError> {
+        let (count, tuning) = {
+            let mut core = self.core();
+            core.segments.fix_count();
+            (core.segments.count(), core.tuning)
+        };
+        if self.is_read_only() {
+            return Ok(());
+        }
+        let mut needed = Segments::new(self.header().segment_blocks, count);
+        if let Some(other) = &newest.other {
+            match reader.load_root(other, &mut needed, 0).await {
+                // Nobody can fall back to a checkpoint whose root or usage is damaged.
+                Ok(_) | Err(ImageError { kind: ErrorKind::Corrupt { .. }, .. }) => {}
+                Err(error) => return Err(error),
+            }
+            let mut replay = Replay::new(reader, self.header(), &tuning, other.log);
+            take_log(&mut replay, newest.slot.log.sequence, &mut needed).await?;
+        }
+        self.core().segments.free_unneeded(&needed);
+        Ok(())
+    }
+}
+
+/// Marks the segments through which the log goes up to the record number `sequence`.
+async fn take_log<E: Engine>(
+    replay: &mut Replay<'_, E>,
+    sequence: u64,
     segments: &mut Segments,
 ) -> Result<(), ImageError> {
     let count = segments.count();
-    reader.load_map(slot, segments).await?;
-    let mut replay = Replay::new(reader, header, &options.tuning, slot.log);
-    let mut end = slot.log;
     loop {
-        for segment in [end.segment, end.next_segment].into_iter().filter(|&segment| segment < count) {
+        let LogPosition { segment, next_segment, .. } = replay.position;
+        for segment in [segment, next_segment].into_iter().filter(|&segment| segment < count) {
             segments.set_log(segment);
         }
-        match replay.next().await? {
-            Some(record) => end = record.end,
-            None => return Ok(()),
+        if replay.position.sequence >= sequence || replay.next().await?.is_none() {
+            return Ok(());
         }
     }
 }
 
 impl Core {
-    /// A place that something refers to although the log has yet to write it.
-    fn find_ahead(&self) -> Option<u32> {
+    /// Refuses a root or usage that speaks of what the log has yet to write; leaves are looked at when
+    /// they are loaded.
+    fn check_ahead<E: Engine>(&self, reader: &Reader<'_, E>) -> Result<(), ImageError> {
         let head = self.log.head;
-        let (start, blocks) = (self.segments.first_block(head.segment), self.segments.segment_blocks());
-        let (filling, next) =
-            (start + head.block..start + blocks, self.segments.first_block(head.next_segment));
-        let is_ahead = |place: u32| filling.contains(&place) || (next..next + blocks).contains(&place);
-        let root = (self.root.offset.0 / BLOCK_SIZE) as u32;
-        let root = Some(root).filter(|&place| self.root.len > 0 && is_ahead(place));
-        root.or_else(|| self.map.find_place(is_ahead))
+        let next = self.segments.live_bytes_in(head.next_segment);
+        let root_ahead = self.root.len > 0 && !self.can_be_mapped((self.root.offset.0 / BLOCK_SIZE) as u32);
+        if next == 0 && !root_ahead {
+            return Ok(());
+        }
+        let offset = self.segments.offset(if root_ahead { head.segment } else { head.next_segment }).0;
+        let detail = "the map refers to what the log has not written: the slot is damaged, or the map";
+        Err(ImageError::corrupt(reader.path, "map", offset, detail))
     }
 
-    /// Enters a record that was found on recovery.
-    fn replay(&mut self, runs: &[(Run, u32)], end: super::layout::LogPosition) {
+    /// The log goes on after a record that was found on recovery.
+    fn replay_position(&mut self, end: LogPosition) {
         if end.segment != self.log.head.segment {
             self.segments.set_used(self.log.head.segment, self.log.head.sequence);
         }
         self.segments.set_log(end.segment);
         self.segments.set_log(end.next_segment);
-        self.apply(runs);
         self.log.head = end;
         self.log.published = end;
         self.log.guest_sequence = end.sequence;

@@ -5,10 +5,12 @@
 //! checksum that the index states. The first place where one of these fails is the end of the
 //! log: what lies beyond was never reported durable (docs/format-layer.md, "Recovery").
 
-use super::layout::{FIRST_SEGMENT_BLOCK, Header, LogPosition, size_max};
+use super::header::Header;
+use super::layout::{FIRST_SEGMENT_BLOCK, size_max};
 use super::load::Reader;
 use super::record::{DATA_BLOCKS_MAX, Index, Run};
 use super::segments::Segments;
+use super::slot::LogPosition;
 use super::tuning::{Tuning, breaks};
 use crate::error::ImageError;
 use sapwood_blockdev::buffer::AlignedBuf;

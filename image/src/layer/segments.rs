@@ -10,11 +10,16 @@
 //! refers to it nor replays it, and *drains* from the second on (then both slots name such
 //! checkpoints), until every read that may have looked it up before has finished.
 
+mod readers;
+mod usage;
+
 use std::collections::{BTreeSet, VecDeque};
 
 use super::layout::{FIRST_SEGMENT_BLOCK, PREAMBLE_BYTES};
 use super::node::{NODE_ALIGNMENT, NodeRef};
+use readers::Readers;
 use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
+use usage::Group;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -31,7 +36,9 @@ struct Segment {
     state: State,
     /// Mapped blocks.
     live_blocks: u32,
-    /// Bytes of map nodes that the newest checkpoint refers to.
+    /// Bytes of leaves that the newest checkpoint refers to.
+    leaf_bytes: u32,
+    /// Bytes of other nodes that it refers to.
     node_bytes: u32,
     /// The newest record in it.
     last_sequence: u64,
@@ -47,6 +54,7 @@ impl Segment {
     const FREE: Self = Self {
         state: State::Free,
         live_blocks: 0,
+        leaf_bytes: 0,
         node_bytes: 0,
         last_sequence: 0,
         allocated: false,
@@ -54,9 +62,24 @@ impl Segment {
         pinned: false,
     };
 
-    /// Whether the log fills it, or the map or its nodes refer to it.
+    fn is_empty(&self) -> bool {
+        self.live_blocks == 0 && self.leaf_bytes == 0 && self.node_bytes == 0
+    }
+
+    /// Whether the log fills it, or the map or its nodes lie in it.
     fn is_referenced(&self) -> bool {
-        self.state == State::Log || self.live_blocks > 0 || self.node_bytes > 0
+        self.state == State::Log || !self.is_empty()
+    }
+
+    /// Whether something lies in it, or did when the newest checkpoint was made, or the log has filled
+    /// it since: after a recovery, which checkpoint and log must survive.
+    fn is_known(&self) -> bool {
+        self.is_referenced() || self.last_sequence > 0
+    }
+
+    /// Bytes in use.
+    fn live_bytes(&self) -> u64 {
+        u64::from(self.live_blocks) * BLOCK_SIZE + u64::from(self.leaf_bytes) + u64::from(self.node_bytes)
     }
 }
 
@@ -72,6 +95,9 @@ pub(super) struct Segments {
     /// Most segments there can be.
     limit: u32,
     live_blocks: u64,
+    groups: Vec<Group>,
+    /// A checkpoint is being written: the usage as of its start must not be lost.
+    frozen: bool,
     readers: Readers,
 }
 
@@ -87,16 +113,18 @@ impl Segments {
             segment_blocks,
             limit: Self::count_max(segment_blocks),
             live_blocks: 0,
+            groups: Vec::new(),
+            frozen: false,
             readers: Readers::default(),
         }
     }
 
     /// Has the segments be all that there will ever be, as on a block device. Nothing is known of
-    /// the space of those that neither the map nor the log uses, and so it is not given back.
+    /// the space of those that neither the map nor the log has used, and so it is not given back.
     pub(super) fn fix_count(&mut self) {
         self.limit = self.count();
         for segment in &mut self.list {
-            segment.allocated = segment.is_referenced();
+            segment.allocated = segment.is_known();
         }
     }
 
@@ -171,36 +199,37 @@ impl Segments {
         (0..).zip(&self.list).map(taken).map(u64::from).sum()
     }
 
-    /// Counts newly mapped places, all in one segment. While a map is loaded its entries may lie: the
-    /// counts stop at their ends, and [`overfull`](Self::overfull) finds them.
+    /// Counts newly mapped places, all in one segment. The counts of a map that lies stop at their
+    /// ends.
     pub(super) fn take_blocks(&mut self, place: u32, count: u32) {
         self.live_blocks += u64::from(count);
-        let segment = self.of_place(place) as usize;
-        let live = &mut self.list[segment].live_blocks;
+        let live = &mut self.change(self.of_place(place)).live_blocks;
         *live = live.saturating_add(count);
-    }
-
-    /// A segment with more in it than it has room for: the map refers to some of it twice.
-    pub(super) fn overfull(&self) -> Option<u32> {
-        let bytes = |s: &Segment| u64::from(s.live_blocks) * BLOCK_SIZE + u64::from(s.node_bytes);
-        (0..).zip(&self.list).find(|(_, s)| bytes(s) > self.bytes()).map(|(i, _)| i)
     }
 
     /// Counts a place that is no longer mapped.
     pub(super) fn release_block(&mut self, place: u32) {
-        let segment = self.of_place(place) as usize;
-        self.live_blocks -= 1;
-        self.list[segment].live_blocks -= 1;
+        self.live_blocks = self.live_blocks.saturating_sub(1);
+        let live = &mut self.change(self.of_place(place)).live_blocks;
+        *live = live.saturating_sub(1);
     }
 
-    /// Counts a stored node that the map refers to.
+    /// Counts a leaf that the map no longer refers to.
+    pub(super) fn release_leaf(&mut self, leaf: NodeRef) {
+        if let Some((offset, len)) = leaf.stored() {
+            let bytes = &mut self.change(self.of_offset(offset)).leaf_bytes;
+            *bytes = bytes.saturating_sub(len as u32);
+        }
+    }
+
+    /// Counts a node other than a leaf that the map refers to.
     pub(super) fn take_node(&mut self, node: NodeRef) {
         if let Some((offset, len)) = node.stored() {
             self.take_node_bytes(offset, len);
         }
     }
 
-    /// Counts a stored node that the map no longer refers to.
+    /// Counts a node other than a leaf that the map no longer refers to.
     pub(super) fn release_node(&mut self, node: NodeRef) {
         if let Some((offset, len)) = node.stored() {
             self.release_node_bytes(offset, len);
@@ -217,7 +246,8 @@ impl Segments {
     /// The opposite of [`take_node_bytes`](Self::take_node_bytes).
     pub(super) fn release_node_bytes(&mut self, offset: u64, len: usize) {
         let segment = self.of_offset(offset) as usize;
-        self.list[segment].node_bytes -= len.next_multiple_of(NODE_ALIGNMENT) as u32;
+        let bytes = &mut self.list[segment].node_bytes;
+        *bytes = bytes.saturating_sub(len.next_multiple_of(NODE_ALIGNMENT) as u32);
     }
 
     /// Marks a segment that the log fills or will fill next. The list grows to hold it.
@@ -263,9 +293,20 @@ impl Segments {
         self.free_allocated.remove(&segment);
     }
 
+    /// Whether a block of the file lies in a segment that the log has filled and that is not free.
+    pub(super) fn is_filled(&self, place: u32) -> bool {
+        let state = self.list.get(self.of_place(place) as usize).map(|segment| segment.state);
+        matches!(state, Some(State::Used | State::Retired | State::Draining))
+    }
+
     /// Mapped blocks in a segment.
     pub(super) fn live_blocks_in(&self, segment: u32) -> u32 {
         self.list[segment as usize].live_blocks
+    }
+
+    /// Bytes in use in a segment.
+    pub(super) fn live_bytes_in(&self, segment: u32) -> u64 {
+        self.list[segment as usize].live_bytes()
     }
 
     /// Has the cleaner leave a segment alone from now on.
@@ -287,10 +328,7 @@ impl Segments {
     /// the freeze, after the nodes it replaces were released.
     pub(super) fn dead(&self, sequence: u64) -> Vec<u32> {
         let is_dead = |s: &Segment| {
-            matches!(s.state, State::Used | State::Retired)
-                && s.live_blocks == 0
-                && s.node_bytes == 0
-                && s.last_sequence <= sequence
+            matches!(s.state, State::Used | State::Retired) && s.is_empty() && s.last_sequence <= sequence
         };
         (0..).zip(&self.list).filter(|(_, s)| is_dead(s)).map(|(i, _)| i).collect()
     }
@@ -334,7 +372,7 @@ impl Segments {
     pub(super) fn free_unused(&mut self, keep: u32) {
         for index in 0..self.count() {
             let segment = self.list[index as usize];
-            let unused = segment.state == State::Used && segment.live_blocks == 0 && segment.node_bytes == 0;
+            let unused = segment.state == State::Used && segment.is_empty();
             if unused && index != keep {
                 self.list[index as usize].allocated = false;
                 self.unchoose(index);
@@ -342,13 +380,16 @@ impl Segments {
         }
     }
 
-    /// Frees the segments that neither the map uses, nor the log that was replayed, nor the other slot
-    /// whose needs `other` counts: on a device recovery cannot take new ones at the end instead.
+    /// Frees the segments that neither the newest checkpoint's map uses, nor the log that was replayed,
+    /// nor the other slot whose needs `other` counts: on a device recovery cannot take new ones at the
+    /// end instead.
     pub(super) fn free_unneeded(&mut self, other: &Self) {
         for index in 0..self.count() {
             let segment = self.list[index as usize];
-            let is_used = segment.is_referenced() || segment.last_sequence > 0;
-            if segment.state == State::Used && !is_used && !other.list[index as usize].is_referenced() {
+            if segment.state == State::Used
+                && !segment.is_known()
+                && !other.list[index as usize].is_referenced()
+            {
                 self.unchoose(index);
             }
         }
@@ -364,11 +405,9 @@ impl Segments {
         (0..)
             .zip(&self.list)
             .filter(|(_, s)| s.state == State::Used && s.last_sequence <= published)
-            .filter(|(_, s)| !s.pinned && (s.live_blocks > 0 || s.node_bytes > 0))
-            .filter(|(_, s)| {
-                s.live_blocks + s.node_bytes.div_ceil(BLOCK_SIZE as u32) < self.segment_blocks * 7 / 8
-            })
-            .min_by_key(|(_, s)| u64::from(s.live_blocks) * BLOCK_SIZE + u64::from(s.node_bytes))
+            .filter(|(_, s)| !s.pinned && !s.is_empty())
+            .filter(|(_, s)| s.live_bytes() < self.bytes() * 7 / 8)
+            .min_by_key(|(_, s)| s.live_bytes())
             .map(|(segment, _)| segment)
     }
 
@@ -411,67 +450,9 @@ impl Segments {
     }
 }
 
-/// Reads in flight, by the epoch in which they looked their places up.
-#[derive(Default)]
-struct Readers {
-    epoch: u64,
-    /// Counts of the epochs from `epoch - counts.len() + 1` to `epoch`.
-    counts: VecDeque<u32>,
-}
-
-impl Readers {
-    fn enter(&mut self) -> u64 {
-        if self.counts.is_empty() {
-            self.counts.push_back(0);
-        }
-        *self.counts.back_mut().expect("not empty") += 1;
-        self.epoch
-    }
-
-    fn leave(&mut self, epoch: u64) {
-        let age = (self.epoch - epoch) as usize;
-        let index = self.counts.len() - 1 - age;
-        self.counts[index] -= 1;
-        while self.counts.front() == Some(&0) {
-            self.counts.pop_front();
-        }
-    }
-
-    /// Starts a new epoch; returns the one that ended.
-    fn advance(&mut self) -> u64 {
-        let ended = self.epoch;
-        self.epoch += 1;
-        if !self.counts.is_empty() {
-            self.counts.push_back(0);
-        }
-        ended
-    }
-
-    /// The oldest epoch that still has a read in flight, or the next one to come.
-    fn oldest(&self) -> u64 {
-        self.epoch + 1 - self.counts.len() as u64
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn readers_hold_back_their_epoch() {
-        let mut readers = Readers::default();
-        let a = readers.enter();
-        let ended = readers.advance();
-        assert_eq!(ended, a);
-        let b = readers.enter();
-        assert!(readers.oldest() <= ended);
-        readers.leave(b);
-        assert!(readers.oldest() <= ended);
-        readers.leave(a);
-        assert!(readers.oldest() > ended);
-        let ended = readers.advance();
-        assert!(readers.oldest() > ended);
-    }
 
     #[test]
     fn a_segment_is_free_after_two_checkpoints_and_its_readers() {

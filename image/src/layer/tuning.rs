@@ -20,6 +20,9 @@ pub struct Tuning {
     pub space_percent: u64,
     /// See `space_percent`.
     pub space_slack: u64,
+    /// Memory for nodes of the map that can be dropped, in bytes, and at most as much again (1 MiB at
+    /// least) for those that a checkpoint has yet to store.
+    pub map_cache_bytes: u64,
     /// The rule that this layer breaks.
     #[cfg(feature = "mutations")]
     pub mutation: Option<Mutation>,
@@ -33,6 +36,7 @@ impl Default for Tuning {
             sync_interval: Duration::from_secs(5),
             space_percent: 130,
             space_slack: 64 << 20,
+            map_cache_bytes: 64 << 20,
             #[cfg(feature = "mutations")]
             mutation: None,
         }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use sapwood_blockdev::device::{BlockDevice, DeviceError, Geometry};
+use sapwood_blockdev::device::{BlockDevice, DeviceError, Geometry, Request};
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::{Alignment, Lock, OpenOptions, Storage, StorageFile};
@@ -103,20 +103,25 @@ impl<E: Engine> RawDevice<E> {
         let truncate = Op::Truncate { file: self.file.clone(), size };
         io.run(truncate).await.result.map_err(|e| ImageError::errno(path, "resize", e))?;
         self.size.store(size, Ordering::Release);
-        self.sync(io).await
+        self.sync(io, Op::Sync { file: self.file.clone() }).await
     }
 
-    /// Makes everything written durable; to be called when all queues are drained, before the
-    /// last reference is dropped.
+    /// Carries out a request other than a flush for the only user of the device.
+    pub(crate) async fn perform(&self, io: &Io<E>, request: Request) -> Result<(), DeviceError> {
+        super::slow::perform(self, io, request).await
+    }
+
+    /// Makes everything written durable, the time of modification included, by which layers over
+    /// it recognise it; to be called when all queues are drained, before the last reference is dropped.
     ///
     /// # Errors
     /// When the sync, or an earlier one, failed.
     pub async fn close(&self, io: &Io<E>) -> Result<(), ImageError> {
-        if self.read_only { Ok(()) } else { self.sync(io).await }
+        if self.read_only { Ok(()) } else { self.sync(io, Op::SyncAll { file: self.file.clone() }).await }
     }
 
-    async fn sync(&self, io: &Io<E>) -> Result<(), ImageError> {
-        let result = io.run(Op::Sync { file: self.file.clone() }).await.result;
+    async fn sync(&self, io: &Io<E>, sync: Op<E::File>) -> Result<(), ImageError> {
+        let result = io.run(sync).await.result;
         self.after_sync(result.map(drop).map_err(Into::into)).map_err(|e| ImageError::new(self.path(), e))
     }
 

@@ -2,9 +2,10 @@
 //! checksum would otherwise hide it. Where a field is the damage, its checksums hold.
 
 use super::format::{
-    BLOCK, header, node, put, put_u32, put_u64, record, slot, slot_at, slots, u32_at, u64_at,
+    BLOCK, base, base_at, bases, header, node, put, put_u32, put_u64, record, slot, slot_at, slots, u32_at,
+    u64_at,
 };
-use super::seal::{Seal, seal_header, seal_node, seal_record, seal_slots};
+use super::seal::{Seal, seal_bases, seal_header, seal_node, seal_record, seal_slots};
 use super::walk::{NodeAt, RecordAt, log, nodes, records};
 
 /// An image.
@@ -91,23 +92,62 @@ pub fn segment_size(b: &mut Image) {
     seal_header(b);
 }
 
+/// The base record that the newest slot names.
+pub fn base_of(b: &[u8]) -> usize {
+    base_at(u64_at(b, newest(b) + slot::BASE) as usize % 2)
+}
+
+/// Changes a field of the base record in force and makes its checksum right.
+pub fn change_base(b: &mut Image, change: impl FnOnce(&mut [u8])) {
+    let at = base_of(b);
+    change(&mut b[at..at + BLOCK]);
+    seal_bases(b);
+}
+
+/// The checksum of the base record is wrong.
+pub fn base_checksum(b: &mut Image) {
+    let at = base_of(b);
+    b[at + base::CHECKSUM] ^= 1;
+}
+
+/// The base record is gone.
+pub fn no_base_record(b: &mut Image) {
+    let at = base_of(b);
+    b[at..at + BLOCK].fill(0);
+}
+
+/// The base record is an earlier or later one.
+pub fn base_sequence(b: &mut Image) {
+    change_base(b, |base| {
+        let sequence = u64_at(base, base::SEQUENCE);
+        put_u64(base, base::SEQUENCE, sequence + 2);
+    });
+}
+
+/// A flag of the future.
+pub fn base_flags(b: &mut Image) {
+    change_base(b, |base| put_u32(base, base::FLAGS, 1 << 20));
+}
+
 /// A base that is a raw file of this name and size.
 pub fn raw_base(b: &mut Image, path: &str, size: u64) {
-    put_u32(b, header::BASE_FORMAT, 1);
-    put_u32(b, header::BASE_PATH_LEN, path.len() as u32);
-    put_u64(b, header::BASE_SIZE, size);
-    put(b, header::BASE_PATH, path.as_bytes());
-    seal_header(b);
+    change_base(b, |base| {
+        put_u32(base, base::FORMAT, 1);
+        put_u32(base, base::PATH_LEN, path.len() as u32);
+        put_u64(base, base::SIZE, size);
+        put(base, base::PATH, path.as_bytes());
+    });
 }
 
 /// A base that is a layer of this name, which is `identity`.
 pub fn layer_base(b: &mut Image, path: &str, identity: &Image) {
     raw_base(b, path, u64_at(identity, newest(identity) + slot::SIZE));
-    put_u32(b, header::BASE_FORMAT, 2);
-    put(b, header::BASE_LAYER_ID, &identity[header::LAYER_ID..header::LAYER_ID + 16]);
-    let generation = u64_at(identity, newest(identity) + slot::GENERATION);
-    put_u64(b, header::BASE_GENERATION, generation);
-    seal_header(b);
+    change_base(b, |base| {
+        put_u32(base, base::FORMAT, 2);
+        put(base, base::BASE_ID, &identity[header::LAYER_ID..header::LAYER_ID + 16]);
+        let generation = u64_at(identity, newest(identity) + slot::GENERATION);
+        put_u64(base, base::GENERATION, generation);
+    });
 }
 
 /// Another identity.
@@ -116,14 +156,16 @@ pub fn rename_layer(b: &mut Image, id: [u8; 16]) {
     for at in slots(b) {
         put(b, at + slot::LAYER_ID, &id);
     }
+    for at in bases(b) {
+        put(b, at + base::LAYER_ID, &id);
+    }
     Seal::ALL.apply(b);
 }
 
-/// A base path longer than the header has room for.
+/// A base path longer than the record has room for.
 pub fn base_path_length(b: &mut Image) {
     raw_base(b, "base", 512);
-    put_u32(b, header::BASE_PATH_LEN, 4000);
-    seal_header(b);
+    change_base(b, |base| put_u32(base, base::PATH_LEN, 4000));
 }
 
 /// The checksum of the newest slot is wrong.
@@ -226,7 +268,7 @@ pub fn branch_as_leaf(b: &mut Image) {
 /// A reference to a node before the segments.
 pub fn reference_to_header(b: &mut Image) {
     let root = first_node(b, &[node::ROOT]);
-    change_node(b, &root, |n| put_u64(n, node::BODY, 4096 << 16 | 514));
+    change_node(b, &root, |n| put_u64(n, node::ROOT_REFS, 4096 << 16 | 514));
 }
 
 /// A reference longer than the node.

@@ -15,12 +15,24 @@ pub mod header {
     pub const RO_COMPATIBLE: usize = 24;
     pub const LAYER_ID: usize = 40;
     pub const SEGMENT_BLOCKS: usize = 56;
-    pub const BASE_FORMAT: usize = 64;
-    pub const BASE_PATH_LEN: usize = 68;
-    pub const BASE_SIZE: usize = 72;
-    pub const BASE_LAYER_ID: usize = 88;
-    pub const BASE_GENERATION: usize = 104;
-    pub const BASE_PATH: usize = 256;
+    pub const END: usize = 60;
+    pub const CHECKSUM: usize = 4092;
+}
+
+/// A base record: block 3 or 4.
+pub mod base {
+    #![allow(missing_docs)]
+    pub const MAGIC: &[u8; 8] = b"SAPWBASE";
+    pub const LAYER_ID: usize = 8;
+    pub const SEQUENCE: usize = 24;
+    pub const FLAGS: usize = 32;
+    pub const FORMAT: usize = 36;
+    pub const PATH_LEN: usize = 40;
+    pub const SIZE: usize = 48;
+    pub const MTIME: usize = 56;
+    pub const BASE_ID: usize = 64;
+    pub const GENERATION: usize = 80;
+    pub const PATH: usize = 256;
     pub const CHECKSUM: usize = 4092;
 }
 
@@ -40,6 +52,7 @@ pub mod slot {
     pub const ROOT_LEN: usize = 68;
     pub const ROOT: usize = 72;
     pub const SIZE: usize = 80;
+    pub const BASE: usize = 88;
     pub const CHECKSUM: usize = 508;
 }
 
@@ -81,6 +94,9 @@ pub mod node {
     pub const LEAF_DENSE: u16 = 2;
     pub const BRANCH: u16 = 3;
     pub const ROOT: u16 = 4;
+    pub const USAGE: u16 = 5;
+    /// Where the references of a root begin, in its body.
+    pub const ROOT_REFS: usize = BODY + 8;
 }
 
 /// Bytes `at..at + N`; those outside are zeroes.
@@ -127,6 +143,18 @@ pub fn put_u64(b: &mut [u8], at: usize, value: u64) {
 /// Byte of the slot in block 1 (`parity` 0) or 2.
 pub fn slot_at(parity: usize) -> usize {
     (1 + parity) * BLOCK
+}
+
+/// Byte of the base record in block 3 (`parity` 0) or 4.
+pub fn base_at(parity: usize) -> usize {
+    (3 + parity) * BLOCK
+}
+
+/// The base records that are there.
+pub fn bases(b: &[u8]) -> Vec<usize> {
+    let mut bases: Vec<usize> = [0, 1].map(base_at).into();
+    bases.retain(|&at| bytes::<8>(b, at) == *base::MAGIC);
+    bases
 }
 
 /// The slots that are there, the one with the newest checkpoint first.

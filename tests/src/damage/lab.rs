@@ -59,7 +59,7 @@ impl Lab for MemoryStorage {
 }
 
 /// Runs a future of a lab to its end.
-fn wait<L: Lab, T: 'static>(lab: &L, f: impl AsyncFnOnce(L::Storage, Io<L::Engine>) -> T + 'static) -> T {
+pub fn wait<L: Lab, T: 'static>(lab: &L, f: impl AsyncFnOnce(L::Storage, Io<L::Engine>) -> T + 'static) -> T {
     let (io, storage) = (Io::new(lab.engine()), lab.storage());
     block_on(&io.clone(), async move { f(storage, io).await })
 }
@@ -145,6 +145,15 @@ impl<L: Lab> Bench<L> {
     pub fn resize(&self, size: u64) -> Result<(), ImageError> {
         let layer = Arc::clone(&self.layer);
         wait(&self.lab, async move |_, io| layer.resize(&io, size).await)
+    }
+
+    /// What a range of the disk holds.
+    ///
+    /// # Errors
+    /// What the layer says.
+    pub fn extents(&self, range: std::ops::Range<u64>) -> Result<Vec<sapwood_image::Extent>, ImageError> {
+        let layer = Arc::clone(&self.layer);
+        wait(&self.lab, async move |_, io| layer.extents(&io, range).await)
     }
 
     /// Makes a checkpoint.

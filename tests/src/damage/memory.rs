@@ -177,7 +177,7 @@ impl MemoryStorage {
                 locked(&self.0).files.remove(path);
                 Ok(0)
             }
-            Op::Sync { .. } | Op::SyncDirectory { .. } => Ok(0),
+            Op::Sync { .. } | Op::SyncAll { .. } | Op::SyncDirectory { .. } => Ok(0),
             Op::Rename { .. } => Err(Errno::NOSYS),
         }
     }

@@ -1,6 +1,6 @@
 //! Damage by seed: changes to what matters in an image.
 
-use super::format::{BLOCK, header, put, put_u32, put_u64, record, slot, slots, u32_at, u64_at};
+use super::format::{BLOCK, base, bases, header, put, put_u32, put_u64, record, slot, slots, u32_at, u64_at};
 use super::seal::Seal;
 use super::walk::{nodes, records};
 use crate::sim::rng::Rng;
@@ -29,7 +29,8 @@ const EDGES: [u64; 18] = [
 
 /// Stretches of the image where fields are.
 fn fields(b: &[u8]) -> Vec<std::ops::Range<usize>> {
-    let mut found: Vec<_> = std::iter::once(0..header::BASE_PATH + 16).collect();
+    let mut found: Vec<_> = std::iter::once(0..header::END).collect();
+    found.extend(bases(b).into_iter().map(|at| at..at + base::PATH + 16));
     found.extend(slots(b).into_iter().map(|at| at..at + slot::CHECKSUM));
     for at in slots(b) {
         found.extend(nodes(b, at).into_iter().map(|node| node.at..node.at + node.len));

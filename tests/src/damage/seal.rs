@@ -2,14 +2,15 @@
 //! would do.
 
 use super::format::{
-    BLOCK, bytes, header, node, put, put_u32, put_u64, record, slot, slot_at, slots, u32_at, u64_at,
+    BLOCK, base, bases, bytes, header, node, put, put_u32, put_u64, record, slot, slot_at, slots, u32_at,
+    u64_at,
 };
 use super::walk::{Position, RecordAt, nodes, records};
 
 /// What to make right.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seal {
-    /// The header's checksum.
+    /// The checksums of the header and the base records.
     pub header: bool,
     /// The slots' checksums.
     pub slots: bool,
@@ -31,6 +32,7 @@ impl Seal {
     pub fn apply(self, b: &mut [u8]) {
         if self.header {
             seal_header(b);
+            seal_bases(b);
         }
         if self.nodes {
             for at in slots(b) {
@@ -72,6 +74,13 @@ fn seal_range(b: &mut [u8], start: usize, len: usize) {
 /// The header's checksum.
 pub fn seal_header(b: &mut [u8]) {
     seal_range(b, 0, header::CHECKSUM);
+}
+
+/// The checksums of the base records.
+pub fn seal_bases(b: &mut [u8]) {
+    for at in bases(b) {
+        seal_range(b, at, base::CHECKSUM);
+    }
 }
 
 /// The checksums of both slots.

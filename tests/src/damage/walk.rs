@@ -125,8 +125,10 @@ pub fn nodes(b: &[u8], slot_at: usize) -> Vec<NodeAt> {
         }
         for reference in (parent.at + node::BODY..parent.at + parent.len).step_by(8) {
             let child = node_at(b, (u64_at(b, reference) >> 16) as usize, reference);
-            // Kinds go down only, so that this ends.
-            found.extend(child.filter(|child| child.kind < parent.kind));
+            // Kinds go down only, so that this ends: usage nodes have nothing below them.
+            let is_below =
+                |c: &NodeAt| c.kind < parent.kind || (c.kind == node::USAGE && parent.kind == node::ROOT);
+            found.extend(child.filter(is_below));
         }
     }
     found
@@ -140,6 +142,7 @@ fn node_at(b: &[u8], at: usize, reference: usize) -> Option<NodeAt> {
     let unit = match kind {
         node::LEAF_DENSE => 4,
         node::LEAF_RUNS | node::BRANCH | node::ROOT => 8,
+        node::USAGE => 16,
         _ => return None,
     };
     let len = node::BODY + (u32_at(b, at + node::COUNT) as usize).checked_mul(unit)?;

@@ -21,7 +21,7 @@ impl State {
                 self.flights.insert((due, id), flight);
             } else if !self.luck.percent(30) {
                 flight.orphan = true;
-                if matches!(flight.op, Op::Sync { .. }) {
+                if matches!(flight.op, Op::Sync { .. } | Op::SyncAll { .. }) {
                     flight.fate = Fate::Done;
                 }
                 let late = Duration::from_micros(1 << self.luck.below(20));
@@ -48,6 +48,7 @@ impl State {
         let mut draw = Draw::new(mode, &stamps, &mut self.luck);
         for file in &mut self.files {
             file.medium.power_cut(&mut draw);
+            file.mtime_ns = file.mtime_ns_durable;
             file.locks.clear();
         }
         self.names.power_cut(&mut self.luck);

@@ -27,7 +27,7 @@ impl Kind {
         match op {
             Op::Read(_) => Self::Read,
             Op::Write(_) => Self::Write,
-            Op::Sync { .. } => Self::Sync,
+            Op::Sync { .. } | Op::SyncAll { .. } => Self::Sync,
             Op::Allocate { .. } => Self::Allocate,
             _ => Self::Other,
         }

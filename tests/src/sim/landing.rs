@@ -17,6 +17,7 @@ pub(super) fn file_of(op: &Op<SimFile>) -> Option<&SimFile> {
     match op {
         Op::Read(transfer) | Op::Write(transfer) => Some(&transfer.file),
         Op::Sync { file }
+        | Op::SyncAll { file }
         | Op::Allocate { file, .. }
         | Op::Punch { file, .. }
         | Op::Discard { file, .. }
@@ -34,6 +35,7 @@ fn describe(op: &Op<SimFile>) -> String {
         Op::Read(t) => format!("read {:?} {:?}", t.file, range_of(t)),
         Op::Write(t) => format!("write {:?} {:?}", t.file, range_of(t)),
         Op::Sync { file } => format!("sync {file:?}"),
+        Op::SyncAll { file } => format!("sync all of {file:?}"),
         Op::Allocate { file, offset, len } => format!("allocate {file:?} {offset}+{len}"),
         Op::Punch { file, offset, len } => format!("punch {file:?} {offset}+{len}"),
         Op::Discard { file, offset, len } => format!("discard {file:?} {offset}+{len}"),
@@ -149,7 +151,7 @@ impl State {
     /// Gives an operation its effect and tells its result.
     fn land(&mut self, flight: &mut Flight) -> Result<usize, Errno> {
         if let Some(file) = file_of(&flight.op)
-            && !matches!(flight.op, Op::Read(_) | Op::Sync { .. })
+            && !matches!(flight.op, Op::Read(_) | Op::Sync { .. } | Op::SyncAll { .. })
             && !file.description().write
         {
             return Err(Errno::BADF);
@@ -160,6 +162,14 @@ impl State {
             (Op::Sync { file }, fate) => {
                 let file = file.description().file;
                 self.sync(file, flight.submitted, fate)
+            }
+            (Op::SyncAll { file }, fate) => {
+                let file = file.description().file;
+                let synced = self.sync(file, flight.submitted, fate)?;
+                if fate == Fate::Done {
+                    self.files[file].mtime_ns_durable = self.files[file].mtime_ns;
+                }
+                Ok(synced)
             }
             (_, Fate::Failed(Errno::INTR | Errno::AGAIN)) => flight.errno(),
             (Op::Write(_), _) => {

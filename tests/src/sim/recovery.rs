@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use sapwood_blockdev::device::BlockDevice;
+use sapwood_blockdev::device::{BlockDevice, DeviceError};
 use sapwood_blockdev::io::Io;
 
 use super::contract::BLOCK_SECTORS;
@@ -128,13 +128,18 @@ impl<S: Subject> History<S> {
         let write_cache = self.shape.write_cache;
         self.session().disk.set_write_cache(write_cache);
         self.contract.set_write_cache(write_cache);
-        let data = self.read_all()?;
-        self.contract.recovered(&data)?;
+        match self.read_all()? {
+            Ok(data) => self.contract.recovered(&data)?,
+            Err((sector, error)) => {
+                return Err(Stop::Violation(format!("cannot read sector {sector} after recovery: {error}")));
+            }
+        }
         self.world.set_faults(self.faults.clone());
         Ok(())
     }
 
-    fn read_all(&mut self) -> Outcome<Vec<u8>> {
+    /// Reads the whole disk, or up to the first sector that cannot be read.
+    fn read_all(&mut self) -> Outcome<Result<Vec<u8>, (u64, DeviceError)>> {
         let sectors = self.session().sectors();
         let chunk = self.luck.between(1, 8 * BLOCK_SECTORS);
         let mut data = Vec::new();
@@ -143,13 +148,13 @@ impl<S: Subject> History<S> {
             let buf = self.session().peek(queue, first, chunk.min(sectors - first));
             self.wait_for("a read after recovery", |history| history.session().peeked.is_some())?;
             if let Some(Err(error)) = self.session().peeked.take() {
-                return Err(Stop::Violation(format!("cannot read sector {first} after recovery: {error}")));
+                return Ok(Err((first, error)));
             }
             let start = data.len();
             data.resize(start + buf.len(), 0);
             buf.read_at(0, &mut data[start..]);
         }
-        Ok(data)
+        Ok(Ok(data))
     }
 
     /// A clean stop; when the storage fails it may turn into a kill.
@@ -213,7 +218,7 @@ impl<S: Subject> History<S> {
     }
 
     /// The same after a start and nothing else, and a block of the disk's own goes bad, too. When
-    /// the disk refuses that, both are mended.
+    /// the disk refuses that, or says of a part that it is damaged, both are mended.
     pub(super) fn damage_log(&mut self, choice: u64) -> Outcome {
         self.crash(None, false)?;
         self.fall(None);
@@ -227,9 +232,15 @@ impl<S: Subject> History<S> {
         }
         let damage = |sector| self.world.damage(&disk_path(), sector).expect("the disk's file");
         let (slot, log) = (damage(slot), damage(block * BLOCK_SECTORS));
-        let refused = self.open()?.is_err();
-        if !refused {
+        let opened = self.open()?.is_ok();
+        let whole = opened && self.read_all()?.map_or_else(|(_, e)| e != DeviceError::Corrupt, |_| true);
+        let refused = !whole;
+        if whole {
             self.inspect()?;
+        } else if opened {
+            self.fall(None);
+            while self.event()? {}
+            self.world.set_faults(Faults::benign());
         }
         self.world.mend(&log);
         if refused {

@@ -81,6 +81,8 @@ pub(super) struct File {
     pub mtime_ns: u64,
     /// A block device: its size is fixed, and discards leave anything.
     pub is_device: bool,
+    /// What a power cut leaves of it: what syncs of data alone do not cover is lost.
+    pub mtime_ns_durable: u64,
     open: Vec<Weak<Description>>,
     pub locks: Vec<(Weak<Description>, Lock)>,
 }

@@ -71,6 +71,7 @@ pub(super) fn file(op: &Op<HostFile>) -> Option<&HostFile> {
     match op {
         Op::Read(transfer) | Op::Write(transfer) => Some(&transfer.file),
         Op::Sync { file }
+        | Op::SyncAll { file }
         | Op::Allocate { file, .. }
         | Op::Punch { file, .. }
         | Op::Discard { file, .. }
@@ -97,6 +98,7 @@ pub(super) fn build(
         Op::Sync { file } => {
             plain(on(file, registered, |fd| opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build()))
         }
+        Op::SyncAll { file } => plain(on(file, registered, |fd| opcode::Fsync::new(fd).build())),
         Op::Allocate { file, offset, len } => {
             plain(on(file, registered, |fd| opcode::Fallocate::new(fd, *len).offset(offset.0).build()))
         }

@@ -6,6 +6,7 @@ use clap::Args;
 use sapwood_image::compare::compare;
 use sapwood_image::{Format, OpenDisk};
 
+use super::reading::Backing;
 use super::{output, progress};
 use crate::host::Host;
 
@@ -24,13 +25,24 @@ pub const EXIT_FAILED: u8 = 2;
   sapwood compare -F raw vm1.layer vm1.raw
   sapwood compare -s vm1.layer vm2.layer")]
 pub struct Compare {
-    /// Format of the first disk; needed unless it is a layer
+    /// Format of the first disk; needed unless it is a layer or qcow2
     #[arg(short, long, value_name = "FORMAT")]
     format: Option<Format>,
 
-    /// Format of the second disk; needed unless it is a layer
+    /// Format of the second disk; needed unless it is a layer or qcow2
     #[arg(short = 'F', long, value_name = "FORMAT")]
     second_format: Option<Format>,
+
+    /// Read this snapshot of the first disk, a qcow2 image, by id or name
+    #[arg(short = 'l', long, value_name = "SNAPSHOT")]
+    snapshot: Option<String>,
+
+    /// The same of the second disk
+    #[arg(long, value_name = "SNAPSHOT")]
+    second_snapshot: Option<String>,
+
+    #[command(flatten)]
+    backing: Backing,
 
     /// Disks of different sizes differ
     #[arg(short, long)]
@@ -55,8 +67,13 @@ pub struct Compare {
 
 impl Compare {
     pub fn run(self, host: &Host) -> anyhow::Result<u8> {
-        let mut a = host.side(&self.first, OpenDisk { format: self.format, read_only: true })?;
-        let mut b = host.side(&self.second, OpenDisk { format: self.second_format, read_only: true })?;
+        let open = |format, snapshot: &Option<String>| OpenDisk {
+            format,
+            read_only: true,
+            below: self.backing.below(snapshot.clone()),
+        };
+        let mut a = host.side(&self.first, open(self.format, &self.snapshot))?;
+        let mut b = host.side(&self.second, open(self.second_format, &self.second_snapshot))?;
         let (size_a, size_b) = (a.size(), b.size());
         if self.strict && size_a != size_b {
             return self.answer(EXIT_DIFFERENT, "Strict mode: Image size mismatch!\n");

@@ -9,6 +9,7 @@ use sapwood_image::{CreateDisk, Format, OpenDisk, remove_incomplete};
 
 use super::options::FormatOptions;
 use super::progress;
+use super::reading::Reading;
 use crate::host::{Host, HostEngine};
 
 /// Copy a disk to another, of the same format or another
@@ -19,9 +20,10 @@ use crate::host::{Host, HostEngine};
 #[command(after_help = "Examples:
   sapwood convert -O raw vm1.layer vm1.raw          what the guest sees, for any other tool
   sapwood convert -f raw -O layer old.raw new.layer
+  sapwood convert -O layer --allow-backing vm1.qcow2 vm1.layer
   sapwood convert -O layer vm1.layer flat.layer     drop the base, and the space of dead data")]
 pub struct Convert {
-    /// Format of the source; needed unless it is a layer
+    /// Format of the source; needed unless it is a layer or qcow2
     #[arg(short, long, value_name = "FORMAT")]
     format: Option<Format>,
 
@@ -42,6 +44,9 @@ pub struct Convert {
     #[arg(short = 'n', long)]
     no_create: bool,
 
+    #[command(flatten)]
+    reading: Reading,
+
     /// Show a bar on a terminal; that is the default
     #[arg(short, long, hide = true)]
     progress: bool,
@@ -61,6 +66,9 @@ pub struct Convert {
 
 impl Convert {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
+        if self.target_format == Format::Qcow2 {
+            bail!("qcow2 images are read, not made: use -O layer or -O raw");
+        }
         let options = FormatOptions::parse(&self.options, self.target_format)?;
         if self.no_create && !self.options.is_empty() {
             bail!("-o is for a target that is made, -n for one that exists");
@@ -68,11 +76,12 @@ impl Convert {
         if options.backing_file.is_some() || options.backing_format.is_some() {
             bail!("the target of a conversion has no base: use sapwood create -b for a disk over a base");
         }
-        let source = host.side(&self.source, OpenDisk { format: self.format, read_only: true })?;
+        let source = host.side(&self.source, self.reading.open(self.format, true))?;
         if self.no_create {
             return self.copy(host, source, Target::Used);
         }
-        let mut disk = CreateDisk::empty(self.target_format, options.size.unwrap_or(source.size()));
+        let size = options.size.unwrap_or(source.size());
+        let mut disk = CreateDisk::empty(self.target_format, size).context("a format that is only read")?;
         match &mut disk {
             CreateDisk::Raw(raw) => raw.allocate = options.allocate,
             CreateDisk::Layer(layer) => {
@@ -99,7 +108,7 @@ impl Convert {
         mut source: sapwood_image::Side<HostEngine>,
         before: Target,
     ) -> anyhow::Result<()> {
-        let options = OpenDisk { format: Some(self.target_format), read_only: false };
+        let options = OpenDisk { format: Some(self.target_format), ..OpenDisk::default() };
         let mut target = host.side(&self.target, options)?;
         let bar = progress::bar(target.size(), self.quiet);
         copy(&mut source, &mut target, before, &mut |done| bar.set_position(done))

@@ -70,6 +70,7 @@ impl Create {
         layer.segment_size = options.segment_size.unwrap_or(layer.segment_size);
         let disk = match (self.format, backing) {
             (Format::Raw, Some(_)) => bail!("a raw disk has no base: use -f layer"),
+            (Format::Qcow2, _) => bail!("qcow2 images are read, not made: use -f layer or -f raw"),
             (Format::Raw, None) => {
                 let size = size.context("how large? Give a SIZE, for example 10G")?;
                 CreateDisk::Raw(CreateRaw { size, allocate: options.allocate })
@@ -106,8 +107,8 @@ impl Create {
     }
 }
 
-/// The format of a base that was named without one.
-fn probe_base(host: &Host, layer: &Path, base: &Path) -> anyhow::Result<Format> {
+/// The format of a base that was named without one; a relative path starts at the folder of `layer`.
+pub fn probe_base(host: &Host, layer: &Path, base: &Path) -> anyhow::Result<Format> {
     let path = layer.parent().unwrap_or(Path::new("")).join(base);
     let storage = host.storage();
     match host.block_on(move |io| async move { probe(&storage, &io, &path).await })? {

@@ -8,6 +8,7 @@ use sapwood_blockdev::units::BLOCK_SIZE;
 use sapwood_image::Format;
 use sapwood_image::info::{DiskInfo, info};
 use sapwood_image::layer::LayerInfo;
+use sapwood_image::qcow2::{Qcow2Info, Snapshot};
 use serde_json::{Value, json};
 
 use super::output::{self, Output};
@@ -20,7 +21,7 @@ use crate::host::Host;
   sapwood info vm1.layer
   sapwood info --output=json vm1.layer | jq '.\"virtual-size\"'")]
 pub struct Info {
-    /// Format of the disk; without it, a file that is no layer is described as raw
+    /// Format of the disk; without it, a file of no known format is described as raw
     #[arg(short, long, value_name = "FORMAT")]
     format: Option<Format>,
 
@@ -66,6 +67,9 @@ fn text(info: &DiskInfo) -> String {
         // Writing to a string does not fail.
         let _ = write_layer(&mut text, layer);
     }
+    if let Some(qcow2) = &info.qcow2 {
+        let _ = write_qcow2(&mut text, qcow2);
+    }
     text
 }
 
@@ -88,18 +92,65 @@ fn write_layer(text: &mut String, layer: &LayerInfo) -> std::fmt::Result {
     writeln!(text, "    stopped cleanly: {}", layer.clean)
 }
 
+fn write_qcow2(text: &mut String, qcow2: &Qcow2Info) -> std::fmt::Result {
+    writeln!(text, "cluster_size: {}", qcow2.cluster_size)?;
+    if let Some(backing) = &qcow2.backing {
+        write!(text, "backing file: {}", printable(&backing.name))?;
+        let full = printable(&backing.path.to_string_lossy());
+        if full != printable(&backing.name) {
+            write!(text, " (actual path: {full})")?;
+        }
+        writeln!(text)?;
+        if let Some(format) = &backing.format {
+            writeln!(text, "backing file format: {}", printable(format))?;
+        }
+    }
+    if !qcow2.snapshots.is_empty() {
+        writeln!(text, "Snapshot list:\n{:<10}{:<20}{:>14}", "ID", "NAME", "VM STATE")?;
+        for Snapshot { id, name, vm_state_bytes, .. } in &qcow2.snapshots {
+            let state = size::short(*vm_state_bytes);
+            writeln!(text, "{:<10}{:<20}{state:>14}", printable(id), printable(name))?;
+        }
+    }
+    writeln!(text, "Format specific information:")?;
+    writeln!(text, "    compat: {}", compat(qcow2))?;
+    writeln!(text, "    compression type: {}", qcow2.compression)?;
+    writeln!(text, "    lazy refcounts: {}", qcow2.lazy_refcounts)?;
+    writeln!(text, "    refcount bits: {}", qcow2.refcount_bits)?;
+    if let Some(data_file) = &qcow2.data_file {
+        writeln!(text, "    data file: {}", printable(data_file))?;
+        writeln!(text, "    data file raw: {}", qcow2.data_file_raw)?;
+    }
+    writeln!(text, "    corrupt: {}", qcow2.corrupt)?;
+    writeln!(text, "    extended l2: {}", qcow2.extended_l2)
+}
+
+/// What an image says, safe for a terminal.
+fn printable(text: &str) -> String {
+    text.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect()
+}
+
+/// The version of the format, by the version of QEMU that brought it.
+fn compat(qcow2: &Qcow2Info) -> &'static str {
+    if qcow2.version == 2 { "0.10" } else { "1.1" }
+}
+
 fn json(info: &DiskInfo) -> Value {
     let mut value = json!({
         "filename": info.path,
         "format": info.format.name(),
         "virtual-size": info.virtual_size,
         "actual-size": info.actual_size,
-        "dirty-flag": info.layer.as_ref().is_some_and(|layer| !layer.clean),
+        "dirty-flag": info.layer.as_ref().is_some_and(|layer| !layer.clean)
+            || info.qcow2.as_ref().is_some_and(|qcow2| qcow2.dirty),
         "block-device": info.is_device,
         "direct-io": info.is_direct,
     });
     if let Some(gives_space_back) = info.gives_space_back {
         value["gives-space-back"] = gives_space_back.into();
+    }
+    if let Some(qcow2) = &info.qcow2 {
+        add_qcow2(&mut value, qcow2);
     }
     let Some(layer) = &info.layer else { return value };
     value["cluster-size"] = BLOCK_SIZE.into();
@@ -120,4 +171,46 @@ fn json(info: &DiskInfo) -> Value {
         value["backing-filename-format"] = base.format.name().into();
     }
     value
+}
+
+fn add_qcow2(value: &mut Value, qcow2: &Qcow2Info) {
+    value["cluster-size"] = qcow2.cluster_size.into();
+    value["format-specific"] = json!({
+        "type": "qcow2",
+        "data": {
+            "compat": compat(qcow2),
+            "compression-type": qcow2.compression.to_string(),
+            "lazy-refcounts": qcow2.lazy_refcounts,
+            "refcount-bits": qcow2.refcount_bits,
+            "corrupt": qcow2.corrupt,
+            "extended-l2": qcow2.extended_l2,
+        },
+    });
+    if let Some(data_file) = &qcow2.data_file {
+        let data = &mut value["format-specific"]["data"];
+        data["data-file"] = json!(data_file);
+        data["data-file-raw"] = qcow2.data_file_raw.into();
+    }
+    if let Some(backing) = &qcow2.backing {
+        value["backing-filename"] = json!(backing.name);
+        value["full-backing-filename"] = json!(backing.path.to_string_lossy());
+        if let Some(format) = &backing.format {
+            value["backing-filename-format"] = json!(format);
+        }
+    }
+    if !qcow2.snapshots.is_empty() {
+        value["snapshots"] = qcow2.snapshots.iter().map(snapshot).collect();
+    }
+}
+
+fn snapshot(snapshot: &Snapshot) -> Value {
+    json!({
+        "id": snapshot.id,
+        "name": snapshot.name,
+        "vm-state-size": snapshot.vm_state_bytes,
+        "date-sec": snapshot.date.0,
+        "date-nsec": snapshot.date.1,
+        "vm-clock-sec": snapshot.vm_clock_ns / 1_000_000_000,
+        "vm-clock-nsec": snapshot.vm_clock_ns % 1_000_000_000,
+    })
 }

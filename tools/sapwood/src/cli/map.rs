@@ -5,10 +5,11 @@ use std::path::PathBuf;
 
 use clap::Args;
 use sapwood_blockdev::device::BlockDevice;
-use sapwood_image::{Disk, Extent, ExtentKind, Format, OpenDisk};
+use sapwood_image::{Disk, Extent, ExtentKind, Format};
 use serde::Serialize;
 
 use super::output::{self, Output};
+use super::reading::Reading;
 use super::size::Size;
 use crate::host::Host;
 
@@ -22,8 +23,10 @@ const WINDOW_LEN: u64 = 1 << 30;
 #[command(after_help = "Examples:
   sapwood map vm1.layer
   sapwood map -f raw --output=json debian.raw")]
+// -l is the length, as in qemu-img.
+#[command(mut_arg("snapshot", |snapshot| snapshot.short(None)))]
 pub struct Map {
-    /// Format of the disk; needed unless it is a layer
+    /// Format of the disk; needed unless it is a layer or qcow2
     #[arg(short, long, value_name = "FORMAT")]
     format: Option<Format>,
 
@@ -38,6 +41,9 @@ pub struct Map {
     /// How far to look; by default to the end of the disk
     #[arg(short = 'l', long, value_name = "LENGTH")]
     max_length: Option<Size>,
+
+    #[command(flatten)]
+    reading: Reading,
 
     /// The disk
     #[arg(value_name = "DISK")]
@@ -64,7 +70,7 @@ impl Map {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
         let Size(start) = self.start_offset;
         let len = self.max_length.map_or(u64::MAX, |Size(n)| n);
-        let options = OpenDisk { format: self.format, read_only: true };
+        let options = self.reading.open(self.format, true);
         let (storage, path) = (host.storage(), self.path.clone());
         let extents = host.block_on(move |io| async move {
             let disk = Disk::open(&storage, &io, &path, options).await?;
@@ -74,7 +80,10 @@ impl Map {
             while at < end {
                 let window = at..end.min(at.saturating_add(WINDOW_LEN));
                 at = window.end;
-                disk.extents(window)?.into_iter().for_each(|extent| Extent::push_to(&mut extents, extent));
+                disk.extents(&io, window)
+                    .await?
+                    .into_iter()
+                    .for_each(|extent| Extent::push_to(&mut extents, extent));
             }
             disk.close(&io).await?;
             Ok(extents)
@@ -88,13 +97,17 @@ impl Map {
 
 fn table(extents: &[Extent]) -> anyhow::Result<String> {
     let mut text = format!("{:<16}{:<16}{:<16}File\n", "Offset", "Length", "Mapped to");
-    for extent in extents.iter().filter(|extent| extent.kind == ExtentKind::Data) {
+    for extent in extents.iter().filter(|extent| holds_data(extent)) {
         let (start, len) = (hex(extent.start), hex(extent.len));
         let mapped = extent.offset.map(hex).unwrap_or_default();
         let file = extent.file.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
         writeln!(text, "{start:<16}{len:<16}{mapped:<16}{file}")?;
     }
     Ok(text)
+}
+
+fn holds_data(extent: &Extent) -> bool {
+    matches!(extent.kind, ExtentKind::Data | ExtentKind::Compressed)
 }
 
 /// A number as C's `%#x` prints it, and so qemu-img: 0 has no prefix.
@@ -114,9 +127,9 @@ fn entry(extent: &Extent) -> Entry<'_> {
         length: extent.len,
         depth: extent.depth,
         present: extent.kind != ExtentKind::Absent,
-        zero: extent.kind != ExtentKind::Data,
-        data: extent.kind == ExtentKind::Data,
-        compressed: false,
+        zero: !holds_data(extent),
+        data: holds_data(extent),
+        compressed: extent.kind == ExtentKind::Compressed,
         offset: extent.offset,
         filename: extent.file.as_deref().and_then(|path| path.to_str()),
     }

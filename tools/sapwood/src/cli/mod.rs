@@ -1,14 +1,18 @@
 //! The command line: one file per command.
 
 mod check;
+mod commit;
 mod compare;
 mod convert;
 mod create;
+mod flatten;
 mod info;
 mod map;
 mod options;
 mod output;
 mod progress;
+mod reading;
+mod rebase;
 mod resize;
 mod serve;
 mod size;
@@ -39,6 +43,9 @@ enum Command {
     Convert(convert::Convert),
     Compare(compare::Compare),
     Resize(resize::Resize),
+    Rebase(rebase::Rebase),
+    Flatten(flatten::Flatten),
+    Commit(commit::Commit),
     Serve(serve::Serve),
 }
 
@@ -67,6 +74,9 @@ impl Cli {
             Command::Convert(command) => command.run(&host).map(|()| 0),
             Command::Compare(command) => command.run(&host),
             Command::Resize(command) => command.run(&host).map(|()| 0),
+            Command::Rebase(command) => command.run(&host).map(|()| 0),
+            Command::Flatten(command) => command.run(&host).map(|()| 0),
+            Command::Commit(command) => command.run(&host).map(|()| 0),
             Command::Serve(command) => command.run(&host).map(|()| 0),
         }
     }

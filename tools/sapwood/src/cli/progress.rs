@@ -10,3 +10,9 @@ pub fn bar(bytes: u64, quiet: bool) -> ProgressBar {
     let style = ProgressStyle::with_template("{wide_bar} {percent}% {bytes}/{total_bytes} {eta}");
     ProgressBar::new(bytes).with_style(style.expect("a template of known keys"))
 }
+
+/// Moves a bar whose length is known once the work has begun.
+pub fn show(bar: &ProgressBar, done: u64, all: u64) {
+    bar.set_length(all);
+    bar.set_position(done);
+}

@@ -42,7 +42,7 @@ pub struct Resize {
 
 impl Resize {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
-        let side = host.side(&self.path, OpenDisk { format: self.format, read_only: false })?;
+        let side = host.side(&self.path, OpenDisk { format: self.format, ..OpenDisk::default() })?;
         let old = side.size();
         let resized = self.resize(&side, old);
         // Also when nothing was done: a layer that is not closed has to be recovered.

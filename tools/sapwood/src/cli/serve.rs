@@ -10,12 +10,13 @@ use clap::Args;
 use rustix::fs::Mode;
 use sapwood_blockdev::device::{BlockDevice, Geometry};
 use sapwood_blockdev::io::block_on;
-use sapwood_image::{Disk, Format, OpenDisk};
+use sapwood_image::{Disk, Format};
 use sapwood_vhost::{Options, Server};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
+use super::reading::Reading;
 use super::{output, size};
 use crate::host::{Host, HostEngine};
 
@@ -36,7 +37,7 @@ const EXIT_INTERRUPTED: i32 = 130;
 
 Notes go to standard error; SAPWOOD_LOG=debug shows more of them, SAPWOOD_LOG=warn fewer.")]
 pub struct Serve {
-    /// Format of the disk; needed unless it is a layer
+    /// Format of the disk; needed unless it is a layer or qcow2
     #[arg(short, long, value_name = "FORMAT")]
     format: Option<Format>,
 
@@ -44,7 +45,7 @@ pub struct Serve {
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
 
-    /// Refuse writes; other readers may use the disk too
+    /// Refuse writes; other readers may use the disk too. Needed for qcow2
     #[arg(long, alias = "read-only")]
     readonly: bool,
 
@@ -52,6 +53,9 @@ pub struct Serve {
     #[arg(long, value_name = "N", default_value_t = 1)]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
     queues: u16,
+
+    #[command(flatten)]
+    reading: Reading,
 
     /// The disk
     #[arg(value_name = "DISK")]
@@ -64,7 +68,7 @@ impl Serve {
         // Before there are threads: the socket, and all else we make, is this user's alone.
         rustix::process::umask(Mode::RWXG | Mode::RWXO);
         let mut signals = signals().context("cannot take signals")?;
-        let options = OpenDisk { format: self.format, read_only: self.readonly };
+        let options = self.reading.open(self.format, self.readonly);
         let (io, storage, path) = (host.io()?, host.storage(), self.path.clone());
         let opening = {
             let io = io.clone();

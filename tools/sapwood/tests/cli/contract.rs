@@ -9,10 +9,19 @@ const READERS: [&str; 6] =
     ["info IN", "map IN", "map --output=json IN", "check IN", "convert -O raw IN out.raw", "compare IN IN"];
 
 /// Commands that open a disk for writing.
-const WRITERS: [&str; 3] =
-    ["resize IN 16M", "serve IN --socket socket", "convert -n -f raw -O layer disk.raw IN"];
+const WRITERS: [&str; 7] = [
+    "resize IN 16M",
+    "serve IN --socket socket",
+    "convert -n -f raw -O layer disk.raw IN",
+    "rebase -b disk.raw -F raw IN",
+    "rebase -u -b disk.raw -F raw IN",
+    "flatten IN",
+    "commit IN",
+];
 
-const COMMANDS: [&str; 8] = ["create", "info", "map", "check", "convert", "compare", "resize", "serve"];
+const COMMANDS: [&str; 11] = [
+    "create", "info", "map", "check", "convert", "compare", "resize", "rebase", "flatten", "commit", "serve",
+];
 
 /// The code for "could not", which for compare must not be the one for "different".
 fn code_of_failure(command: &str) -> i32 {
@@ -67,11 +76,16 @@ fn every_option_is_documented() {
 fn every_field_is_documented() {
     let place = place();
     place.sapwood("create -b disk.layer over.layer").text();
-    for command in ["info", "map", "check"] {
-        let answer = place.sapwood(&format!("{command} --output=json over.layer")).text();
+    place.qemu_img("create -q -f qcow2 -b disk.raw -F raw over.qcow2").text();
+    place.qemu_img("snapshot -c one over.qcow2").text();
+    place.qemu_img("create -q -f qcow2 -o data_file=data aside.qcow2 1M").text();
+    let disks = ["over.layer", "over.qcow2", "aside.qcow2"];
+    for (command, disk) in ["info", "map", "check"].iter().flat_map(|c| disks.map(|disk| (*c, disk))) {
+        let leave = if command == "map" { "--allow-backing" } else { "" };
+        let answer = place.sapwood(&format!("{command} {leave} --output=json {disk}")).text();
         let fields = answer.split('"').collect::<Vec<_>>();
         for pair in fields.windows(2).filter(|pair| pair[1].starts_with(':')) {
-            assert!(section(command).contains(&format!("`{}`", pair[0])), "{command}: {}", pair[0]);
+            assert!(section(command).contains(&format!("`{}`", pair[0])), "{command} {disk}: {}", pair[0]);
         }
     }
 }
@@ -85,7 +99,7 @@ fn every_command_refuses_bad_arguments() {
     }
     place.sapwood("").fails(64, &["Usage"]);
     place.sapwood("nonsense").fails(64, &["nonsense"]);
-    place.sapwood("info -f qcow2 x").fails(64, &["qcow2", "raw and layer"]);
+    place.sapwood("info -f vmdk x").fails(64, &["vmdk", "raw, layer and qcow2"]);
     place.sapwood("create x 10Q").fails(64, &["10Q", "10G"]);
     place.sapwood("serve x --socket s --queues 0").fails(64, &["0"]);
     assert_eq!(fs::read_dir(place.path("")).unwrap().count(), 0, "nothing was made");
@@ -107,16 +121,16 @@ fn every_command_refuses_a_file_of_unknown_format() {
     let place = place();
     fs::write(place.path("text"), "not a disk").unwrap();
     fs::write(place.path("empty"), "").unwrap();
-    fs::write(place.path("other.qcow2"), b"QFI\xfb\0\0\0\x03").unwrap();
+    fs::write(place.path("other.vmdk"), b"KDMV\x01\0\0\0").unwrap();
     // info describes what looks like nothing as raw, and a target's format is given, not guessed.
     let commands = READERS.iter().chain(&WRITERS[..2]).filter(|command| !command.starts_with("info"));
     for command in commands {
         let code = code_of_failure(command);
         place.sapwood(&command.replace("IN", "text")).fails(code, &["text", "-f raw"]);
         place.sapwood(&command.replace("IN", "empty")).fails(code, &["empty", "-f raw"]);
-        place.sapwood(&command.replace("IN", "other.qcow2")).fails(code, &["qcow2", "convert"]);
+        place.sapwood(&command.replace("IN", "other.vmdk")).fails(code, &["vmdk", "convert"]);
     }
-    place.sapwood("info other.qcow2").fails(1, &["qcow2"]);
+    place.sapwood("info other.vmdk").fails(1, &["vmdk"]);
     assert!(!place.exists("out.raw"));
 }
 
@@ -173,6 +187,11 @@ fn quiet_commands_say_nothing() {
         "compare -q disk.layer disk.layer",
         "convert -q -O raw disk.layer out.raw",
         "resize -q new.layer 2G",
+        "create -q -b new.layer over.layer",
+        "rebase -q -b disk.layer over.layer",
+        "rebase -q -u -b disk.layer over.layer",
+        "commit -q over.layer",
+        "flatten -q over.layer",
     ] {
         let answer = place.sapwood(line);
         assert_eq!((answer.code, answer.stdout.as_str(), answer.stderr.as_str()), (0, "", ""), "{line}");

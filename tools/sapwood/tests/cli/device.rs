@@ -115,7 +115,7 @@ fn device_with_an_incomplete_copy_is_no_layer() {
     fs::write(place.path("full.raw"), vec![1; 32 << 20]).unwrap();
     let convert = "convert -f raw -O layer -o segment_size=1M full.raw";
     place.sapwood(&format!("{convert} {path}")).fails(1, &["not complete", "no space"]);
-    place.sapwood(&format!("check {path}")).fails(1, &["not a layer"]);
+    place.sapwood(&format!("check {path}")).fails(1, &["neither a layer nor"]);
     assert!(device.path().exists(), "a device is not removed");
 }
 

@@ -1,10 +1,12 @@
 //! The contract of the command line, tried from outside: what every command promises, and what
 //! each does.
 
+mod bases;
 mod contract;
 mod device;
 mod harness;
 mod layer;
+mod qcow2;
 mod raw;
 mod serve;
 mod served;

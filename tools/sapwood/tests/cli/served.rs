@@ -98,3 +98,24 @@ fn a_layer_over_raw_agrees_with_a_model() {
 fn a_layer_over_a_layer_agrees_with_a_model() {
     random_requests("layer over layer");
 }
+
+#[test]
+fn qcow2_is_served_as_qemu_reads_it() {
+    let place = Place::new();
+    place.raw_disk("base.raw");
+    place.qemu_img("convert -f raw -O qcow2 -c base.raw packed").text();
+    place.qemu_img("create -q -f qcow2 -o extended_l2=on -b packed -F qcow2 disk").text();
+    let write = place.command("qemu-io", "-f qcow2 disk -c").arg("write -q -P 9 1028k 5k").status();
+    assert!(write.expect("qemu-io is installed").success());
+    place.qemu_img("convert -f qcow2 -O raw disk theirs").text();
+    for (engine, queues) in [("uring", 4), ("blocking", 1)] {
+        // Learned from one, found in the other.
+        let mut model = Model::unknown(SIZE);
+        for disk in ["--allow-backing disk", "-f raw theirs"] {
+            let serve = format!("--engine {engine} --readonly {disk}");
+            with_server(&place, &serve, queues, true, |frontend| {
+                model.verify(frontend).unwrap_or_else(|e| panic!("{engine}, {disk}: {e}"));
+            });
+        }
+    }
+}
