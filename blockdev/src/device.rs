@@ -23,7 +23,8 @@ pub enum Command {
     /// request's range is ignored.
     Flush,
     /// The guest no longer needs the range. It reads as zeroes afterwards where whole 4 KiB
-    /// blocks were discarded; partial blocks may keep their contents.
+    /// blocks were discarded; partial blocks may keep their contents. Of a raw disk whose storage
+    /// cannot give space back as zeroes, what is discarded reads as anything.
     Discard,
     /// The range reads as zeroes afterwards.
     WriteZeroes,

@@ -68,6 +68,16 @@ impl ImageError {
         Self::new(path, ErrorKind::Io { action, source: source.into() })
     }
 
+    /// A file that could not be opened.
+    pub fn open(path: impl AsRef<Path>, source: std::io::Error) -> Self {
+        match source.kind() {
+            std::io::ErrorKind::ResourceBusy => {
+                Self::new(path, ErrorKind::Locked { holder: source.to_string() })
+            }
+            _ => Self::io(path, "open", source),
+        }
+    }
+
     /// A failed operation of an engine.
     pub fn errno(path: impl AsRef<Path>, action: &'static str, errno: Errno) -> Self {
         Self::io(path, action, errno)

@@ -18,6 +18,8 @@ pub mod probe;
 pub mod qcow2;
 pub mod raw;
 pub mod side;
+mod signature;
+mod site;
 
 pub use below::OpenBelow;
 pub use create::{CreateDisk, create};
@@ -26,3 +28,4 @@ pub use extent::{Extent, ExtentKind};
 pub use format::Format;
 pub use open::{Disk, DiskQueue, OpenDisk};
 pub use side::Side;
+pub use site::remove_incomplete;

@@ -175,7 +175,11 @@ fn random_work_matches_a_model_over_every_base() {
                 Some(BaseSpec { path: "below".into(), format: Format::Layer })
             }
         };
-        create(&path, CreateLayer { size: Some(size), base: spec, segment_size: 256 << 10 }).unwrap();
+        create(
+            &path,
+            CreateLayer { size: Some(size), base: spec, segment_size: 256 << 10, ..Default::default() },
+        )
+        .unwrap();
         for round in 0..12 {
             let mut disk = Disk::open(&path, model);
             for _ in 0..120 {

@@ -1,10 +1,13 @@
 //! Tests that need more than one crate, and the tools they share: real guests, a vhost-user client,
-//! a model of a disk, damaged images, counters, and the simulated world.
+//! a model of a disk, damaged images, counters, mounted file systems, and the simulated world.
 
 pub mod counting;
 pub mod damage;
 pub mod frontend;
 pub mod guest;
+pub mod lacking;
+pub mod load;
 pub mod model;
+pub mod mounts;
 pub mod qcow2;
 pub mod sim;

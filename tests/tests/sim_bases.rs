@@ -88,7 +88,7 @@ impl Process {
 
     fn create(&self, name: &str, size: usize, base: Option<BaseSpec>) {
         let (storage, io, path) = (self.storage.clone(), self.io.clone(), path(name));
-        let options = CreateLayer { size: Some(size as u64), base, segment_size: 64 << 10 };
+        let options = CreateLayer { size: Some(size as u64), base, segment_size: 64 << 10, overwrite: false };
         self.run(async move { layer::create(&storage, &io, &path, &options).await }).expect("a new layer");
     }
 

@@ -21,6 +21,15 @@ fn random_histories_keep_the_contract() {
 }
 
 #[test]
+fn random_histories_on_a_device_keep_the_contract() {
+    let subject = LayerSubject { on_device: true, ..LayerSubject::default() };
+    let (_, failure) = first_failure(&subject, seeds(300));
+    if let Some(failure) = failure {
+        panic!("{}", report(&subject, &failure, "sim_crash"));
+    }
+}
+
+#[test]
 fn a_seed_replays() {
     for seed in 0..20 {
         let plan = Plan::random(seed, 3);

@@ -16,7 +16,7 @@ fn every_breach_of_the_commit_protocol_is_noticed() {
             continue;
         }
         let tuning = Tuning { mutation: Some(mutation), ..Tuning::default() };
-        let (tried, failure) = first_failure(&LayerSubject { tuning }, 0..SEEDS_MAX);
+        let (tried, failure) = first_failure(&LayerSubject { tuning, on_device: false }, 0..SEEDS_MAX);
         match failure {
             Some(failure) => println!("{mutation:?}: seed {}, {}", tried - 1, failure.message),
             None => missed.push(mutation),

@@ -47,9 +47,20 @@ pub enum Op<F> {
         /// Length in bytes.
         len: u64,
     },
-    /// Gives the range's space back; it reads as zeroes afterwards (FALLOC_FL_PUNCH_HOLE, or
-    /// BLKDISCARD with zeroing on a device).
+    /// Gives the range's space back; it reads as zeroes afterwards (fallocate(2),
+    /// FALLOC_FL_PUNCH_HOLE: on a device a write of zeroes that may unmap, where it offers one).
+    /// EOPNOTSUPP where that cannot be done without writing the zeroes out.
     Punch {
+        /// The file.
+        file: F,
+        /// Start of the range.
+        offset: FileOffset,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// Gives the range's space back; what it reads as afterwards is undefined (BLKDISCARD on a
+    /// device, as [`Op::Punch`] on a file). EOPNOTSUPP where that is not possible.
+    Discard {
         /// The file.
         file: F,
         /// Start of the range.

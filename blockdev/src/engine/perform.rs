@@ -6,6 +6,7 @@ use std::path::Path;
 
 use libc::iovec;
 use rustix::fs::{FallocateFlags, Mode, OFlags};
+use rustix::ioctl::{Opcode, Setter};
 
 use super::{Op, Transfer};
 use crate::Errno;
@@ -93,7 +94,10 @@ pub(super) fn perform(op: &Op<HostFile>, scratch: &mut Vec<iovec>) -> Result<usi
         Op::Allocate { file, offset, len } => {
             done(rustix::fs::fallocate(file, FallocateFlags::empty(), offset.0, *len))
         }
-        Op::Punch { file, offset, len } => done(rustix::fs::fallocate(file, PUNCH, offset.0, *len)),
+        Op::Discard { file, offset, len } if file.is_device() => discard(file, offset.0, *len),
+        Op::Punch { file, offset, len } | Op::Discard { file, offset, len } => {
+            done(rustix::fs::fallocate(file, PUNCH, offset.0, *len))
+        }
         Op::Truncate { file, size } => done(rustix::fs::ftruncate(file, *size)),
         Op::Rename { from, to } => done(rustix::fs::rename(from, to)),
         Op::Unlink { path } => done(rustix::fs::unlink(path)),
@@ -104,6 +108,17 @@ pub(super) fn perform(op: &Op<HostFile>, scratch: &mut Vec<iovec>) -> Result<usi
 /// Flags of [`Op::Punch`]. On a block device the kernel zeroes the range with
 /// `BLKDEV_ZERO_NOFALLBACK`: it discards with zeroes or fails with EOPNOTSUPP (block/fops.c).
 pub(super) const PUNCH: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
+
+/// `BLKDISCARD` of linux/fs.h, `_IO(0x12, 119)`; its argument is the range's start and length.
+const BLKDISCARD: Opcode = rustix::ioctl::opcode::none(0x12, 119);
+
+/// Tells a device that the contents of a range are not needed.
+fn discard(file: &HostFile, offset: u64, len: u64) -> Result<usize, Errno> {
+    // SAFETY: BLKDISCARD reads two integers of 64 bits from its argument and writes nothing.
+    let request = unsafe { Setter::<BLKDISCARD, [u64; 2]>::new([offset, len]) };
+    // SAFETY: the request is the one that it claims to be, see above.
+    done(unsafe { rustix::ioctl::ioctl(file, request) })
+}
 
 /// Opens a directory to sync it.
 pub(super) fn open_directory(path: &Path) -> Result<std::os::fd::OwnedFd, Errno> {

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, Stat, StatxFlags};
 
 use super::lock::Holder;
+use super::once::{self, Note};
 use super::{Alignment, FileIdentity, Lock, LockError, OpenOptions, Storage, StorageFile};
 use crate::Errno;
 use crate::buffer::AlignedBuf;
@@ -27,6 +28,13 @@ const ENDED_HOLDER_WAIT: Duration = Duration::from_secs(10);
 const UNKNOWN_HOLDER_WAIT: Duration = Duration::from_millis(50);
 /// How often it is looked at meanwhile.
 const HOLDER_PAUSE: Duration = Duration::from_millis(2);
+
+/// Who holds a device, where no process is known to.
+const MOUNTED: &str = "a mount, the kernel or a program that claimed the device (lsblk tells more)";
+
+/// File systems that cannot make holes, by their numbers (statfs(2), linux/magic.h): vfat, exFAT,
+/// HFS+, 9p. Of others it is not known before it is tried; NFS, for one, can from version 4.2 on.
+const WITHOUT_HOLES: [rustix::fs::FsWord; 4] = [0x4d44, 0x2011_bab0, 0x482b, 0x0102_1997];
 
 /// The host's file systems and block devices.
 #[derive(Clone, Copy, Debug, Default)]
@@ -69,11 +77,6 @@ impl WeakHostFile {
 }
 
 impl HostFile {
-    /// Whether this is a block device: its size is fixed and all its space is allocated.
-    pub fn is_device(&self) -> bool {
-        self.0.is_device
-    }
-
     /// A name for the open file description; `notify` is told when it is closed.
     pub(crate) fn downgrade(&self, notify: &Arc<Notify>) -> WeakHostFile {
         let mut users = self.0.users.lock().unwrap_or_else(PoisonError::into_inner);
@@ -136,7 +139,11 @@ impl Storage for HostStorage {
         if options.create_new {
             flags |= OFlags::CREATE | OFlags::EXCL;
         }
-        let fd = rustix::fs::open(path, flags, Mode::from_raw_mode(0o666))?;
+        if options.claim && options.write && !options.create_new && is_block_device(path) {
+            // Without O_CREAT it means something for block devices only.
+            flags |= OFlags::EXCL;
+        }
+        let fd = open_patiently(path, flags)?;
         let is_device = match FileType::from_raw_mode(rustix::fs::fstat(&fd)?.st_mode) {
             FileType::RegularFile => false,
             FileType::BlockDevice => true,
@@ -164,6 +171,36 @@ impl Storage for HostStorage {
     }
 }
 
+fn is_block_device(path: &Path) -> bool {
+    rustix::fs::stat(path).is_ok_and(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::BlockDevice)
+}
+
+/// Opens `path`; as with the lock, it waits for a claim on a device that an ended process left.
+fn open_patiently(path: &Path, flags: OFlags) -> io::Result<OwnedFd> {
+    let begun = Instant::now();
+    loop {
+        match rustix::fs::open(path, flags, Mode::from_raw_mode(0o666)) {
+            Err(Errno::BUSY) if flags.contains(OFlags::EXCL) => {}
+            opened => return Ok(opened?),
+        }
+        let holder = rustix::fs::stat(path).ok().and_then(|stat| Holder::of(&stat));
+        if begun.elapsed() >= patience(holder.as_ref()) {
+            let name = holder.map_or_else(|| MOUNTED.to_owned(), |holder| holder.name());
+            return Err(io::Error::new(io::ErrorKind::ResourceBusy, name));
+        }
+        std::thread::sleep(HOLDER_PAUSE);
+    }
+}
+
+/// How long the holder of a lock or claim is waited for.
+fn patience(holder: Option<&Holder>) -> Duration {
+    match holder {
+        Some(holder) if holder.has_ended() => ENDED_HOLDER_WAIT,
+        Some(_) => Duration::ZERO,
+        None => UNKNOWN_HOLDER_WAIT,
+    }
+}
+
 fn not_a_disk(path: &Path, found: FileType) -> io::Error {
     let text = format!("{}: neither a regular file nor a block device ({found:?})", path.display());
     io::Error::new(io::ErrorKind::InvalidInput, text)
@@ -180,7 +217,10 @@ fn set_flags(fd: &OwnedFd, wanted: OFlags) -> Result<(), Errno> {
 /// the file system cannot.
 fn set_direct(fd: &OwnedFd, path: &Path, is_device: bool) -> io::Result<Option<Alignment>> {
     let buffered = |why: &dyn fmt::Display| {
-        log::info!("{}: no direct I/O ({why}), going through the page cache", path.display());
+        if once::first_time(&rustix::fs::fstat(fd)?, Note::NoDirectIo) {
+            let path = path.display();
+            log::info!("{path}: no direct I/O ({why}): all files there go through the page cache");
+        }
         Ok(None)
     };
     let stated = stated_alignment(fd)?;
@@ -205,6 +245,14 @@ fn set_direct(fd: &OwnedFd, path: &Path, is_device: bool) -> io::Result<Option<A
     }
     set_flags(fd, OFlags::empty())?;
     buffered(&format_args!("it would need {alignment:?}, more than {BLOCK_BYTES} bytes"))
+}
+
+/// Whether a block device takes discards, by what sysfs says; a partition asks its disk.
+fn discards(device: u64) -> Option<bool> {
+    let device = format!("/sys/dev/block/{}:{}", rustix::fs::major(device), rustix::fs::minor(device));
+    let read = |queue| std::fs::read_to_string(format!("{device}/{queue}/discard_max_bytes"));
+    let bytes_max: u64 = read("queue").or_else(|_| read("../queue")).ok()?.trim().parse().ok()?;
+    Some(bytes_max > 0)
 }
 
 /// What statx(2) says (`STATX_DIOALIGN`, Linux 6.1): `None` if it does not know, `Some(None)` if
@@ -238,6 +286,10 @@ fn tried_alignment(fd: &OwnedFd) -> Alignment {
 impl StorageFile for HostFile {
     fn path(&self) -> &Path {
         &self.0.path
+    }
+
+    fn is_device(&self) -> bool {
+        self.0.is_device
     }
 
     fn size(&self) -> io::Result<u64> {
@@ -290,6 +342,21 @@ impl StorageFile for HostFile {
         self.0.alignment
     }
 
+    fn gives_space_back(&self) -> Option<bool> {
+        if self.0.is_device {
+            return discards(self.stat().ok()?.st_rdev);
+        }
+        let kind = rustix::fs::fstatfs(&self.0.fd).ok()?.f_type;
+        WITHOUT_HOLES.contains(&kind).then_some(false)
+    }
+
+    fn note_no_space_back(&self) {
+        if self.stat().is_ok_and(|stat| once::first_time(&stat, Note::NoSpaceBack)) {
+            let what = if self.0.is_device { "the device has no discard" } else { "no hole punching" };
+            log::info!("{}: unused space is kept, not given back ({what})", self.0.path.display());
+        }
+    }
+
     /// Takes, strengthens or weakens the lock (flock(2)) without waiting for a living process.
     ///
     /// Linux converts a lock by dropping it first, so another process can slip in between: a
@@ -310,12 +377,7 @@ impl StorageFile for HostFile {
                 Err(error) => return Err(LockError::Io(error.into())),
             }
             let holder = self.stat().ok().and_then(|stat| Holder::of(&stat));
-            let patience = match &holder {
-                Some(holder) if holder.has_ended() => ENDED_HOLDER_WAIT,
-                Some(_) => Duration::ZERO,
-                None => UNKNOWN_HOLDER_WAIT,
-            };
-            if begun.elapsed() < patience {
+            if begun.elapsed() < patience(holder.as_ref()) {
                 std::thread::sleep(HOLDER_PAUSE);
                 continue;
             }

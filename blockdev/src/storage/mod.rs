@@ -5,6 +5,7 @@
 
 mod host;
 mod lock;
+mod once;
 
 pub(crate) use host::WeakHostFile;
 pub use host::{HostFile, HostStorage};
@@ -24,20 +25,29 @@ pub struct OpenOptions {
     /// Bypass the page cache (O_DIRECT) where the file system can; where it cannot the file is
     /// opened buffered and [`StorageFile::alignment`] says so.
     pub direct: bool,
+    /// Claim a block device that is opened for writing (open(2), O_EXCL): it is refused while it is
+    /// mounted or claimed, and nobody can mount it meanwhile.
+    pub claim: bool,
 }
 
 impl OpenOptions {
     /// Reading only, direct.
-    pub const READ: Self = Self { write: false, create_new: false, direct: true };
+    pub const READ: Self = Self { write: false, create_new: false, direct: true, claim: true };
     /// Reading and writing, direct.
-    pub const WRITE: Self = Self { write: true, create_new: false, direct: true };
+    pub const WRITE: Self = Self { write: true, create_new: false, direct: true, claim: true };
     /// A new file for reading and writing, direct.
-    pub const CREATE: Self = Self { write: true, create_new: true, direct: true };
+    pub const CREATE: Self = Self { write: true, create_new: true, direct: true, claim: true };
 
     /// The same, through the page cache.
     #[must_use]
     pub const fn buffered(self) -> Self {
         Self { direct: false, ..self }
+    }
+
+    /// The same without a claim, for whoever has claimed the device already.
+    #[must_use]
+    pub const fn unclaimed(self) -> Self {
+        Self { claim: false, ..self }
     }
 }
 
@@ -92,7 +102,8 @@ pub trait Storage: Clone + Send + Sync + 'static {
     /// Opens `path` (an existing file or block device) or creates it.
     ///
     /// # Errors
-    /// What open(2) says; `AlreadyExists` when a file to be created exists.
+    /// What open(2) says; `AlreadyExists` when a file to be created exists; `ResourceBusy`, with
+    /// the holder as its text, when a block device to be written is mounted or in use otherwise.
     fn open(&self, path: &Path, options: OpenOptions) -> io::Result<Self::File>;
 
     /// Fills `bytes` with randomness for identifiers and nonces.
@@ -107,6 +118,11 @@ pub trait Storage: Clone + Send + Sync + 'static {
 pub trait StorageFile: Clone + Send + Sync + fmt::Debug + 'static {
     /// The path it was opened by, for messages.
     fn path(&self) -> &Path;
+
+    /// Whether this is a block device: its size is fixed and all its space is there.
+    fn is_device(&self) -> bool {
+        false
+    }
 
     /// Size in bytes now; of the device, for a block device.
     ///
@@ -137,6 +153,16 @@ pub trait StorageFile: Clone + Send + Sync + fmt::Debug + 'static {
 
     /// What operations must be aligned to.
     fn alignment(&self) -> Alignment;
+
+    /// Whether the storage takes back space that is not needed (a hole in a file, a discard on a
+    /// device), as far as it says so without being asked to do it.
+    fn gives_space_back(&self) -> Option<bool> {
+        None
+    }
+
+    /// Notes in the log that it does not: once for each file system or device, since nothing is
+    /// wrong and every file there is the same.
+    fn note_no_space_back(&self) {}
 
     /// Takes, strengthens or weakens the lock without waiting.
     ///

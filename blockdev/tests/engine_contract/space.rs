@@ -21,6 +21,10 @@ fn punch(file: &HostFile, offset: u64, len: u64) -> Op<HostFile> {
     Op::Punch { file: file.clone(), offset: FileOffset(offset), len }
 }
 
+fn discard(file: &HostFile, offset: u64, len: u64) -> Op<HostFile> {
+    Op::Discard { file: file.clone(), offset: FileOffset(offset), len }
+}
+
 pub fn allocates<E: Subject>(make: fn() -> E) {
     let (dir, mut engine) = (tempfile::tempdir().unwrap(), make());
     let file = create(dir.path(), "file");
@@ -56,6 +60,8 @@ pub fn punched_range_reads_zero<E: Subject>(make: fn() -> E) {
     assert_eq!(seen[3 << 20..], pattern(4 << 20, 1)[3 << 20..]);
     assert_eq!(run(&mut engine, punch(&file, 8 * MIB, MIB)).result, Ok(0));
     assert_eq!(file.size().unwrap(), 4 * MIB, "a hole beyond the end changes nothing");
+    assert_eq!(run(&mut engine, discard(&file, 3 * MIB, MIB)).result, Ok(0));
+    assert!(file.allocated().unwrap() <= before - 3 * MIB, "a discard of a file is a hole");
 }
 
 pub fn truncates<E: Subject>(make: fn() -> E) {
@@ -120,6 +126,13 @@ pub fn device_is_a_file_of_fixed_size<E: Subject>(make: fn() -> E) {
     assert!(seen[1 << 20..2 << 20].iter().all(|byte| *byte == 0));
     assert_eq!(seen[2 << 20..], pattern(8 << 20, 1)[2 << 20..]);
     assert!(below.allocated().unwrap() <= 7 * MIB + 65536, "the discard reached the file below");
+    assert_eq!(run(&mut engine, discard(&file, 4 * MIB, 2 * MIB)).result, Ok(0));
+    assert!(below.allocated().unwrap() <= 5 * MIB + 65536, "so did this one");
+    assert_eq!(run(&mut engine, discard(&file, 8 * MIB, MIB)).result, Err(Errno::INVAL));
+    assert_eq!(file.gives_space_back(), Some(true));
+    let claimed = HostStorage.open(Path::new(&device.0), OpenOptions::WRITE).unwrap_err();
+    assert_eq!(claimed.kind(), std::io::ErrorKind::ResourceBusy, "{claimed}");
+    HostStorage.open(Path::new(&device.0), OpenOptions::READ).unwrap();
     let beyond = Op::write(file, FileOffset(8 * MIB), AlignedBuf::zeroed(4096));
     assert_eq!(run(&mut engine, beyond).result, Err(Errno::NOSPC));
 }

@@ -104,6 +104,13 @@ impl<E: Engine> Base<E> {
             })?;
         let path = resolve(layer, stored);
         let (base, identity) = Self::open(storage, io, &path, spec.format, above).await?;
+        if let BaseIdentity::Raw { mtime_ns: 0, .. } = identity {
+            log::warn!(
+                "{}: a block device has no modification time: only a change of its size will be noticed, so \
+                 make sure that nothing writes it while layers are over it (blockdev --setro)",
+                path.display()
+            );
+        }
         Ok((base, BaseRef { path: stored.to_owned(), identity }))
     }
 

@@ -25,10 +25,11 @@ use crate::error::{ErrorKind, ImageError};
 use crate::format::Format;
 use crate::raw::RawDevice;
 use crate::side::{BATCH, CHUNK_LEN, WINDOW_LEN, cut};
+use crate::site;
 use sapwood_blockdev::device::{BlockDevice, Command, Request};
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
-use sapwood_blockdev::storage::Storage;
+use sapwood_blockdev::storage::{Storage, StorageFile};
 use sapwood_blockdev::units::{BLOCK_SIZE, GuestOffset};
 
 /// What a commit did.
@@ -42,7 +43,7 @@ pub struct Committed {
 
 /// Merges the layer at `path` into its base, which then reads as the layer did; nobody may use
 /// either. A base that is smaller grows; one that is larger keeps its size and what lies past the
-/// layer's end. With `delete` the layer's file is removed at the end, otherwise it stays, empty, over
+/// layer's end. With `delete` the layer is removed at the end, otherwise it stays, empty, over
 /// the same base. Interrupted at any moment, doing it again finishes it. `progress` is called with
 /// the bytes of disk done and their number.
 ///
@@ -61,15 +62,18 @@ pub async fn commit<S: Storage, E: Engine<File = S::File>>(
     let layer = Layer::<E>::open_with(storage, io, path, &options, OpenBase::Nothing).await?;
     let result = layer.commit(storage, io, &options, delete, progress).await;
     if delete && result.is_ok() {
-        return remove(io, path).await.and(result);
+        return remove::<E>(io, &layer.file(), path).await.and(result);
     }
     let closed = layer.close(io).await;
     result.and_then(|committed| closed.map(|()| committed))
 }
 
-async fn remove<E: Engine>(io: &Io<E>, path: &Path) -> Result<(), ImageError> {
-    let unlink = Op::Unlink { path: path.to_owned() };
-    io.run(unlink).await.result.map_err(|errno| ImageError::errno(path, "remove", errno))?;
+/// Removes a layer: the file, or what makes a device's contents one.
+async fn remove<E: Engine>(io: &Io<E>, file: &E::File, path: &Path) -> Result<(), ImageError> {
+    site::abandon(io, file).await.map_err(|errno| ImageError::errno(path, "remove", errno))?;
+    if file.is_device() {
+        return Ok(());
+    }
     let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let sync = Op::SyncDirectory { path: folder.to_owned() };
     io.run(sync).await.result.map(drop).map_err(|errno| ImageError::errno(folder, "sync", errno))

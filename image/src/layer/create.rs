@@ -1,7 +1,8 @@
 //! Makes a layer.
 //!
 //! Order: slot and base record, then a sync, then the header, then a sync of file and folder. A file without a
-//! header is no layer, so a crash on the way leaves nothing that could be mistaken for one.
+//! header is no layer, so a crash on the way leaves nothing that could be mistaken for one. On a block
+//! device all that would tell what it held before is erased first, durably (`image/src/site.rs`).
 
 use std::path::{Path, PathBuf};
 
@@ -12,18 +13,20 @@ use super::layout::{PREAMBLE_BYTES, SEGMENT_BLOCKS_MAX, SEGMENT_BLOCKS_MIN};
 use super::slot::{LogPosition, Slot, slot_offset};
 use super::{CreateLayer, check_size};
 use crate::error::ImageError;
+use crate::site;
 use sapwood_blockdev::Errno;
 use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
-use sapwood_blockdev::storage::{OpenOptions, Storage};
+use sapwood_blockdev::storage::{Storage, StorageFile};
 use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset, SECTOR_SIZE};
 
-/// Creates a layer at `path`, which must not exist; durable when it returns.
+/// Creates a layer at `path`, which is a file that does not exist or a block device; durable when
+/// it returns.
 ///
 /// # Errors
-/// A missing or unusable base, an impossible size, an existing file, what the storage says. No
-/// file is left behind.
+/// A missing or unusable base, an impossible size, an existing file, a device that is in use or
+/// holds something, what the storage says. No file is left behind.
 pub async fn create<S: Storage, E: Engine<File = S::File>>(
     storage: &S,
     io: &Io<E>,
@@ -60,13 +63,18 @@ pub async fn create<S: Storage, E: Engine<File = S::File>>(
         clean: true,
     };
 
-    let file = storage.open(path, OpenOptions::CREATE).map_err(|e| ImageError::io(path, "create", e))?;
+    let room = PREAMBLE_BYTES + DEVICE_SEGMENTS_MIN * u64::from(options.segment_size);
+    let file = site::prepare(storage, io, path, room, options.overwrite).await?;
     let written = write(io, &file, path, &header, &slot, &record).await;
     if written.is_err() {
-        io.run(Op::Unlink { path: path.to_owned() }).await;
+        // The first failure is the one to tell.
+        let _ = site::abandon(io, &file).await;
     }
     written.map_err(|errno| ImageError::errno(path, "write", errno))
 }
+
+/// Segments that a block device must have room for: some for the log, some for data.
+const DEVICE_SEGMENTS_MIN: u64 = 8;
 
 fn segment_blocks(path: &Path, bytes: u32) -> Result<u32, ImageError> {
     let blocks = bytes / BLOCK_SIZE as u32;
@@ -84,7 +92,9 @@ async fn write<E: Engine>(
     slot: &Slot,
     record: &BaseRecord,
 ) -> Result<(), Errno> {
-    io.run(Op::Truncate { file: file.clone(), size: PREAMBLE_BYTES }).await.result?;
+    if !file.is_device() {
+        io.run(Op::Truncate { file: file.clone(), size: PREAMBLE_BYTES }).await.result?;
+    }
     let put =
         |offset, bytes: Vec<u8>| io.run(Op::write(file.clone(), offset, AlignedBuf::from_slice(&bytes)));
     put(slot_offset(slot.generation), slot.encode()).await.result?;

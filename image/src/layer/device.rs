@@ -9,6 +9,7 @@ use super::base_record::BaseIdentity;
 use super::core::Core;
 use super::driver::Driver;
 use super::header::Header;
+use super::layout::PREAMBLE_BYTES;
 use super::node::Entry;
 use super::queue::LayerQueue;
 use super::record::Run;
@@ -121,6 +122,7 @@ impl<E: Engine> Layer<E> {
             base: base
                 .map(|base| BaseSpec { path: PathBuf::from(&base.path), format: base.identity.format() }),
             live_blocks,
+            used_bytes: core.segments.used_bytes() + PREAMBLE_BYTES,
             dead_blocks: core.segments.dead_blocks(core.log.head.segment, core.log.head.block),
             generation: core.generation,
             sequence: core.log.published.sequence,

@@ -18,6 +18,7 @@ use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::device::DeviceError;
 use sapwood_blockdev::engine::{Engine, Op, Time};
 use sapwood_blockdev::io::Io;
+use sapwood_blockdev::storage::StorageFile;
 use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
 
 /// Pause after background work has failed, for example because the host is full.
@@ -254,7 +255,9 @@ impl<E: Engine> Driver<E> {
         };
         self.punch(next).await?;
         self.punch_free(0).await?;
-        self.io.run(Op::Truncate { file: self.layer.file(), size }).await.result?;
+        if !self.layer.file().is_device() {
+            self.io.run(Op::Truncate { file: self.layer.file(), size }).await.result?;
+        }
         self.sync_file().await
     }
 
@@ -276,16 +279,21 @@ impl<E: Engine> Driver<E> {
         }
     }
 
-    /// Punches a range; says whether the file system can.
+    /// Gives the space of a range back; says whether the file system or device can.
     async fn punch(&self, range: std::ops::Range<u64>) -> Result<bool> {
         if range.is_empty() {
             return Ok(true);
         }
         let len = range.end - range.start;
-        let punch = Op::Punch { file: self.layer.file(), offset: FileOffset(range.start), len };
-        match self.io.run(punch).await.result {
+        let file = self.layer.file();
+        // Nothing reads it before it is written again, or believes what it reads.
+        let discard = Op::Discard { file: file.clone(), offset: FileOffset(range.start), len };
+        match self.io.run(discard).await.result {
             Ok(_) => Ok(true),
-            Err(Errno::OPNOTSUPP | Errno::NOSYS) => Ok(false),
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => {
+                file.note_no_space_back();
+                Ok(false)
+            }
             Err(errno) => Err(errno.into()),
         }
     }

@@ -87,11 +87,13 @@ pub struct CreateLayer {
     pub base: Option<BaseSpec>,
     /// Size of a segment in bytes: a power of two from 64 KiB to 64 MiB.
     pub segment_size: u32,
+    /// What a block device holds may be overwritten. A file is never overwritten.
+    pub overwrite: bool,
 }
 
 impl Default for CreateLayer {
     fn default() -> Self {
-        Self { size: None, base: None, segment_size: SEGMENT_SIZE_DEFAULT }
+        Self { size: None, base: None, segment_size: SEGMENT_SIZE_DEFAULT, overwrite: false }
     }
 }
 
@@ -119,6 +121,8 @@ pub struct LayerInfo {
     pub base_path: Option<PathBuf>,
     /// Blocks of 4 KiB that the map refers to.
     pub live_blocks: u64,
+    /// Bytes of the file that are in use: its start, and the segments that the map or the log uses.
+    pub used_bytes: u64,
     /// Blocks in use for anything else: overwritten data, the map itself, the log's own.
     pub dead_blocks: u64,
     /// Number of the newest checkpoint.
@@ -140,7 +144,7 @@ fn open_file<S: Storage>(
     options: OpenOptions,
     lock: Lock,
 ) -> Result<S::File, ImageError> {
-    let file = storage.open(path, options).map_err(|e| ImageError::io(path, "open", e))?;
+    let file = storage.open(path, options).map_err(|e| ImageError::open(path, e))?;
     crate::open::lock(&file, lock)?;
     Ok(file)
 }

@@ -193,6 +193,24 @@ fn choose_slot<E: Engine>(
     }
 }
 
+/// How many segments there are.
+fn count_segments<E: Engine>(reader: &Reader<'_, E>, header: &Header) -> Result<u32, ImageError> {
+    let size = reader.file.size().map_err(|e| ImageError::io(reader.path, "measure", e))?;
+    let room = size.saturating_sub(PREAMBLE_BYTES);
+    let segment_bytes = u64::from(header.segment_blocks) * BLOCK_SIZE;
+    let count = match reader.file.is_device() {
+        true => room / segment_bytes,
+        false => room.div_ceil(segment_bytes),
+    };
+    Ok(count.min(u64::from(Segments::count_max(header.segment_blocks))) as u32)
+}
+
+/// How many segments the log may name where there are `count`. It may go on in segments that were
+/// cut off the end of a file when that was closed.
+fn reach<E: Engine>(reader: &Reader<'_, E>, count: u32) -> u64 {
+    u64::from(count) + if reader.file.is_device() { 0 } else { SEGMENTS_BEYOND_END }
+}
+
 /// The base record that a slot names.
 fn base_record<E: Engine>(
     reader: &Reader<'_, E>,
@@ -213,13 +231,9 @@ async fn load<E: Engine>(
     options: &OpenLayer,
 ) -> Result<Core, ImageError> {
     let slot = &newest.slot;
-    let size = reader.file.size().map_err(|e| ImageError::io(reader.path, "measure", e))?;
-    let segment_bytes = u64::from(header.segment_blocks) * BLOCK_SIZE;
-    let count = size.saturating_sub(PREAMBLE_BYTES).div_ceil(segment_bytes);
-    let count_max = u64::from(Segments::count_max(header.segment_blocks));
-    let mut segments = Segments::new(header.segment_blocks, count.min(count_max) as u32);
-    // The log may go on in segments that were cut off the end of the file when it was closed.
-    let reach = (count + SEGMENTS_BEYOND_END).min(count_max);
+    let count = count_segments(reader, header)?;
+    let mut segments = Segments::new(header.segment_blocks, count);
+    let reach = reach(reader, count).min(u64::from(Segments::count_max(header.segment_blocks)));
     if u64::from(slot.log.segment.max(slot.log.next_segment)) >= reach {
         let at = slot_offset(slot.generation).0;
         return Err(ImageError::corrupt(reader.path, "slot.log_segment", at, "it lies outside the file"));
@@ -241,7 +255,7 @@ impl<E: Engine> Layer<E> {
     /// checkpoint, which no slot names.
     async fn recover(self: &Arc<Self>, reader: &Reader<'_, E>, newest: &Newest) -> Result<bool, ImageError> {
         let (slot, tuning) = (&newest.slot, self.core().tuning);
-        let reach = u64::from(self.core().segments.count()) + SEGMENTS_BEYOND_END;
+        let reach = reach(reader, self.core().segments.count());
         let mut replay = Replay::new(reader, self.header(), &tuning, slot.log);
         let mut found_end = false;
         while let Some(record) = replay.next().await? {
@@ -263,8 +277,11 @@ impl<E: Engine> Layer<E> {
             );
             return Err(ImageError::corrupt(reader.path, "slot", at, detail));
         }
+        self.core().check_ahead(reader)?;
+        if reader.file.is_device() {
+            self.free_unneeded(reader, newest).await?;
+        }
         let mut core = self.core();
-        core.check_ahead(reader)?;
         if let Some(other) = newest
             .other
             .filter(|other| other.clean && slot.clean && other.root == slot.root && core.log.head == slot.log)
@@ -292,6 +309,52 @@ impl<E: Engine> Layer<E> {
             }
         }
         Ok(())
+    }
+
+    /// Has the device's segments be all that there are, and frees what neither slot needs: a recovery
+    /// has to write, and cannot let the file grow until two checkpoints have told what is free.
+    ///
+    /// What the newest slot and the log after it need is known by now; of the other slot the usage of
+    /// segments is read for it, and forgotten again.
+    async fn free_unneeded(&self, reader: &Reader<'_, E>, newest: &Newest) -> Result<(), ImageError> {
+        let (count, tuning) = {
+            let mut core = self.core();
+            core.segments.fix_count();
+            (core.segments.count(), core.tuning)
+        };
+        if self.is_read_only() {
+            return Ok(());
+        }
+        let mut needed = Segments::new(self.header().segment_blocks, count);
+        if let Some(other) = &newest.other {
+            match reader.load_root(other, &mut needed, 0).await {
+                // Nobody can fall back to a checkpoint whose root or usage is damaged.
+                Ok(_) | Err(ImageError { kind: ErrorKind::Corrupt { .. }, .. }) => {}
+                Err(error) => return Err(error),
+            }
+            let mut replay = Replay::new(reader, self.header(), &tuning, other.log);
+            take_log(&mut replay, newest.slot.log.sequence, &mut needed).await?;
+        }
+        self.core().segments.free_unneeded(&needed);
+        Ok(())
+    }
+}
+
+/// Marks the segments through which the log goes up to the record number `sequence`.
+async fn take_log<E: Engine>(
+    replay: &mut Replay<'_, E>,
+    sequence: u64,
+    segments: &mut Segments,
+) -> Result<(), ImageError> {
+    let count = segments.count();
+    loop {
+        let LogPosition { segment, next_segment, .. } = replay.position;
+        for segment in [segment, next_segment].into_iter().filter(|&segment| segment < count) {
+            segments.set_log(segment);
+        }
+        if replay.position.sequence >= sequence || replay.next().await?.is_none() {
+            return Ok(());
+        }
     }
 }
 

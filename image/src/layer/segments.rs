@@ -66,6 +66,17 @@ impl Segment {
         self.live_blocks == 0 && self.leaf_bytes == 0 && self.node_bytes == 0
     }
 
+    /// Whether the log fills it, or the map or its nodes lie in it.
+    fn is_referenced(&self) -> bool {
+        self.state == State::Log || !self.is_empty()
+    }
+
+    /// Whether something lies in it, or did when the newest checkpoint was made, or the log has filled
+    /// it since: after a recovery, which checkpoint and log must survive.
+    fn is_known(&self) -> bool {
+        self.is_referenced() || self.last_sequence > 0
+    }
+
     /// Bytes in use.
     fn live_bytes(&self) -> u64 {
         u64::from(self.live_blocks) * BLOCK_SIZE + u64::from(self.leaf_bytes) + u64::from(self.node_bytes)
@@ -81,6 +92,8 @@ pub(super) struct Segments {
     /// Draining segments and the epoch whose reads they wait for, oldest first.
     draining: VecDeque<(u32, u64)>,
     segment_blocks: u32,
+    /// Most segments there can be.
+    limit: u32,
     live_blocks: u64,
     groups: Vec<Group>,
     /// A checkpoint is being written: the usage as of its start must not be lost.
@@ -98,11 +111,26 @@ impl Segments {
             free_allocated: BTreeSet::new(),
             draining: VecDeque::new(),
             segment_blocks,
+            limit: Self::count_max(segment_blocks),
             live_blocks: 0,
             groups: Vec::new(),
             frozen: false,
             readers: Readers::default(),
         }
+    }
+
+    /// Has the segments be all that there will ever be, as on a block device. Nothing is known of
+    /// the space of those that neither the map nor the log has used, and so it is not given back.
+    pub(super) fn fix_count(&mut self) {
+        self.limit = self.count();
+        for segment in &mut self.list {
+            segment.allocated = segment.is_known();
+        }
+    }
+
+    /// Bytes of the segments that the map or the log uses.
+    pub(super) fn used_bytes(&self) -> u64 {
+        self.list.iter().filter(|segment| segment.is_referenced()).count() as u64 * self.bytes()
     }
 
     /// Most segments a file can have: places are 32-bit block numbers, and the root names the usage
@@ -247,7 +275,7 @@ impl Segments {
         self.reap();
         let free = self.free_allocated.first().or_else(|| self.free.first());
         let segment = free.copied().unwrap_or(self.count());
-        if segment >= Self::count_max(self.segment_blocks) {
+        if segment >= self.limit {
             return None;
         }
         self.set_log(segment);
@@ -349,6 +377,21 @@ impl Segments {
             let unused = segment.state == State::Used && segment.is_empty();
             if unused && index != keep {
                 self.list[index as usize].allocated = false;
+                self.unchoose(index);
+            }
+        }
+    }
+
+    /// Frees the segments that neither the newest checkpoint's map uses, nor the log that was replayed,
+    /// nor the other slot whose needs `other` counts: on a device recovery cannot take new ones at the
+    /// end instead.
+    pub(super) fn free_unneeded(&mut self, other: &Self) {
+        for index in 0..self.count() {
+            let segment = self.list[index as usize];
+            if segment.state == State::Used
+                && !segment.is_known()
+                && !other.list[index as usize].is_referenced()
+            {
                 self.unchoose(index);
             }
         }

@@ -9,6 +9,7 @@ use sapwood_blockdev::units::FileOffset;
 
 use super::device::disk_size;
 use crate::error::ImageError;
+use crate::site;
 
 /// A raw image to be made.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +30,10 @@ pub async fn create<S: Storage, E: Engine<File = S::File>>(
     path: &Path,
     options: CreateRaw,
 ) -> Result<(), ImageError> {
+    if site::is_device(storage, path) {
+        let detail = "a block device is a raw disk as it is: there is nothing to make; convert -n fills one";
+        return Err(ImageError::invalid(path, detail));
+    }
     let file = storage.open(path, OpenOptions::CREATE).map_err(|e| ImageError::io(path, "create", e))?;
     let size = disk_size(options.size);
     let mut steps = vec![("set the size", Op::Truncate { file: file.clone(), size })];

@@ -42,7 +42,7 @@ impl<E: Engine> RawDevice<E> {
         read_only: bool,
     ) -> Result<Arc<Self>, ImageError> {
         let options = if read_only { OpenOptions::READ } else { OpenOptions::WRITE };
-        let open = |options| storage.open(path, options).map_err(|e| ImageError::io(path, "open", e));
+        let open = |options| storage.open(path, options).map_err(|e| ImageError::open(path, e));
         let mut file = open(options)?;
         // Direct I/O could reach the cut last piece of such a file only by growing the file.
         let odd = size_of(&file)? % file.alignment().offset as u64 != 0;
@@ -89,6 +89,9 @@ impl<E: Engine> RawDevice<E> {
         let path = self.path();
         if self.read_only {
             return Err(ImageError::new(path, DeviceError::ReadOnly));
+        }
+        if self.file.is_device() {
+            return Err(ImageError::invalid(path, "a raw disk on a block device has the device's size"));
         }
         let unit = SECTOR_SIZE.max(self.alignment.offset as u64);
         if !size.is_multiple_of(unit) {

@@ -7,6 +7,7 @@ use sapwood_blockdev::buffer::{AlignedBuf, Memory};
 use sapwood_blockdev::device::{Command, DeviceError, Request};
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
+use sapwood_blockdev::storage::StorageFile;
 use sapwood_blockdev::units::{BLOCK_SIZE, BlockSpan, FileOffset};
 
 use super::device::RawDevice;
@@ -34,7 +35,7 @@ pub(super) async fn perform<E: Engine>(
         Command::WriteZeroes => zero(device, io, range).await?,
         Command::Discard => {
             let whole = BlockSpan::of(request.offset, request.len).whole;
-            zero(device, io, whole.start * BLOCK_SIZE..whole.end * BLOCK_SIZE).await?;
+            discard(device, io, whole.start * BLOCK_SIZE..whole.end * BLOCK_SIZE).await?;
         }
         Command::Flush => unreachable!("a flush is a single operation"),
     }
@@ -72,6 +73,28 @@ async fn write<E: Engine>(
         write_piece(device, io, piece, |bytes| memory.read_at(at, bytes)).await?;
     }
     Ok(())
+}
+
+/// Gives the range's space back where the storage can: as zeroes if possible, else as it comes. To
+/// write zeroes instead would take up space that a guest means to free.
+async fn discard<E: Engine>(device: &RawDevice<E>, io: &Io<E>, range: Range<u64>) -> Result<(), Errno> {
+    if range.is_empty() {
+        return Ok(());
+    }
+    let (offset, len) = (FileOffset(range.start), range.end - range.start);
+    if device.can_punch() {
+        match io.run(Op::Punch { file: device.file.clone(), offset, len }).await.result {
+            Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => device.set_cannot_punch(),
+            ended => return ended.map(drop),
+        }
+    }
+    match io.run(Op::Discard { file: device.file.clone(), offset, len }).await.result {
+        Err(Errno::OPNOTSUPP | Errno::NOSYS | Errno::NODEV) => {
+            device.file.note_no_space_back();
+            Ok(())
+        }
+        ended => ended.map(drop),
+    }
 }
 
 /// Makes the range read as zeroes, giving its space back where the storage can.

@@ -165,7 +165,7 @@ impl MemoryStorage {
                 contents.size = contents.size.max(offset.0 + *len);
                 Ok(0)
             }
-            Op::Punch { file, offset, len } => {
+            Op::Punch { file, offset, len } | Op::Discard { file, offset, len } => {
                 locked(&file.0.contents).punch(offset.0, *len);
                 Ok(0)
             }

@@ -53,7 +53,7 @@ impl Maker {
             disk.clear();
         }
         disk.resize(SIZE as usize, 0);
-        let options = CreateLayer { size: Some(SIZE), base, segment_size: SEGMENT };
+        let options = CreateLayer { size: Some(SIZE), base, segment_size: SEGMENT, overwrite: false };
         create(&storage, &path(), &options).expect("a layer");
         let bench = Bench::open(&storage, &path(), false).expect("an open layer");
         Self { storage, bench, disk, history: Vec::new() }

@@ -20,6 +20,7 @@ pub(super) fn file_of(op: &Op<SimFile>) -> Option<&SimFile> {
         | Op::SyncAll { file }
         | Op::Allocate { file, .. }
         | Op::Punch { file, .. }
+        | Op::Discard { file, .. }
         | Op::Truncate { file, .. } => Some(file),
         Op::Rename { .. } | Op::Unlink { .. } | Op::SyncDirectory { .. } => None,
     }
@@ -37,6 +38,7 @@ fn describe(op: &Op<SimFile>) -> String {
         Op::SyncAll { file } => format!("sync all of {file:?}"),
         Op::Allocate { file, offset, len } => format!("allocate {file:?} {offset}+{len}"),
         Op::Punch { file, offset, len } => format!("punch {file:?} {offset}+{len}"),
+        Op::Discard { file, offset, len } => format!("discard {file:?} {offset}+{len}"),
         Op::Truncate { file, size } => format!("truncate {file:?} to {size}"),
         Op::Rename { from, to } => format!("rename {} to {}", from.display(), to.display()),
         Op::Unlink { path } => format!("unlink {}", path.display()),
@@ -100,11 +102,16 @@ impl State {
             Op::Allocate { file, offset, len } => (file, offset.0, *len),
             _ => return 0,
         };
-        self.files[file.description().file].medium.missing(offset, len)
+        let file = &self.files[file.description().file];
+        if file.is_device {
+            assert!(offset + len <= file.medium.size(), "a device does not grow");
+            return 0;
+        }
+        file.medium.missing(offset, len)
     }
 
     fn used(&self) -> u64 {
-        self.files.iter().map(|file| file.medium.allocated()).sum()
+        self.files.iter().filter(|file| !file.is_device).map(|file| file.medium.allocated()).sum()
     }
 
     /// Most operations take tens of microseconds, some a hundred times that; syncs take longer,
@@ -170,6 +177,9 @@ impl State {
                 flight.moved()
             }
             (_, Fate::Failed(_)) => flight.errno(),
+            (Op::Truncate { file, .. }, _) if self.files[file.description().file].is_device => {
+                Err(Errno::INVAL)
+            }
             (Op::Rename { from, to }, _) => {
                 if self.names.rename(from, to) {
                     Ok(0)
@@ -220,6 +230,10 @@ impl State {
         let stamp = self.stamp;
         let keep = match flight.fate {
             Fate::Failed(_) => self.luck.pick(&[0, 50, 100]),
+            // What a device has dropped reads as anything: here as zeroes, or as before.
+            _ if self.files[file].is_device && matches!(flight.op, Op::Discard { .. }) => {
+                self.luck.pick(&[0, 50, 100])
+            }
             _ if flight.orphan => self.luck.pick(&[50, 100, 100]),
             _ => 100,
         };
@@ -232,7 +246,9 @@ impl State {
                 let (at, bytes) = bytes_of(transfer, flight.fate);
                 target.medium.write_some(stamp, at, &bytes, reaches);
             }
-            Op::Punch { offset, len, .. } => target.medium.punch(stamp, offset.0, *len, reaches),
+            Op::Punch { offset, len, .. } | Op::Discard { offset, len, .. } => {
+                target.medium.punch(stamp, offset.0, *len, reaches);
+            }
             Op::Allocate { offset, len, .. } => target.medium.allocate(stamp, offset.0, *len),
             Op::Truncate { size, .. } => target.medium.truncate(stamp, *size),
             _ => return,

@@ -20,6 +20,8 @@ use super::world::{Config, World};
 
 /// Bytes beyond the live data from which the cleaner works.
 const SPACE_SLACK: u64 = 256 << 10;
+/// Size of a block device: nothing in a history makes it run full.
+const DEVICE_BYTES: u64 = 16 << 20;
 /// Most bytes of a write while a base is filled.
 const FILL_BYTES: usize = 64 << 10;
 
@@ -28,6 +30,8 @@ const FILL_BYTES: usize = 64 << 10;
 pub struct LayerSubject {
     /// Where a mutation is set.
     pub tuning: Tuning,
+    /// Whether it lies on a block device.
+    pub on_device: bool,
 }
 
 impl From<ImageError> for OpenError {
@@ -98,7 +102,11 @@ impl Subject for LayerSubject {
     }
 
     fn create(&self, storage: SimStorage, io: Io<SimEngine>, shape: Shape) -> Task<Result<(), String>> {
+        let on_device = self.on_device;
         Box::pin(async move {
+            if on_device {
+                storage.world().install_device(&disk_path(), DEVICE_BYTES);
+            }
             let format = match shape.base {
                 Base::Nothing => None,
                 Base::Raw(sectors) => {
@@ -112,7 +120,7 @@ impl Subject for LayerSubject {
             };
             let base = format.map(|format| BaseSpec { path: base_path(), format });
             let size = Some(shape.sectors * SECTOR);
-            let options = CreateLayer { size, base, segment_size: shape.segment_size };
+            let options = CreateLayer { size, base, segment_size: shape.segment_size, overwrite: false };
             layer::create(&storage, &io, &disk_path(), &options).await.map_err(|error| error.to_string())
         })
     }

@@ -101,6 +101,10 @@ impl StorageFile for SimFile {
         &self.description.path
     }
 
+    fn is_device(&self) -> bool {
+        self.world.state().files[self.description.file].is_device
+    }
+
     fn size(&self) -> io::Result<u64> {
         Ok(self.world.state().files[self.description.file].medium.size())
     }
@@ -112,7 +116,8 @@ impl StorageFile for SimFile {
     fn identity(&self) -> io::Result<FileIdentity> {
         let state = self.world.state();
         let file = &state.files[self.description.file];
-        Ok(FileIdentity { size: file.medium.size(), mtime_ns: file.mtime_ns })
+        let mtime_ns = if file.is_device { 0 } else { file.mtime_ns };
+        Ok(FileIdentity { size: file.medium.size(), mtime_ns })
     }
 
     fn alignment(&self) -> Alignment {

@@ -79,6 +79,8 @@ pub struct World(Arc<Mutex<State>>);
 pub(super) struct File {
     pub medium: Medium,
     pub mtime_ns: u64,
+    /// A block device: its size is fixed, and discards leave anything.
+    pub is_device: bool,
     /// What a power cut leaves of it: what syncs of data alone do not cover is lost.
     pub mtime_ns_durable: u64,
     open: Vec<Weak<Description>>,
@@ -188,6 +190,16 @@ impl World {
         let file = state.create(path);
         state.files[file].medium = Medium::of(bytes);
         state.names.sync(path.parent().unwrap_or(Path::new("")));
+    }
+
+    /// Puts a block device of `size` bytes of zeroes there.
+    pub fn install_device(&self, path: &Path, size: u64) {
+        self.install(path, &[]);
+        let mut state = self.state();
+        let file = state.names.get(path).expect("just installed");
+        state.files[file].is_device = true;
+        state.files[file].medium.truncate(0, size);
+        state.files[file].medium.sync(0);
     }
 
     /// What readers see of a file now; nothing if there is none.

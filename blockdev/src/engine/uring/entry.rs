@@ -74,6 +74,7 @@ pub(super) fn file(op: &Op<HostFile>) -> Option<&HostFile> {
         | Op::SyncAll { file }
         | Op::Allocate { file, .. }
         | Op::Punch { file, .. }
+        | Op::Discard { file, .. }
         | Op::Truncate { file, .. } => Some(file),
         Op::Rename { .. } | Op::Unlink { .. } | Op::SyncDirectory { .. } => None,
     }
@@ -101,9 +102,11 @@ pub(super) fn build(
         Op::Allocate { file, offset, len } => {
             plain(on(file, registered, |fd| opcode::Fallocate::new(fd, *len).offset(offset.0).build()))
         }
-        Op::Punch { file, offset, len } => plain(on(file, registered, |fd| {
-            opcode::Fallocate::new(fd, *len).offset(offset.0).mode(PUNCH.bits() as i32).build()
-        })),
+        Op::Punch { file, offset, len } | Op::Discard { file, offset, len } => {
+            plain(on(file, registered, |fd| {
+                opcode::Fallocate::new(fd, *len).offset(offset.0).mode(PUNCH.bits() as i32).build()
+            }))
+        }
         Op::Truncate { file, size } => {
             plain(on(file, registered, |fd| opcode::Ftruncate::new(fd, *size).build()))
         }

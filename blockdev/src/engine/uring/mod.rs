@@ -37,7 +37,7 @@ use super::perform::{foregone, perform};
 use super::probe::{self, Features};
 use super::{Completion, Engine, EngineStats, Notify, Op, STALL_PAUSE, Time, WatchFd, monotonic_now};
 use crate::Errno;
-use crate::storage::HostFile;
+use crate::storage::{HostFile, StorageFile};
 use entry::{Lent, Pool};
 use files::FileTable;
 
@@ -288,6 +288,8 @@ impl UringEngine {
         match op {
             Op::Rename { .. } | Op::Unlink { .. } => self.features.names,
             Op::Truncate { .. } => self.features.truncate,
+            // The ring has no ioctl(2), and a command of its own for this only from Linux 6.12 on.
+            Op::Discard { file, .. } => !file.is_device(),
             _ => true,
         }
     }

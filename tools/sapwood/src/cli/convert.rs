@@ -1,11 +1,11 @@
 //! `sapwood convert`.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, bail};
 use clap::Args;
 use sapwood_image::convert::{Target, copy};
-use sapwood_image::{CreateDisk, Format, OpenDisk};
+use sapwood_image::{CreateDisk, Format, OpenDisk, remove_incomplete};
 
 use super::options::FormatOptions;
 use super::progress;
@@ -36,6 +36,10 @@ pub struct Convert {
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
 
+    /// Overwrite what a block device holds; a file is never overwritten
+    #[arg(long, conflicts_with = "no_create")]
+    force: bool,
+
     /// The target exists, is at least as large, and is overwritten
     #[arg(short = 'n', long)]
     no_create: bool,
@@ -55,7 +59,7 @@ pub struct Convert {
     #[arg(value_name = "SOURCE")]
     source: PathBuf,
 
-    /// The disk to make; without -n it must not exist
+    /// The disk to make; without -n it must not exist, but for a block device under a layer
     #[arg(value_name = "TARGET")]
     target: PathBuf,
 }
@@ -81,15 +85,21 @@ impl Convert {
         match &mut disk {
             CreateDisk::Raw(raw) => raw.allocate = options.allocate,
             CreateDisk::Layer(layer) => {
+                layer.overwrite = self.force;
                 layer.segment_size = options.segment_size.unwrap_or(layer.segment_size);
             }
         }
         let (storage, path) = (host.storage(), self.target.clone());
         host.block_on(|io| async move { sapwood_image::create(&storage, &io, &path, disk).await })?;
-        let mut unfinished = RemoveOnDrop(Some(&self.target));
-        self.copy(host, source, Target::Zero)?;
-        unfinished.0 = None;
-        Ok(())
+        let copied = self.copy(host, source, Target::Zero);
+        if copied.is_err() {
+            let (storage, path) = (host.storage(), self.target.clone());
+            let removed = host.block_on(|io| async move { remove_incomplete(&storage, &io, &path).await });
+            if let Err(error) = removed {
+                log::warn!("the incomplete target is still there: {error:#}");
+            }
+        }
+        copied
     }
 
     fn copy(
@@ -107,18 +117,5 @@ impl Convert {
         target.close()?;
         bar.finish_and_clear();
         Ok(())
-    }
-}
-
-/// Removes a file that is not complete.
-struct RemoveOnDrop<'a>(Option<&'a Path>);
-
-impl Drop for RemoveOnDrop<'_> {
-    fn drop(&mut self) {
-        if let Some(path) = self.0
-            && let Err(error) = std::fs::remove_file(path)
-        {
-            log::warn!("cannot remove the incomplete {}: {error}", path.display());
-        }
     }
 }

@@ -23,6 +23,7 @@ use crate::host::Host;
   sapwood create disk.layer 10G                      an empty disk
   sapwood create -b debian.raw -F raw vm1.layer      a disk over a base, of the base's size
   sapwood create -b debian.raw -F raw vm2.layer 20G  the same, larger
+  sapwood create /dev/vg/vm3 10G                     an empty disk on a block device
   sapwood create -f raw disk.raw 10G                 a sparse raw disk")]
 pub struct Create {
     /// Format of the new disk: layer or raw
@@ -42,11 +43,15 @@ pub struct Create {
     #[arg(short, value_name = "OPTIONS")]
     options: Vec<String>,
 
+    /// Overwrite what a block device holds; a file is never overwritten
+    #[arg(long)]
+    force: bool,
+
     /// Print nothing
     #[arg(short, long)]
     quiet: bool,
 
-    /// The new disk; a file that exists is not touched
+    /// The new disk: a file that does not exist, or for a layer a block device
     #[arg(value_name = "DISK")]
     path: PathBuf,
 
@@ -61,7 +66,7 @@ impl Create {
         let size = self.size.map(|Size(n)| n).or(options.size);
         let backing = self.backing.clone().or(options.backing_file);
         let backing_format = self.backing_format.or(options.backing_format);
-        let mut layer = CreateLayer { size, ..CreateLayer::default() };
+        let mut layer = CreateLayer { size, overwrite: self.force, ..CreateLayer::default() };
         layer.segment_size = options.segment_size.unwrap_or(layer.segment_size);
         let disk = match (self.format, backing) {
             (Format::Raw, Some(_)) => bail!("a raw disk has no base: use -f layer"),

@@ -53,6 +53,16 @@ fn text(info: &DiskInfo) -> String {
         size::display(info.virtual_size),
         size::short(info.actual_size),
     );
+    if info.is_device {
+        text.push_str("storage: a block device\n");
+    }
+    if !info.is_direct {
+        text.push_str("I/O: buffered (the file system has no direct I/O for this file)\n");
+    }
+    if info.gives_space_back == Some(false) {
+        let what = if info.is_device { "discard" } else { "hole punching" };
+        text.push_str(&format!("unused space: not given back (no {what})\n"));
+    }
     if let Some(layer) = &info.layer {
         // Writing to a string does not fail.
         let _ = write_layer(&mut text, layer);
@@ -133,7 +143,12 @@ fn json(info: &DiskInfo) -> Value {
         "actual-size": info.actual_size,
         "dirty-flag": info.layer.as_ref().is_some_and(|layer| !layer.clean)
             || info.qcow2.as_ref().is_some_and(|qcow2| qcow2.dirty),
+        "block-device": info.is_device,
+        "direct-io": info.is_direct,
     });
+    if let Some(gives_space_back) = info.gives_space_back {
+        value["gives-space-back"] = gives_space_back.into();
+    }
     if let Some(qcow2) = &info.qcow2 {
         add_qcow2(&mut value, qcow2);
     }

@@ -3,6 +3,7 @@
 
 mod bases;
 mod contract;
+mod device;
 mod harness;
 mod layer;
 mod qcow2;

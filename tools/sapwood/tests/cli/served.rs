@@ -49,10 +49,15 @@ fn with_server(place: &Place, arguments: &str, queues: usize, clean: bool, work:
 }
 
 fn random_requests(kind: &str) {
+    agrees_with_a_model(kind, |place| ("disk".to_owned(), make(place, kind)));
+}
+
+/// Serves a disk that `make` makes, by its path and format, to random requests.
+pub fn agrees_with_a_model(kind: &str, make: impl Fn(&Place) -> (String, &'static str)) {
     for (seed, engine, queues) in [(1, "uring", 1), (2, "uring", 4), (3, "blocking", 1), (4, "blocking", 4)] {
         let place = Place::new();
-        let format = make(&place, kind);
-        let serve = format!("--engine {engine} -f {format} disk");
+        let (disk, format) = make(&place);
+        let serve = format!("--engine {engine} -f {format} {disk}");
         let mut model = Model::unknown(SIZE);
         model.discards_zero = true;
         let fits =
@@ -66,8 +71,8 @@ fn random_requests(kind: &str) {
             fits(model.verify(frontend));
             fits(model.run(frontend, &Run { seed: seed + 100, ..Run::default() }).map(drop));
         });
-        assert!([0, 63].contains(&place.sapwood(&format!("check -f {format} disk")).code), "sound");
-        place.sapwood(&format!("convert -f {format} -O raw disk copy")).text();
+        assert!([0, 63].contains(&place.sapwood(&format!("check -f {format} {disk}")).code), "sound");
+        place.sapwood(&format!("convert -f {format} -O raw {disk} copy")).text();
         for copy in [serve.as_str(), "--readonly -f raw copy"] {
             with_server(&place, copy, 1, true, |frontend| fits(model.verify(frontend)));
         }

@@ -1,11 +1,12 @@
 //! What `cargo xtask test` and `cargo xtask soak` run, in order.
 
 use std::cell::OnceCell;
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::fuzz;
 use super::{Step, Verdict};
@@ -15,6 +16,40 @@ use crate::workspace::Workspace;
 
 const fn minutes(count: u64) -> Duration {
     Duration::from_secs(count * 60)
+}
+
+/// Groups of tests that need root, and what the kernel (a file system) or the environment (a
+/// variable) must have for them.
+const STORAGE: [(&str, &[&str]); 8] = [
+    ("device", &[]),
+    ("ext4", &["ext4"]),
+    ("ext3", &["ext4"]),
+    ("overlay", &["ext4", "overlay"]),
+    ("tmpfs", &["tmpfs"]),
+    ("vfat", &["vfat"]),
+    ("nfs", &["SAPWOOD_NFS_DIR"]),
+    ("full", &["ext4"]),
+];
+
+/// Why this machine cannot run tests that mount something; `needs` as in [`STORAGE`].
+fn missing_for_mounts(needs: &[&str]) -> Result<Option<String>> {
+    if !rustix::process::geteuid().is_root() {
+        return Ok(Some("mounting and loop devices need root".to_owned()));
+    }
+    if !Path::new("/dev/loop-control").exists() {
+        return Ok(Some("the kernel has no loop devices".to_owned()));
+    }
+    let known = fs::read_to_string("/proc/filesystems").context("reading /proc/filesystems")?;
+    for &need in needs {
+        if need.starts_with("SAPWOOD_") {
+            if std::env::var_os(need).is_none() {
+                return Ok(Some(format!("{need} names no folder for it")));
+            }
+        } else if !known.split_whitespace().any(|name| name == need) {
+            return Ok(Some(format!("the kernel does not know {need}")));
+        }
+    }
+    Ok(None)
 }
 
 /// How much is done: the short suite of every change, or a soak.
@@ -56,6 +91,9 @@ impl<'a> Suite<'a> {
         steps.push(Step::new("tests", || self.tests()));
         if self.effort.soak_seeds.is_none() {
             steps.push(Step::new("doctests", || self.doctests()));
+        }
+        for (name, needs) in STORAGE {
+            steps.push(Step::new(format!("storage/{name}"), move || self.storage(name, needs)));
         }
         steps.extend(fuzz::steps(self.workspace, self.effort)?);
         steps.push(Step::new("guests", || self.guests()));
@@ -126,6 +164,20 @@ impl<'a> Suite<'a> {
         let arguments = ["test", "--workspace", "--lib", "--bins", "--tests", "--no-fail-fast"];
         let limit = if self.effort.soak_seeds.is_some() { minutes(24 * 60) } else { minutes(30) };
         self.cargo(&arguments, limit)
+    }
+
+    /// The tests that mount file systems and make block devices, by the start of their names.
+    fn storage(&self, name: &str, needs: &[&str]) -> Result<Verdict> {
+        if let Some(reason) = missing_for_mounts(needs)? {
+            return Ok(Verdict::Skipped(reason));
+        }
+        for package in ["sapwood", "sapwood-tests"] {
+            let arguments = ["test", "--package", package, "--tests", "--", name];
+            let mut command = self.command(&arguments);
+            command.args(["--ignored", "--test-threads=1"]);
+            process::run(&mut command, minutes(15))?;
+        }
+        Ok(Verdict::Passed)
     }
 
     fn doctests(&self) -> Result<Verdict> {
