@@ -7,7 +7,7 @@
 //!
 //! From the bottom up: `layout`, `header`, `slot`, `base_record`, `record` and `node` are the stored forms;
 //! `map`, `segments` and `log` the state in memory; `core` joins them under one lock and says
-//! what to do next; `driver` does it; `queue`, `read` and `merge` serve guests; `checkpoint`,
+//! what to do next; `driver` does it; `paging` loads nodes of the map; `queue`, `read` and `merge` serve guests; `checkpoint`,
 //! `clean` and `maintain` work in the background; `create`, `recover` and `check` begin and judge;
 //! `copy_up`, `switch`, `rebase` and `commit` change what lies below.
 
