@@ -138,7 +138,7 @@ impl<E: Engine> Driver<E> {
                 target.copy_from_slice(live.data(contents, first));
             }
             let run = Run::Data { start: group[0].block, count: group.len() as u32 };
-            let part = Part::data(run, buf, Waiter::Ticket(Arc::clone(&ticket)));
+            let part = Part { upkeep: true, ..Part::data(run, buf, Waiter::Ticket(Arc::clone(&ticket))) };
             let range = group[0].block..group[0].block + group.len() as u64;
             let mut core = self.layer.core();
             let unchanged = group.iter().all(|live| core.is_mapped(live));

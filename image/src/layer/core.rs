@@ -17,6 +17,7 @@ use super::node::Entry;
 use super::paging::Loading;
 use super::ports::Ports;
 use super::record::Run;
+use super::reserve::Reserve;
 use super::segments::Segments;
 use super::slot::LogPosition;
 use super::tuning::{Tuning, breaks};
@@ -56,15 +57,6 @@ struct Sync {
     durable: u64,
     /// When the oldest record that no sync covers yet was published.
     unsynced_since: Option<Time>,
-}
-
-/// What the reservation of space is at.
-#[derive(Default)]
-struct Reserve {
-    /// The segments that space is being found for, the spare last.
-    running: Option<Vec<u32>>,
-    /// The last attempt failed: try again only when nothing can be written without.
-    failed: bool,
 }
 
 /// Where the root node of the map is stored; a length of 0 when nothing is mapped.
@@ -116,7 +108,7 @@ pub(super) struct Core {
     /// Tasks that wait for background work to become due or to end.
     pub(super) maintenance_wakers: Vec<Waker>,
     sync: Sync,
-    reserve: Reserve,
+    pub(super) reserve: Reserve,
 }
 
 impl Core {
@@ -179,7 +171,7 @@ impl Core {
         leaves_of(blocks).all(|leaf| self.map.can_pin(leaf))
     }
 
-    fn unpin(&mut self, leaves: Range<u32>) {
+    pub(super) fn unpin(&mut self, leaves: Range<u32>) {
         leaves.for_each(|leaf| self.map.unpin(leaf));
     }
 
@@ -259,14 +251,10 @@ impl Core {
             self.sync.unsynced_since = None;
             return Some(Job::Sync);
         }
-        let segment_blocks = self.segments.segment_blocks();
-        if self.reserve.running.is_none()
-            && self.log.wants_space()
-            && (!self.reserve.failed || self.log.is_out_of_space(segment_blocks))
-        {
-            return Some(Job::Reserve(self.start_reserve()?));
+        if let Some(ranges) = self.next_reservation() {
+            return Some(Job::Reserve(ranges));
         }
-        let record = self.log.form(&mut self.segments)?;
+        let record = self.log.form(&mut self.segments, self.reserve.is_full())?;
         self.release_held();
         Some(Job::Record(record))
     }
@@ -286,54 +274,8 @@ impl Core {
         }
     }
 
-    /// Chooses segments and says which ranges of the file need space for them.
-    fn start_reserve(&mut self) -> Option<Vec<Range<u64>>> {
-        let mut ranges = Vec::new();
-        let mut segments = Vec::new();
-        if !self.log.opened {
-            let head = self.log.head;
-            let skip = u64::from(head.block) * BLOCK_SIZE;
-            let start = self.segments.offset(head.segment).0;
-            ranges.push(start + skip..start + self.segments.bytes());
-            segments.push(head.next_segment);
-        }
-        match self.segments.choose() {
-            Some(spare) => segments.push(spare),
-            None => {
-                self.fail_pending(DeviceError::NoSpace);
-                return None;
-            }
-        }
-        for &segment in segments.iter().filter(|&&s| !self.segments.is_reserved(s)) {
-            let start = self.segments.offset(segment).0;
-            ranges.push(start..start + self.segments.bytes());
-        }
-        ranges.retain(|range| !range.is_empty());
-        self.reserve.running = Some(segments);
-        Some(ranges)
-    }
-
-    /// The space asked for is there, or is not.
-    pub(super) fn reserve_done(&mut self, result: std::result::Result<(), Errno>) {
-        let segments = self.reserve.running.take().expect("a reservation was running");
-        let spare = *segments.last().expect("a spare was chosen");
-        self.reserve.failed = result.is_err();
-        match result {
-            Ok(()) => {
-                segments.iter().for_each(|&segment| self.segments.set_reserved(segment));
-                self.log.opened = true;
-                self.log.spare = Some(spare);
-            }
-            Err(errno) => {
-                self.segments.unchoose(spare);
-                if self.log.is_out_of_space(self.segments.segment_blocks()) {
-                    self.fail_pending(errno.into());
-                }
-            }
-        }
-    }
-
-    fn fail_pending(&mut self, error: DeviceError) {
+    /// Fails what waits for the log.
+    pub(super) fn fail_pending(&mut self, error: DeviceError) {
         self.log.pending_bytes = 0;
         self.release_held();
         for part in std::mem::take(&mut self.log.pending) {

@@ -30,6 +30,8 @@ pub(super) struct Part {
     /// `run.data_blocks()` blocks, and the checksum of each.
     pub(super) data: Option<(AlignedBuf, Vec<u32>)>,
     pub(super) waiter: Waiter,
+    /// It helps to make space, or takes next to none: it may use what is kept back.
+    pub(super) upkeep: bool,
 }
 
 impl Part {
@@ -37,13 +39,13 @@ impl Part {
     pub(super) fn data(run: Run, buf: AlignedBuf, waiter: Waiter) -> Self {
         assert_eq!(buf.len(), run.data_blocks() as usize * BLOCK_BYTES, "whole blocks");
         let sums = buf.chunks_exact(BLOCK_BYTES).map(crc32fast::hash).collect();
-        Self { run, data: Some((buf, sums)), waiter }
+        Self { run, data: Some((buf, sums)), waiter, upkeep: matches!(run, Run::Nodes { .. }) }
     }
 
     /// A part that is all said in the index block.
     pub(super) fn index_only(run: Run, waiter: Waiter) -> Self {
         assert_eq!(run.data_blocks(), 0);
-        Self { run, data: None, waiter }
+        Self { run, data: None, waiter, upkeep: true }
     }
 
     /// The guest blocks whose entries it changes.
@@ -160,6 +162,11 @@ impl Log {
             || self.flights.iter().any(|f| f.runs.iter().any(|(run, _)| overlaps(guest_blocks(run))))
     }
 
+    /// Whether data of guests waits.
+    pub(super) fn has_guest_data(&self) -> bool {
+        self.pending.iter().any(|part| !part.upkeep)
+    }
+
     /// Whether the next record needs space that is not there yet.
     pub(super) fn wants_space(&self) -> bool {
         !self.pending.is_empty() && (!self.opened || self.spare.is_none())
@@ -177,31 +184,33 @@ impl Log {
     }
 
     /// Forms the next record, if there is something to write, a place for it, and fewer than
-    /// [`FLIGHTS_MAX`] in flight.
-    pub(super) fn form(&mut self, segments: &mut Segments) -> Option<RecordWrite> {
-        if self.flights.len() >= FLIGHTS_MAX || !self.opened {
+    /// [`FLIGHTS_MAX`] in flight. On a `full` host, no data of guests.
+    pub(super) fn form(&mut self, segments: &mut Segments, full: bool) -> Option<RecordWrite> {
+        let first = self.pending.front()?;
+        if self.flights.len() >= FLIGHTS_MAX || !self.opened || (full && !first.upkeep) {
             return None;
         }
         let segment_blocks = segments.segment_blocks();
-        if !self.fits_segment(self.pending.front()?, segment_blocks) {
+        if !self.fits_segment(first, segment_blocks) {
             let spare = self.spare.take()?;
             segments.set_used(self.head.segment, self.head.sequence);
             self.head =
                 LogPosition { segment: self.head.next_segment, block: 0, next_segment: spare, ..self.head };
         }
         let place = segments.first_block(self.head.segment) + self.head.block;
-        let taken = self.take_parts(place, segment_blocks - self.head.block - 1);
+        let taken = self.take_parts(place, segment_blocks - self.head.block - 1, full);
         assert!(!taken.waiters.is_empty(), "every part fits into an empty segment");
         Some(self.launch(place, taken, segments))
     }
 
     /// Takes parts from the front while they fit into one record of at most `room` data blocks
     /// whose index block is at `place`.
-    fn take_parts(&mut self, place: u32, room: u32) -> Taken {
+    fn take_parts(&mut self, place: u32, room: u32, full: bool) -> Taken {
         let mut taken = Taken { memory: Memory::default(), ..Taken::default() };
         while let Some(part) = self.pending.front() {
             let blocks = taken.blocks + part.run.data_blocks();
-            if blocks > room || !fits(taken.runs.len() + 1, blocks) || taken.ends_here {
+            let refused = full && !part.upkeep;
+            if blocks > room || !fits(taken.runs.len() + 1, blocks) || taken.ends_here || refused {
                 break;
             }
             let part = self.pending.pop_front().expect("looked at above");

@@ -205,7 +205,7 @@ impl<E: Engine> Driver<E> {
     /// ones. To write where something was written before costs the file system less.
     fn free_segments_kept(&self) -> usize {
         let core = self.layer.core();
-        (core.tuning.checkpoint_bytes / core.segments.bytes()) as usize
+        ((core.tuning.checkpoint_bytes / core.segments.bytes()) as usize).max(core.reserve_segments())
     }
 
     async fn clean_some(&self) -> Result {

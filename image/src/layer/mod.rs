@@ -45,6 +45,7 @@ mod rebase;
 mod record;
 mod recover;
 mod replay;
+mod reserve;
 mod segments;
 mod slot;
 mod switch;

@@ -282,6 +282,27 @@ impl Segments {
         Some(segment)
     }
 
+    /// Most segments that the file can have.
+    pub(super) fn limit(&self) -> u32 {
+        self.limit
+    }
+
+    /// Free segments whose space was reserved in this session.
+    pub(super) fn free_reserved(&self) -> usize {
+        self.free_allocated.iter().filter(|&&segment| self.is_reserved(segment)).count()
+    }
+
+    /// Chooses a free or new segment whose space was not reserved.
+    pub(super) fn choose_unreserved(&mut self) -> Option<u32> {
+        let allocated = self.free_allocated.iter().find(|&&segment| !self.is_reserved(segment));
+        let segment = allocated.or_else(|| self.free.first()).copied().unwrap_or(self.count());
+        if segment >= self.limit {
+            return None;
+        }
+        self.set_log(segment);
+        Some(segment)
+    }
+
     /// Gives back a segment that was chosen and not used.
     pub(super) fn unchoose(&mut self, segment: u32) {
         let segment_state = &mut self.list[segment as usize];
