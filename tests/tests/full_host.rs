@@ -137,3 +137,39 @@ fn full_device_refuses_writes_only() {
     // Whether it can be left tidy is another matter.
     let _ = load.try_close();
 }
+
+/// What a guest discards makes room by itself: nobody has to give the host space.
+fn discards_make_room<E: Engine<File = HostFile>>(engines: Engines<E>) {
+    let Some(host) = host("full host") else { return };
+    let mut full = Full::new(host, engines);
+    full.load.flush();
+    let half = full.load.blocks() / 2;
+    assert_eq!(full.load.discard(0, half).no_space, 0, "a discard needs no space of the host");
+    assert_eq!(full.load.flush().no_space, 0);
+    writes_succeed_again(&mut full.load);
+    assert!(full.filler.exists());
+    full.ends_well();
+}
+
+#[test]
+#[ignore = "needs root"]
+fn full_host_has_room_after_discards() {
+    discards_make_room::<BlockingEngine>(Arc::new(|| BlockingEngine::new().unwrap()));
+}
+
+#[test]
+#[ignore = "needs root"]
+fn full_device_has_room_after_discards() {
+    let device = LoopDevice::new(32 * MIB).unwrap();
+    let mut load = full_device(&device);
+    load.try_close().expect("closing needs no space");
+    load.open();
+    load.verify();
+    let half = load.blocks() / 2;
+    assert_eq!(load.discard(0, half).no_space, 0, "a discard needs no space of the device");
+    assert_eq!(load.flush().no_space, 0);
+    writes_succeed_again(&mut load);
+    load.flush();
+    load.verify();
+    load.close();
+}
