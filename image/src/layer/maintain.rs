@@ -44,6 +44,10 @@ impl Core {
         self.log.bytes_since_checkpoint >= self.tuning.checkpoint_bytes && self.is_checkpoint_wanted()
     }
 
+    fn is_cleaning_wanted(&self) -> bool {
+        self.is_over_space() || self.is_short_of_space()
+    }
+
     /// What is due at `now`.
     fn due(&self, now: Time) -> Due {
         if self.latched.is_some() {
@@ -53,9 +57,9 @@ impl Core {
         Due {
             sync: self.unsynced_since().is_some_and(|since| now >= since + self.tuning.sync_interval),
             checkpoint: self.is_log_long() || self.is_map_dirty() || (old && self.is_checkpoint_wanted()),
-            clean: self.is_over_space()
+            clean: self.is_cleaning_wanted()
                 && (self.segments.has_retired()
-                    || self.segments.victim(self.log.published.sequence).is_some()),
+                    || self.can_clean() && self.segments.victim(self.log.published.sequence).is_some()),
         }
     }
 
@@ -75,7 +79,7 @@ impl Core {
     /// Wakes the maintenance when the log has become long, or when something was written at all
     /// since it went to sleep without a deadline.
     pub(super) fn wake_maintenance_if_due(&mut self) {
-        if self.is_log_long() || self.is_map_dirty() || self.maintenance_idle {
+        if self.is_log_long() || self.is_map_dirty() || self.is_short_of_space() || self.maintenance_idle {
             self.maintenance_idle = false;
             self.wake_maintenance();
         }
@@ -211,11 +215,13 @@ impl<E: Engine> Driver<E> {
     async fn clean_some(&self) -> Result {
         let mut scratch = AlignedBuf::zeroed(0);
         for _ in 0..CLEAN_BATCH {
-            let wanted = {
+            let (wanted, short) = {
                 let core = self.layer.core();
-                !core.closing && !core.segments.has_retired() && core.is_over_space()
+                let wanted = core.is_cleaning_wanted() && core.can_clean();
+                (wanted && !core.closing && !core.segments.has_retired(), core.is_short_of_space())
             };
-            if !wanted || !self.clean_segment(&mut scratch).await? {
+            // What is kept back is soon used up: a segment must be let go before the next.
+            if !wanted || !self.clean_segment(&mut scratch).await? || short {
                 return Ok(());
             }
         }

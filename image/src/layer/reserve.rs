@@ -53,6 +53,16 @@ impl Core {
         wanted.min(self.segments.limit() as usize / 4)
     }
 
+    /// Whether guests' data is refused, and cleaning may be what helps.
+    pub(super) fn is_short_of_space(&self) -> bool {
+        self.reserve.full && self.segments.free_reserved() <= self.reserve_segments()
+    }
+
+    /// Whether a segment can be emptied into what is kept back, and two checkpoints after it.
+    pub(super) fn can_clean(&self) -> bool {
+        !self.reserve.full || self.segments.free_reserved() >= 2
+    }
+
     /// The ranges of the file that have to be given space next, if the log wants some.
     pub(super) fn next_reservation(&mut self) -> Option<Vec<Range<u64>>> {
         loop {
@@ -157,6 +167,7 @@ impl Core {
         if for_guests {
             self.reserve.full = true;
             self.fail_guest_data(error);
+            self.wake_maintenance();
         } else {
             self.reserve.exhausted = true;
         }
