@@ -10,6 +10,7 @@ pub mod convert;
 pub mod create;
 pub mod error;
 pub mod extent;
+mod findings;
 pub mod format;
 pub mod info;
 pub mod layer;

@@ -1,6 +1,6 @@
 //! Judges a layer without changing it.
 //!
-//! Everything that opening checks, and: no two entries share a block, no entry points at what the
+//! Everything that opening checks, and: the usage of segments is what the map says, no two entries share a block, no entry points at what the
 //! log has not written, every mapped block lies in a record and has the checksum stated there, the log
 //! goes on where a record ends.
 
@@ -16,13 +16,11 @@ use super::load::Reader;
 use super::map::{BRANCH_BLOCKS, LEAF_BLOCKS, by_branch, pieces};
 use super::record::{Index, Run};
 use crate::error::{ErrorKind, ImageError};
+use crate::findings;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
 use sapwood_blockdev::units::BLOCK_BYTES;
-
-/// Findings listed in full; more are only counted.
-const LISTED_MAX: usize = 100;
 
 /// What a check found.
 #[derive(Clone, Debug, Default)]
@@ -39,11 +37,7 @@ pub struct CheckReport {
 
 impl CheckReport {
     fn error(&mut self, text: String) {
-        match self.errors.len() {
-            0..LISTED_MAX => self.errors.push(text),
-            LISTED_MAX => self.errors.push("more errors follow that are not listed".to_owned()),
-            _ => {}
-        }
+        findings::add(&mut self.errors, text);
     }
 }
 
@@ -71,6 +65,9 @@ pub async fn check<S: Storage, E: Engine<File = S::File>>(
         report.warnings.push("it was not closed properly; opening it for writing recovers it".to_owned());
     }
     let mut places = mapped_places(&layer, io, &mut report).await?;
+    if report.errors.is_empty() {
+        check_usage(&layer, &places, &mut report);
+    }
     let file = layer.file();
     let reader = Reader { io, file: &file, path };
     let (count, head) = {
@@ -89,6 +86,21 @@ pub async fn check<S: Storage, E: Engine<File = S::File>>(
 
 /// The mapped blocks of each segment: place in the segment and guest block.
 type Mapped = HashMap<u32, Vec<(u32, u64)>>;
+
+/// Compares what the usage nodes, and the log since, say of the segments with what the map says. A
+/// segment that seems emptier than it is would be used again under the eyes of the map.
+fn check_usage<E: Engine>(layer: &Layer<E>, places: &Mapped, report: &mut CheckReport) {
+    let core = layer.core();
+    for segment in 0..core.segments.count() {
+        let mapped = places.get(&segment).map_or(0, Vec::len);
+        let counted = core.segments.live_blocks_in(segment);
+        if mapped != counted as usize {
+            report.error(format!(
+                "segment {segment} is said to hold {counted} mapped blocks and holds {mapped}"
+            ));
+        }
+    }
+}
 
 /// What the map says of blocks of one branch; what it cannot say is an error of the report.
 async fn readable_runs<E: Engine>(

@@ -110,7 +110,10 @@ impl<E: Engine> Driver<E> {
                 core.segments.take_node(node);
             }
         }
-        let usage = self.layer.core().segments.frozen_usage();
+        let usage = {
+            let core = self.layer.core();
+            core.segments.frozen_usage(breaks!(core.tuning, UsageAsOfNow))
+        };
         for usage in usage.chunks(STORE_NODES) {
             let encoded = usage.iter().map(|(index, table)| (*index, encode_usage(*index, table)));
             for (group, node) in self.store(encoded.collect()).await? {

@@ -5,10 +5,8 @@
 //! so that in the log a copy never follows what a guest has written meanwhile. A block that a
 //! writer is at is looked at again when that writer has ended, since its write may fail.
 
-use std::future::poll_fn;
 use std::ops::Range;
 use std::sync::Arc;
-use std::task::Poll;
 
 use super::base::Below;
 use super::core::Core;
@@ -59,7 +57,8 @@ impl<E: Engine> Driver<E> {
                     self.copy_absent(run.start..run.start + run.count, old, new, &mut busy).await?;
                 }
             }
-            self.writers_gone(&busy).await;
+            let gone = |core: &Core| !busy.iter().any(|blocks| core.is_writer_at(blocks));
+            self.until(|core| core.latched.is_some() || gone(core)).await;
             todo = busy;
         }
         Ok(())
@@ -116,20 +115,5 @@ impl<E: Engine> Driver<E> {
             }
         }
         self.wait(&ticket).await.map(drop)
-    }
-
-    /// Waits until the writers at these blocks have ended.
-    async fn writers_gone(&self, ranges: &[Range<u64>]) {
-        poll_fn(|cx| {
-            let mut core = self.layer.core();
-            if core.latched.is_some() || !ranges.iter().any(|blocks| core.is_writer_at(blocks)) {
-                return Poll::Ready(());
-            }
-            core.merge_wakers.push(cx.waker().clone());
-            drop(core);
-            self.pump();
-            Poll::Pending
-        })
-        .await;
     }
 }

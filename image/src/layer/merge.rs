@@ -98,9 +98,18 @@ impl<E: Engine> Driver<E> {
         // A discard promises nothing about blocks that it cuts.
         let (blocks, cut) =
             if discard { (span.whole.clone(), Vec::new()) } else { (span.touched.clone(), span.cut()) };
+        self.until(|core| core.latched.is_some() || core.try_mark(&blocks, &cut)).await;
+        let result = self.merge_marked(&request, &span, &cut).await;
+        self.layer.core().unmark(&blocks);
+        result
+    }
+
+    /// Waits for something that becomes true when a merge has ended or a record was published, keeping
+    /// the log moving meanwhile.
+    pub(super) async fn until(&self, mut is_true: impl FnMut(&mut Core) -> bool) {
         poll_fn(|cx| {
             let mut core = self.layer.core();
-            if core.latched.is_some() || core.try_mark(&blocks, &cut) {
+            if is_true(&mut core) {
                 return Poll::Ready(());
             }
             core.merge_wakers.push(cx.waker().clone());
@@ -109,9 +118,6 @@ impl<E: Engine> Driver<E> {
             Poll::Pending
         })
         .await;
-        let result = self.merge_marked(&request, &span, &cut).await;
-        self.layer.core().unmark(&blocks);
-        result
     }
 
     async fn merge_marked(&self, request: &Request, span: &BlockSpan, cut: &[u64]) -> Result {

@@ -39,6 +39,8 @@ pub enum Mutation {
     FallbackWithoutLog,
     /// A checkpoint holds entries of records that have not completed.
     FuzzyCheckpoint,
+    /// A checkpoint holds the usage of segments after records that it does not include.
+    UsageAsOfNow,
     /// A slot names a checkpoint that was not synced.
     SlotBeforeSync,
     /// Segments are freed before the slot that allows it is durable.
@@ -64,7 +66,7 @@ pub enum Mutation {
 impl Mutation {
     /// Every mutation that histories of one disk can show; those of changes of base have histories
     /// of their own.
-    pub const ALL: [Self; 19] = [
+    pub const ALL: [Self; 20] = [
         Self::ReportBeforeEarlierRecord,
         Self::PublishOutOfOrder,
         Self::FlushJoinsSubmittedSync,
@@ -78,6 +80,7 @@ impl Mutation {
         Self::RecoveryIgnoresLock,
         Self::FallbackWithoutLog,
         Self::FuzzyCheckpoint,
+        Self::UsageAsOfNow,
         Self::SlotBeforeSync,
         Self::SlotNotSynced,
         Self::ReuseAfterOneSlot,

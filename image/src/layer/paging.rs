@@ -115,7 +115,8 @@ impl<E: Engine> Layer<E> {
     }
 
     async fn pin_leaf(self: &Arc<Self>, io: &Io<E>, leaf: u32) -> Result<(), ImageError> {
-        let mut held = None;
+        // The branch, once it was loaded for the leaf.
+        let mut _held = None;
         loop {
             let claim = match self.step(|core| core.map.pin(leaf)) {
                 Step::Done => return Ok(()),
@@ -132,11 +133,9 @@ impl<E: Engine> Layer<E> {
             let taken = self.core().map.insert_pinned(claim.key, claim.from, node);
             match claim.key {
                 NodeKey::Leaf(_) if taken => return Ok(()),
-                NodeKey::Branch(branch) if taken => held = Some(Held { layer: self, branch }),
+                NodeKey::Branch(branch) if taken => _held = Some(Held { layer: self, branch }),
                 _ => {}
             }
-            drop(claim);
-            let _ = &held;
         }
     }
 

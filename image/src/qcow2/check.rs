@@ -16,9 +16,8 @@ use super::bytes::be64;
 use super::header::check_l1;
 use super::image::{Image, read};
 use crate::error::{ErrorKind, ImageError};
+use crate::findings;
 
-/// Findings listed in full; more are only counted.
-const LISTED_MAX: usize = 100;
 /// Entries of L1 tables that are looked at, in all: as many as 16 of the largest tables have. Hostile
 /// snapshots could name one table again and again.
 const L1_ENTRIES_MAX: u64 = 64 << 20;
@@ -42,11 +41,7 @@ pub struct CheckReport {
 
 impl CheckReport {
     fn error(&mut self, text: String) {
-        match self.errors.len() {
-            0..LISTED_MAX => self.errors.push(text),
-            LISTED_MAX => self.errors.push("more errors follow that are not listed".to_owned()),
-            _ => {}
-        }
+        findings::add(&mut self.errors, text);
     }
 }
 

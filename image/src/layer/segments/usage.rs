@@ -110,12 +110,13 @@ impl Segments {
         }
     }
 
-    /// The usage nodes that the running checkpoint has to store, once its leaves are placed.
-    pub(in crate::layer) fn frozen_usage(&self) -> Vec<(u32, UsageTable)> {
+    /// The usage nodes that the running checkpoint has to store, once its leaves are placed. `as_of_now`
+    /// forgets what has changed since it began, which only a mutation does.
+    pub(in crate::layer) fn frozen_usage(&self, as_of_now: bool) -> Vec<(u32, UsageTable)> {
         let frozen = self.groups.iter().enumerate().filter(|(_, group)| group.frozen);
         let table = |(i, group): (usize, &Group)| match &group.saved {
-            Some(saved) => (i as u32, **saved),
-            None => (i as u32, self.usage(i)),
+            Some(saved) if !as_of_now => (i as u32, **saved),
+            _ => (i as u32, self.usage(i)),
         };
         frozen.map(table).filter(|(_, table)| table.iter().any(|u| *u != Usage::default())).collect()
     }
