@@ -10,6 +10,7 @@
 //! refers to it nor replays it, and *drains* from the second on (then both slots name such
 //! checkpoints), until every read that may have looked it up before has finished.
 
+mod fixed;
 mod readers;
 mod usage;
 
@@ -71,12 +72,6 @@ impl Segment {
         self.state == State::Log || !self.is_empty()
     }
 
-    /// Whether something lies in it, or did when the newest checkpoint was made, or the log has filled
-    /// it since: after a recovery, which checkpoint and log must survive.
-    fn is_known(&self) -> bool {
-        self.is_referenced() || self.last_sequence > 0
-    }
-
     /// Bytes in use.
     fn live_bytes(&self) -> u64 {
         u64::from(self.live_blocks) * BLOCK_SIZE + u64::from(self.leaf_bytes) + u64::from(self.node_bytes)
@@ -116,15 +111,6 @@ impl Segments {
             groups: Vec::new(),
             frozen: false,
             readers: Readers::default(),
-        }
-    }
-
-    /// Has the segments be all that there will ever be, as on a block device. Nothing is known of
-    /// the space of those that neither the map nor the log has used, and so it is not given back.
-    pub(super) fn fix_count(&mut self) {
-        self.limit = self.count();
-        for segment in &mut self.list {
-            segment.allocated = segment.is_known();
         }
     }
 
@@ -398,21 +384,6 @@ impl Segments {
             let unused = segment.state == State::Used && segment.is_empty();
             if unused && index != keep {
                 self.list[index as usize].allocated = false;
-                self.unchoose(index);
-            }
-        }
-    }
-
-    /// Frees the segments that neither the newest checkpoint's map uses, nor the log that was replayed,
-    /// nor the other slot whose needs `other` counts: on a device recovery cannot take new ones at the
-    /// end instead.
-    pub(super) fn free_unneeded(&mut self, other: &Self) {
-        for index in 0..self.count() {
-            let segment = self.list[index as usize];
-            if segment.state == State::Used
-                && !segment.is_known()
-                && !other.list[index as usize].is_referenced()
-            {
                 self.unchoose(index);
             }
         }

@@ -79,7 +79,8 @@ impl Segments {
             let Some(segment) = self.list.get_mut(first + i) else { return false };
             segment.live_blocks = usage.live_blocks;
             segment.leaf_bytes = usage.leaf_bytes;
-            segment.last_sequence = usage.written.min(sequence);
+            // At least 1, so that it is known to have been in use when the log has emptied it.
+            segment.last_sequence = usage.written.clamp(1, sequence.max(1));
             self.live_blocks += u64::from(usage.live_blocks);
         }
         if group as usize >= self.groups.len() {
