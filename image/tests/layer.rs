@@ -66,7 +66,7 @@ struct Disk {
 
 impl Disk {
     fn open(path: &Path, model: Vec<u8>) -> Self {
-        let tuning = Tuning { space_slack: 1 << 20, checkpoint_bytes: 1 << 20, ..Tuning::default() };
+        let tuning = Tuning { space_slack: Some(1 << 20), checkpoint_bytes: 1 << 20, ..Tuning::default() };
         let layer = open(path, OpenLayer { read_only: false, tuning }).unwrap();
         let queue = layer.queue_on(io());
         let mut disk = Self { layer, queue, model };

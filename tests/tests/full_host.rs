@@ -41,7 +41,7 @@ impl<E: Engine<File = HostFile>> Full<E> {
         let filler = host.path().join("filler");
         let file = File::create_new(&filler).unwrap();
         rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, 16 * MIB).unwrap();
-        let tuning = Tuning { checkpoint_bytes: 4 * MIB, space_slack: 4 * MIB, ..Tuning::default() };
+        let tuning = Tuning { checkpoint_bytes: 4 * MIB, space_slack: Some(4 * MIB), ..Tuning::default() };
         let mut load = Load::create(&host.path().join("layer"), Format::Layer, 128 * MIB, tuning, engines);
         fill(&mut load);
         Self { load, filler, _host: host }
@@ -121,7 +121,7 @@ fn full_host_refuses_writes_only_with_io_uring() {
 /// A layer, larger than the loop device that holds it.
 fn full_device(device: &LoopDevice) -> Load<BlockingEngine> {
     let engines: Engines<BlockingEngine> = Arc::new(|| BlockingEngine::new().unwrap());
-    let tuning = Tuning { checkpoint_bytes: 4 * MIB, space_slack: 4 * MIB, ..Tuning::default() };
+    let tuning = Tuning { checkpoint_bytes: 4 * MIB, space_slack: Some(4 * MIB), ..Tuning::default() };
     let mut load = Load::create(device.path(), Format::Layer, 128 * MIB, tuning, engines);
     fill(&mut load);
     load

@@ -44,7 +44,7 @@ fn check(path: &Path) -> Vec<String> {
 
 impl Disk {
     fn open(path: &Path, map_cache_bytes: u64) -> Self {
-        let tuning = Tuning { map_cache_bytes, space_slack: 1 << 20, ..Tuning::default() };
+        let tuning = Tuning { map_cache_bytes, space_slack: Some(1 << 20), ..Tuning::default() };
         let (io, path) = (io(), path.to_owned());
         let options = OpenLayer { read_only: false, tuning };
         let reactor = io.clone();

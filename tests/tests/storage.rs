@@ -20,7 +20,7 @@ use sapwood_tests::mounts::{Mounted, skip};
 const MIB: u64 = 1 << 20;
 
 fn tuning() -> Tuning {
-    Tuning { checkpoint_bytes: 2 * MIB, space_slack: 2 * MIB, ..Tuning::default() }
+    Tuning { checkpoint_bytes: 2 * MIB, space_slack: Some(2 * MIB), ..Tuning::default() }
 }
 
 fn blocking() -> Engines<BlockingEngine> {

@@ -76,7 +76,8 @@ pub async fn check<S: Storage, E: Engine<File = S::File>>(
     };
     for segment in 0..count {
         let mapped = places.remove(&segment).unwrap_or_default();
-        let log_end = Some(head.block).filter(|&block| segment == head.segment && block > 0);
+        let lane = head.lanes().find(|(_, lane)| lane.segment == segment && lane.block > 0);
+        let log_end = lane.map(|(_, lane)| lane.block);
         if !mapped.is_empty() || log_end.is_some() {
             check_segment(&layer, &reader, segment, mapped, log_end, &mut report).await?;
         }
@@ -149,7 +150,8 @@ async fn mapped_places<E: Engine>(
         }
     }
     let head = layer.core().log.head;
-    for (segment, limit) in [(head.segment, head.block), (head.next_segment, 0)] {
+    let ends = head.lanes().flat_map(|(_, lane)| [(lane.segment, lane.block), (lane.next_segment, 0)]);
+    for (segment, limit) in ends {
         for (inside, block) in places.get(&segment).into_iter().flatten() {
             if *inside >= limit {
                 report.error(format!("guest block {block} is mapped to segment {segment}, block {inside}, which the log has not written"));

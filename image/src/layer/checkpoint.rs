@@ -1,7 +1,9 @@
 //! Checkpoints: the map as of one sequence number, made durable and named by a slot.
 //!
 //! Order: leaves, branches, usage, root and end are appended to the log like anything else; a sync; the
-//! slot that is not the newest; a sync; then segments that neither slot needs are let go.
+//! slot that is not the newest; a sync; then segments that neither slot needs are let go. Where space is wanted the
+//! checkpoint is repeated at once: an end, a sync, the other slot for the same map, a sync. Then
+//! neither slot needs what it found empty.
 
 use std::future::poll_fn;
 use std::task::Poll;
@@ -13,8 +15,10 @@ use super::leaf::Leaf;
 use super::log::Part;
 use super::map::Frozen;
 use super::node::{NODE_ALIGNMENT, NodeRef, encode_leaf, encode_root, encode_usage};
+use super::position::LogPosition;
 use super::record::Run;
-use super::slot::{LogPosition, Slot, slot_offset};
+use super::slot::{Slot, slot_offset};
+use super::traffic::Traffic;
 use super::tuning::breaks;
 use super::waiter::Result;
 use sapwood_blockdev::buffer::AlignedBuf;
@@ -28,6 +32,8 @@ const STORE_NODES: usize = 128;
 struct Running {
     frozen: Frozen,
     position: LogPosition,
+    /// What was written up to there.
+    traffic: Traffic,
     /// Guest-visible size as of `position`.
     size: u64,
     generation: u64,
@@ -71,9 +77,22 @@ impl<E: Engine> Driver<E> {
         if !breaks!(tuning, SlotBeforeSync) {
             self.flush().await?;
         }
-        let slot = self.layer.core().slot(running, self.layer.header().layer_id, clean);
-        self.write_slot(&slot).await.inspect_err(|&error| self.layer.core().latch(error))?;
-        self.layer.core().checkpoint_done(&slot, &running.dead);
+        let mut slot = self.layer.core().slot(running, self.layer.header().layer_id, clean);
+        self.commit(&slot, &running.dead).await?;
+        if !clean && self.layer.core().is_freeing_wanted() {
+            slot.generation += 1;
+            let end = Run::CheckpointEnd { generation: slot.generation, nonce };
+            self.append(|waiter| vec![Part::index_only(end, waiter.clone())]).await?;
+            self.flush().await?;
+            self.commit(&slot, &running.dead).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes a checkpoint, all of which is durable, the newest one.
+    async fn commit(&self, slot: &Slot, dead: &[u32]) -> Result {
+        self.write_slot(slot).await.inspect_err(|&error| self.layer.core().latch(error))?;
+        self.layer.core().checkpoint_done(slot, dead);
         Ok(())
     }
 
@@ -193,7 +212,15 @@ impl Core {
         #[cfg(feature = "mutations")]
         let frozen = self.breach_freeze(frozen);
         self.log.bytes_since_checkpoint = 0;
-        Running { frozen, position, size: self.size, generation: self.generation + 1, root: self.root, dead }
+        Running {
+            frozen,
+            position,
+            traffic: self.log.traffic,
+            size: self.size,
+            generation: self.generation + 1,
+            root: self.root,
+            dead,
+        }
     }
 
     /// Takes note of where the root is now.
@@ -219,6 +246,7 @@ impl Core {
             size: running.size,
             base: self.base_sequence,
             clean: clean && log == self.log.head,
+            traffic: if log == running.position { running.traffic } else { self.log.traffic },
         }
     }
 

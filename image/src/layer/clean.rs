@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use futures_util::future::join_all;
 
+use super::age;
 use super::core::Core;
 use super::driver::Driver;
 use super::log::Part;
@@ -16,14 +17,19 @@ use super::node::{BRANCH_LEAVES, NodeKind, NodeRef, packed_nodes};
 use super::paging::Pins;
 use super::read::complain;
 use super::record::{Index, Run};
+use super::segments::Candidate;
 use super::waiter::{Result, Ticket, Waiter};
 use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::engine::{Engine, Op};
-use sapwood_blockdev::units::BLOCK_BYTES;
+use sapwood_blockdev::units::{BLOCK_BYTES, FileOffset};
 
 /// Blocks appended before waiting for them: bounds what the cleaner puts before a guest's write,
 /// and is enough for records that are worth a write. No part is larger.
-const BATCH_BLOCKS: usize = 64;
+const BATCH_BLOCKS: usize = 128;
+/// Segments that are chosen at once: to look at all of them takes a while.
+const CHOICE: usize = 16;
+/// Segments looked at under one lock.
+const LOOK: u32 = 4096;
 
 /// A block in the segment being cleaned.
 #[derive(Clone, Copy)]
@@ -47,24 +53,39 @@ impl Live {
 }
 
 impl<E: Engine> Driver<E> {
-    /// Empties the used segment with the least in it; `false` when none is worth it. `scratch` may
-    /// be empty; given again it saves making a buffer of a segment's size.
-    pub(super) async fn clean_segment(&self, scratch: &mut AlignedBuf) -> Result<bool> {
-        let (segment, epoch) = {
+    /// The segments that are best emptied, the best first.
+    pub(super) fn choose_victims(&self) -> Vec<u32> {
+        let mut best: Vec<Candidate> = Vec::new();
+        let count = self.layer.core().segments.count();
+        for start in (0..count).step_by(LOOK as usize) {
+            {
+                let core = self.layer.core();
+                let (published, now) = (core.log.published.sequence, core.log.traffic.guest);
+                best.extend(core.segments.candidates(start..start.saturating_add(LOOK), published, now));
+            }
+            best.sort_unstable_by(|a, b| a.decline.total_cmp(&b.decline));
+            best.truncate(CHOICE);
+        }
+        best.into_iter().map(|candidate| candidate.segment).collect()
+    }
+
+    /// Empties a segment, if that is still worth it; says whether it was. `scratch` may be empty; given again
+    /// it saves making a buffer of a segment's size.
+    pub(super) async fn clean_segment(&self, segment: u32, scratch: &mut AlignedBuf) -> Result<bool> {
+        let victim = {
             let mut core = self.layer.core();
-            let Some(segment) = core.segments.victim(core.log.published.sequence) else { return Ok(false) };
-            (segment, core.segments.enter())
+            if !core.segments.is_candidate(segment, core.log.published.sequence) {
+                return Ok(false);
+            }
+            Victim::new(&mut core, segment)
         };
-        let result = self.empty_segment(segment, scratch).await;
-        self.layer.core().segments.leave(epoch);
+        let result = self.empty_segment(&victim, scratch).await;
+        self.layer.core().segments.leave(victim.epoch);
         result.map(|()| true)
     }
 
-    async fn empty_segment(&self, segment: u32, scratch: &mut AlignedBuf) -> Result {
-        let (start, bytes, first) = {
-            let core = self.layer.core();
-            (core.segments.offset(segment), core.segments.bytes(), core.segments.first_block(segment))
-        };
+    async fn empty_segment(&self, victim: &Victim, scratch: &mut AlignedBuf) -> Result {
+        let Victim { segment, start, bytes, first, .. } = *victim;
         let mut buf = std::mem::replace(scratch, AlignedBuf::zeroed(0));
         if buf.len() as u64 != bytes {
             buf = AlignedBuf::zeroed(bytes as usize);
@@ -87,11 +108,11 @@ impl<E: Engine> Driver<E> {
                 }
             }
             if batch.live.len() >= BATCH_BLOCKS {
-                skipped += self.move_blocks(&batch.live, contents, first).await?;
+                skipped += self.move_blocks(&batch.live, contents, victim).await?;
                 batch = Batch { live: Vec::new(), _pins: Vec::new() };
             }
         }
-        skipped += self.move_blocks(&batch.live, contents, first).await?;
+        skipped += self.move_blocks(&batch.live, contents, victim).await?;
         drop(batch);
         for node in nodes {
             self.renew(node, start.0).await?;
@@ -127,28 +148,37 @@ impl<E: Engine> Driver<E> {
 
     /// Appends blocks again, but for those that a writer is at; returns how many of
     /// those there are.
-    async fn move_blocks(&self, blocks: &[Live], contents: &[u8], first: u32) -> Result<usize> {
+    async fn move_blocks(&self, blocks: &[Live], contents: &[u8], victim: &Victim) -> Result<usize> {
+        let Victim { first, written, lane, .. } = *victim;
         let ticket = Arc::new(Ticket::default());
         let unit = self.layer.part_blocks_max() as usize;
         let mut skipped = 0;
         let groups = blocks.chunk_by(|a, b| a.block + 1 == b.block).flat_map(|group| group.chunks(unit));
-        for group in groups {
+        let parts = groups.map(|group| {
             let mut buf = self.staging(group.len());
             for (target, live) in buf.chunks_exact_mut(BLOCK_BYTES).zip(group) {
                 target.copy_from_slice(live.data(contents, first));
             }
             let run = Run::Data { start: group[0].block, count: group.len() as u32 };
-            let part = Part { upkeep: true, ..Part::data(run, buf, Waiter::Ticket(Arc::clone(&ticket))) };
-            let range = group[0].block..group[0].block + group.len() as u64;
+            let waiter = Waiter::Ticket(Arc::clone(&ticket));
+            (group, Part { upkeep: true, lane, estimate: Some(written), ..Part::data(run, buf, waiter) })
+        });
+        let parts: Vec<_> = parts.collect();
+        {
+            // All at once, so that they go into one record.
             let mut core = self.layer.core();
-            let unchanged = group.iter().all(|live| core.is_mapped(live));
-            if unchanged && !core.log.is_writing(&range) && !core.is_merging(&range) {
-                core.append(part);
-            } else {
-                skipped += group.len();
+            for (group, part) in parts {
+                let range = group[0].block..group[0].block + group.len() as u64;
+                let unchanged = group.iter().all(|live| core.is_mapped(live));
+                if unchanged && !core.log.is_writing(&range) && !core.is_merging(&range) {
+                    core.append(part);
+                } else {
+                    skipped += group.len();
+                }
             }
         }
         self.wait(&ticket).await?;
+        self.layer.core().pay(victim.gain(blocks.len()));
         Ok(skipped)
     }
 
@@ -197,6 +227,48 @@ impl Core {
     /// Whether the map, whose leaf is in memory, refers to a block where the cleaner found it.
     fn is_mapped(&self, live: &Live) -> bool {
         self.map.lookup(live.block).is_ok_and(|entry| entry.place() == Some(live.place))
+    }
+}
+
+/// A segment being emptied.
+#[derive(Clone, Copy)]
+struct Victim {
+    segment: u32,
+    /// Where it lies: offset, length, and first block.
+    start: FileOffset,
+    bytes: u64,
+    first: u32,
+    /// Blocks of it that are in use when it is begun, and that are not.
+    live_blocks: u32,
+    dead_blocks: u32,
+    /// When its data was written, and where it goes for that.
+    written: u64,
+    lane: usize,
+    /// Protects it while it is read.
+    epoch: u64,
+}
+
+impl Victim {
+    fn new(core: &mut Core, segment: u32) -> Self {
+        let (now, live) = (core.log.traffic.guest, core.segments.live_blocks());
+        let written = core.segments.written(segment);
+        let live_blocks = core.segments.live_blocks_in(segment);
+        Self {
+            segment,
+            start: core.segments.offset(segment),
+            bytes: core.segments.bytes(),
+            first: core.segments.first_block(segment),
+            live_blocks,
+            dead_blocks: core.segments.segment_blocks().saturating_sub(live_blocks),
+            written,
+            lane: age::lane_of_moved(written, now, live),
+            epoch: core.segments.enter(),
+        }
+    }
+
+    /// What is gained by moving so many of its blocks.
+    fn gain(&self, moved: usize) -> i64 {
+        (moved as u64 * u64::from(self.dead_blocks) / u64::from(self.live_blocks.max(1))) as i64
     }
 }
 

@@ -11,15 +11,17 @@
 use std::ops::Range;
 use std::task::Waker;
 
+use super::age;
 use super::log::{Flight, FlightState, Log, Part, RecordWrite, guest_blocks};
 use super::map::{Map, leaves_of};
 use super::node::Entry;
+use super::pace::Pace;
 use super::paging::Loading;
 use super::ports::Ports;
+use super::position::LogPosition;
 use super::record::Run;
 use super::reserve::Reserve;
 use super::segments::Segments;
-use super::slot::LogPosition;
 use super::tuning::{Tuning, breaks};
 use super::waiter::{Result, Waiter};
 use sapwood_blockdev::Errno;
@@ -109,6 +111,7 @@ pub(super) struct Core {
     pub(super) maintenance_wakers: Vec<Waker>,
     sync: Sync,
     pub(super) reserve: Reserve,
+    pub(super) pace: Pace,
 }
 
 impl Core {
@@ -118,9 +121,10 @@ impl Core {
         size: u64,
         map: Map,
         segments: Segments,
-        log: Log,
+        mut log: Log,
         durable: u64,
     ) -> Self {
+        log.overtake = breaks!(tuning, PartsOvertake);
         Self {
             tuning,
             size,
@@ -148,12 +152,13 @@ impl Core {
             maintenance_wakers: Vec::new(),
             sync: Sync { durable, ..Sync::default() },
             reserve: Reserve::default(),
+            pace: Pace::default(),
         }
     }
 
     /// Appends a part to the log; its waiter hears of it exactly once. The leaves whose entries it
     /// changes must be loaded; they stay so until the part has ended.
-    pub(super) fn append(&mut self, part: Part) {
+    pub(super) fn append(&mut self, mut part: Part) {
         if let Waiter::Ticket(ticket) = &part.waiter {
             ticket.add();
         }
@@ -163,7 +168,22 @@ impl Core {
         for leaf in leaves_of(&guest_blocks(&part.run)) {
             self.map.pin(leaf).expect("whoever appends has loaded the leaves");
         }
+        if let Run::Data { start, .. } = part.run
+            && part.estimate.is_none()
+        {
+            self.sort(&mut part, start);
+        }
         self.log.push(part);
+    }
+
+    /// Says of a guest's data when it was written, as far as that tells how long it will live, and chooses its lane: by
+    /// what it overwrites. What overwrites nothing is as young as it is.
+    fn sort(&self, part: &mut Part, start: u64) {
+        let Some(place) = self.map.lookup(start).ok().and_then(Entry::place) else { return };
+        let (now, live) = (self.log.traffic.guest, self.segments.live_blocks());
+        let estimate = age::renewed(self.segments.written(self.segments.of_place(place)), now);
+        part.estimate = Some(estimate);
+        part.lane = age::lane_of_write(estimate, now, live);
     }
 
     /// Whether a part that changes these blocks can be appended at once.
@@ -179,11 +199,11 @@ impl Core {
         std::mem::take(&mut flight.leaves).into_iter().for_each(|leaves| self.unpin(leaves));
     }
 
-    /// Whether a queue's writes should wait until less waits for the log. Then the queue is woken
-    /// when it may try again.
-    pub(super) fn hold(&mut self, port: usize) -> bool {
-        let congested =
-            self.latched.is_none() && (self.log.pending_bytes > PENDING_BYTES_MAX || self.is_map_full());
+    /// Whether a queue's writes should wait until less waits for the log, and those of `data` until the cleaner
+    /// has made room. Then the queue is woken when it may try again.
+    pub(super) fn hold(&mut self, port: usize, data: bool) -> bool {
+        let full = self.log.pending_bytes > PENDING_BYTES_MAX || self.is_map_full();
+        let congested = self.latched.is_none() && (full || data && self.is_behind());
         self.ports.set_held(port, congested);
         congested
     }
@@ -200,7 +220,7 @@ impl Core {
 
     /// Wakes the queues that hold writes back, once they need not.
     pub(super) fn release_held(&mut self) {
-        if self.log.pending_bytes <= PENDING_BYTES_MAX && !self.is_map_full() {
+        if self.log.pending_bytes <= PENDING_BYTES_MAX && !self.is_map_full() && !self.is_behind() {
             self.ports.release_held();
         }
     }
@@ -254,7 +274,9 @@ impl Core {
         if let Some(ranges) = self.next_reservation() {
             return Some(Job::Reserve(ranges));
         }
+        let before = self.log.traffic.guest;
         let record = self.log.form(&mut self.segments, self.reserve.is_full())?;
+        self.owe(self.log.traffic.guest - before);
         self.release_held();
         Some(Job::Record(record))
     }
@@ -326,11 +348,12 @@ impl Core {
                 _ => break,
             };
             let mut flight = self.log.flights.pop_front().expect("looked at above");
+            self.log.published.advance(&flight.end);
             if result.is_ok() {
                 self.apply(&flight.runs);
+                self.follow_lanes(&flight.runs);
             }
             self.unpin_flight(&mut flight);
-            self.log.published = flight.end;
             self.sync.unsynced_since.get_or_insert(now);
             for (waiter, place) in flight.waiters {
                 let write_through = !self.write_cache && !breaks!(self.tuning, WriteThroughWithoutSync);
@@ -357,7 +380,7 @@ impl Core {
                     self.map.set_uniform(start..start + u64::from(count), Entry::ABSENT, &mut self.segments);
                 }
                 Run::Size { bytes } => self.size = bytes,
-                Run::Nodes { .. } | Run::CheckpointEnd { .. } => {}
+                Run::Nodes { .. } | Run::CheckpointEnd { .. } | Run::Lane { .. } | Run::LanesClosed => {}
             }
         }
     }
@@ -415,13 +438,6 @@ impl Core {
     /// Wakes the tasks that do background work or wait for it.
     pub(super) fn wake_maintenance(&mut self) {
         self.maintenance_wakers.drain(..).for_each(Waker::wake);
-    }
-
-    /// Whether the file occupies more than its share, so that cleaning is due.
-    pub(super) fn is_over_space(&self) -> bool {
-        let live = self.segments.live_blocks() * BLOCK_SIZE;
-        let allowed = u128::from(live) * u128::from(self.tuning.space_percent) / 100;
-        u128::from(self.segments.occupied_bytes()) > allowed + u128::from(self.tuning.space_slack)
     }
 
     /// The position that a checkpoint frozen at `frozen` may name: the newest one, when only the

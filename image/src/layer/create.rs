@@ -10,7 +10,9 @@ use super::base::Base;
 use super::base_record::{BaseRecord, base_offset};
 use super::header::Header;
 use super::layout::{PREAMBLE_BYTES, SEGMENT_BLOCKS_MAX, SEGMENT_BLOCKS_MIN};
-use super::slot::{LogPosition, Slot, slot_offset};
+use super::position::{Lane, LogPosition};
+use super::slot::{Slot, slot_offset};
+use super::traffic::Traffic;
 use super::{CreateLayer, check_size};
 use crate::error::ImageError;
 use crate::site;
@@ -51,7 +53,7 @@ pub async fn create<S: Storage, E: Engine<File = S::File>>(
     let nonce = super::bytes::get_u64(&random, 16);
     let header = Header { layer_id, segment_blocks };
     let record = BaseRecord { layer_id, sequence: 1, committing: false, base };
-    let log = LogPosition { segment: 0, block: 0, next_segment: 1, sequence: 0, chain: 0, nonce };
+    let log = LogPosition::new(Lane { segment: 0, block: 0, next_segment: 1 }, 0, 0, nonce);
     let slot = Slot {
         layer_id,
         generation: 1,
@@ -61,6 +63,7 @@ pub async fn create<S: Storage, E: Engine<File = S::File>>(
         size,
         base: record.sequence,
         clean: true,
+        traffic: Traffic::default(),
     };
 
     let room = PREAMBLE_BYTES + DEVICE_SEGMENTS_MIN * u64::from(options.segment_size);

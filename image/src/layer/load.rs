@@ -70,22 +70,17 @@ impl<E: Engine> Reader<'_, E> {
         }
         segments.take_node_bytes(root, len as usize);
         branches.iter().for_each(|&node| segments.take_node(node));
-        self.load_usage(slot, usage, segments).await?;
+        self.load_usage(usage, segments).await?;
         Ok(Map::new(branches, cache_bytes))
     }
 
-    async fn load_usage(
-        &self,
-        slot: &Slot,
-        usage: Vec<NodeRef>,
-        segments: &mut Segments,
-    ) -> Result<(), ImageError> {
+    async fn load_usage(&self, usage: Vec<NodeRef>, segments: &mut Segments) -> Result<(), ImageError> {
         let stored = (0..).zip(usage).filter(|(_, node)| node.stored().is_some()).collect();
         let bytes_max = segments.bytes();
         self.read_nodes(stored, |group, node, bytes| {
             let (offset, _) = node.stored().unwrap_or_default();
             let table = decode_usage(bytes, group, bytes_max).map_err(|damage| self.error(offset, damage))?;
-            match segments.load_usage(group, node, &table, slot.log.sequence) {
+            match segments.load_usage(group, node, &table) {
                 true => Ok(()),
                 false => {
                     let detail = "it speaks of segments behind the end of the file";

@@ -3,25 +3,32 @@
 //! Parts wait in `pending` until a record is formed of them; at most two records are in flight,
 //! so that what arrives meanwhile gathers into the next and records grow with the load. A record
 //! gets its sequence number when it is formed, which happens only when it has a place and the log
-//! knows where it goes on after the segment: space comes before the number.
+//! knows where it goes on after the segment: space comes before the number. Parts for another lane
+//! than that of the first are passed over, but no part is written before an earlier one of the same block.
 //!
 //! Invariant: records leave `flights` at the front only, in sequence, completed or void.
+
+mod taken;
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
 use super::layout::LayerId;
-use super::map::leaves_of;
+use super::position::{Advance, Lane, LogPosition, MAIN, NODES};
 use super::record::{Index, Run, fits};
 use super::segments::Segments;
-use super::slot::LogPosition;
+use super::traffic::Traffic;
 use super::waiter::Waiter;
 use sapwood_blockdev::Errno;
 use sapwood_blockdev::buffer::{AlignedBuf, Memory, Piece};
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, FileOffset};
+use taken::{Passed, Taken};
 
-/// Records in flight at once.
+/// Records in flight at once in one lane, and in all.
 const FLIGHTS_MAX: usize = 2;
+const FLIGHTS_MAX_ALL: usize = 3;
+/// Parts for other lanes that are passed over for one record.
+const PASSED_MAX: usize = 512;
 
 /// One thing to put on record: a run, its data, and who waits for it.
 #[derive(Debug)]
@@ -32,6 +39,10 @@ pub(super) struct Part {
     pub(super) waiter: Waiter,
     /// It helps to make space, or takes next to none: it may use what is kept back.
     pub(super) upkeep: bool,
+    /// The lane that it is for, while that is open.
+    pub(super) lane: usize,
+    /// When its data was written, as far as that tells how long it will live (see `age`); `None`: now.
+    pub(super) estimate: Option<u64>,
 }
 
 impl Part {
@@ -39,13 +50,15 @@ impl Part {
     pub(super) fn data(run: Run, buf: AlignedBuf, waiter: Waiter) -> Self {
         assert_eq!(buf.len(), run.data_blocks() as usize * BLOCK_BYTES, "whole blocks");
         let sums = buf.chunks_exact(BLOCK_BYTES).map(crc32fast::hash).collect();
-        Self { run, data: Some((buf, sums)), waiter, upkeep: matches!(run, Run::Nodes { .. }) }
+        let upkeep = matches!(run, Run::Nodes { .. });
+        let lane = if upkeep { NODES } else { MAIN };
+        Self { run, data: Some((buf, sums)), waiter, upkeep, lane, estimate: None }
     }
 
     /// A part that is all said in the index block.
     pub(super) fn index_only(run: Run, waiter: Waiter) -> Self {
         assert_eq!(run.data_blocks(), 0);
-        Self { run, data: None, waiter, upkeep: true }
+        Self { run, data: None, waiter, upkeep: true, lane: MAIN, estimate: None }
     }
 
     /// The guest blocks whose entries it changes.
@@ -64,6 +77,10 @@ pub(super) fn guest_blocks(run: &Run) -> Range<u64> {
     }
 }
 
+fn overlap(a: &Range<u64>, b: &Range<u64>) -> bool {
+    a.start < b.end && b.start < a.end
+}
+
 /// How far a record in flight has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum FlightState {
@@ -78,8 +95,8 @@ pub(super) enum FlightState {
 /// A record in flight.
 #[derive(Debug)]
 pub(super) struct Flight {
-    /// The position after it.
-    pub(super) end: LogPosition,
+    /// How it moves the position on.
+    pub(super) end: Advance,
     /// The position before it.
     begin: LogPosition,
     /// The block of its index.
@@ -123,11 +140,15 @@ pub(super) struct Log {
     pub(super) published: LogPosition,
     /// The newest record that changed what the guest sees.
     pub(super) guest_sequence: u64,
-    /// The rest of the segment being filled, and the next one, have their space.
+    /// What was written, records in flight included.
+    pub(super) traffic: Traffic,
+    /// The rest of the main lane's segment, and its next one, have their space.
     pub(super) opened: bool,
     /// The segment after the next one, with its space.
     pub(super) spare: Option<u32>,
     pub(super) bytes_since_checkpoint: u64,
+    /// The mutation that lets parts overtake each other.
+    pub(super) overtake: bool,
 }
 
 impl Log {
@@ -141,9 +162,11 @@ impl Log {
             head,
             published: head,
             guest_sequence: head.sequence,
+            traffic: Traffic::default(),
             opened: false,
             spare: None,
             bytes_since_checkpoint: 0,
+            overtake: false,
         }
     }
 
@@ -157,9 +180,8 @@ impl Log {
 
     /// Whether a part that waits, or a record that does not count yet, changes one of `blocks`.
     pub(super) fn is_writing(&self, blocks: &Range<u64>) -> bool {
-        let overlaps = |r: Range<u64>| r.start < blocks.end && blocks.start < r.end;
-        self.pending.iter().any(|part| overlaps(part.guest_blocks()))
-            || self.flights.iter().any(|f| f.runs.iter().any(|(run, _)| overlaps(guest_blocks(run))))
+        self.pending.iter().any(|part| overlap(&part.guest_blocks(), blocks))
+            || self.flights.iter().any(|f| f.runs.iter().any(|(run, _)| overlap(&guest_blocks(run), blocks)))
     }
 
     /// Whether data of guests waits.
@@ -180,60 +202,111 @@ impl Log {
     }
 
     fn fits_segment(&self, part: &Part, segment_blocks: u32) -> bool {
-        part.run.data_blocks() < segment_blocks - self.head.block
+        part.run.data_blocks() < segment_blocks - self.lane_of(part).1.block
     }
 
-    /// Forms the next record, if there is something to write, a place for it, and fewer than
-    /// [`FLIGHTS_MAX`] in flight. On a `full` host, no data of guests.
+    /// The lane that a part is written to.
+    fn lane_of(&self, part: &Part) -> (usize, Lane) {
+        match self.head.lane(part.lane) {
+            Some(lane) => (part.lane, lane),
+            None => (MAIN, self.head.main()),
+        }
+    }
+
+    fn is_lane_busy(&self, number: usize) -> bool {
+        let in_lane = self.flights.iter().filter(|flight| flight.end.number == number).count();
+        in_lane >= FLIGHTS_MAX
+    }
+
+    /// Opens and closes lanes: the record that says so has completed. Those that were closed are returned.
+    pub(super) fn follow(&mut self, runs: &[(Run, u32)]) -> Vec<Lane> {
+        self.published.follow(runs);
+        self.head.follow(runs)
+    }
+
+    /// Forms the next record, if there is something to write, a place for it, and few enough in
+    /// flight. On a `full` host, no data of guests.
     pub(super) fn form(&mut self, segments: &mut Segments, full: bool) -> Option<RecordWrite> {
-        let first = self.pending.front()?;
-        if self.flights.len() >= FLIGHTS_MAX || !self.opened || (full && !first.upkeep) {
+        if !self.opened || self.flights.len() >= FLIGHTS_MAX_ALL {
             return None;
         }
+        let first = self.next_part(full)?;
+        let (number, mut lane) = self.lane_of(first);
         let segment_blocks = segments.segment_blocks();
         if !self.fits_segment(first, segment_blocks) {
             let spare = self.spare.take()?;
-            segments.set_used(self.head.segment, self.head.sequence);
-            self.head =
-                LogPosition { segment: self.head.next_segment, block: 0, next_segment: spare, ..self.head };
+            segments.set_used(lane.segment, self.head.sequence);
+            lane = Lane { segment: lane.next_segment, block: 0, next_segment: spare };
         }
-        let place = segments.first_block(self.head.segment) + self.head.block;
-        let taken = self.take_parts(place, segment_blocks - self.head.block - 1, full);
+        let mut taken = self.take_parts(number, segment_blocks - lane.block - 1, full);
         assert!(!taken.waiters.is_empty(), "every part fits into an empty segment");
-        Some(self.launch(place, taken, segments))
+        let place = segments.first_block(lane.segment) + lane.block;
+        taken.set_place(place + 1);
+        for &(estimate, blocks) in &taken.estimates {
+            segments.note_written(lane.segment, estimate, blocks);
+        }
+        Some(self.launch(number, lane, place, taken, segments))
     }
 
-    /// Takes parts from the front while they fit into one record of at most `room` data blocks
-    /// whose index block is at `place`.
-    fn take_parts(&mut self, place: u32, room: u32, full: bool) -> Taken {
-        let mut taken = Taken { memory: Memory::default(), ..Taken::default() };
+    /// The first part that can be written now: its lane has not enough in flight, and no earlier part
+    /// of the same blocks waits.
+    fn next_part(&self, full: bool) -> Option<&Part> {
+        let mut passed = Passed::new(self.overtake);
+        for (i, part) in self.pending.iter().enumerate().take(PASSED_MAX) {
+            let is_size = matches!(part.run, Run::Size { .. });
+            if full && !part.upkeep || is_size && i > 0 {
+                return None;
+            }
+            if !self.is_lane_busy(self.lane_of(part).0) && !passed.overlaps(part, self.pending.iter().take(i))
+            {
+                return Some(part);
+            }
+            if is_size {
+                return None;
+            }
+            passed.add(part);
+        }
+        None
+    }
+
+    /// Takes parts for one lane from the front while they fit into one record of at most `room` data
+    /// blocks.
+    fn take_parts(&mut self, number: usize, room: u32, full: bool) -> Taken {
+        let mut taken = Taken::default();
+        let (mut passed, mut parts) = (Passed::new(self.overtake), Vec::new());
         while let Some(part) = self.pending.front() {
+            // What changes the size of the disk passes nothing, and nothing passes it.
+            let refused = full && !part.upkeep || matches!(part.run, Run::Size { .. }) && !parts.is_empty();
+            if self.lane_of(part).0 != number || passed.overlaps(part, parts.iter()) {
+                if parts.len() == PASSED_MAX || refused || matches!(part.run, Run::Size { .. }) {
+                    break;
+                }
+                passed.add(part);
+                parts.extend(self.pending.pop_front());
+                continue;
+            }
             let blocks = taken.blocks + part.run.data_blocks();
-            let refused = full && !part.upkeep;
             if blocks > room || !fits(taken.runs.len() + 1, blocks) || taken.ends_here || refused {
                 break;
             }
             let part = self.pending.pop_front().expect("looked at above");
-            let data_place = place + 1 + taken.blocks;
-            taken.ends_here = matches!(part.run, Run::CheckpointEnd { .. });
-            taken.blocks = blocks;
-            taken.leaves.extend(Some(leaves_of(&part.guest_blocks())).filter(|leaves| !leaves.is_empty()));
-            let absorbed = taken.runs.last_mut().is_some_and(|(last, _)| last.absorb(&part.run));
-            if !absorbed {
-                taken.runs.push((part.run, data_place));
-            }
-            if let Some((buf, sums)) = part.data {
-                self.pending_bytes -= buf.len();
-                taken.checksums.extend(sums);
-                taken.memory.push(Piece::Owned(buf));
-            }
-            taken.waiters.push((part.waiter, data_place));
+            self.pending_bytes -= part.data.as_ref().map_or(0, |(buf, _)| buf.len());
+            self.traffic.count(&part);
+            taken.add(part, self.traffic.guest);
         }
+        parts.into_iter().rev().for_each(|part| self.pending.push_front(part));
         taken
     }
 
     /// Gives a record its sequence number and puts it in flight.
-    fn launch(&mut self, place: u32, taken: Taken, segments: &Segments) -> RecordWrite {
+    fn launch(
+        &mut self,
+        number: usize,
+        mut lane: Lane,
+        place: u32,
+        taken: Taken,
+        segments: &Segments,
+    ) -> RecordWrite {
         let begin = self.head;
         let sequence = begin.sequence + 1;
         let index = Index {
@@ -243,7 +316,8 @@ impl Log {
             previous: begin.chain,
             stands_for: None,
             data_blocks: taken.blocks,
-            next_segment: begin.next_segment,
+            lane: number,
+            next_segment: lane.next_segment,
             runs: taken.runs.iter().map(|(run, _)| *run).collect(),
             checksums: taken.checksums,
         };
@@ -253,14 +327,17 @@ impl Log {
             Some(Run::CheckpointEnd { nonce, .. }) => *nonce,
             _ => begin.nonce,
         };
-        self.head = LogPosition { block: begin.block + 1 + taken.blocks, sequence, chain, nonce, ..begin };
-        assert!(self.head.block <= segments.segment_blocks(), "a record lies in one segment");
-        if index.runs.iter().any(|run| !matches!(run, Run::Nodes { .. } | Run::CheckpointEnd { .. })) {
+        lane.block += 1 + taken.blocks;
+        assert!(lane.block <= segments.segment_blocks(), "a record lies in one segment");
+        let end = Advance { number, lane, sequence, chain, nonce };
+        self.head.advance(&end);
+        self.traffic.index += 1;
+        if index.runs.iter().any(Run::changes_disk) {
             self.guest_sequence = sequence;
         }
         self.bytes_since_checkpoint += u64::from(1 + taken.blocks) * BLOCK_SIZE;
         self.flights.push_back(Flight {
-            end: self.head,
+            end,
             begin,
             place,
             data_blocks: taken.blocks,
@@ -295,7 +372,8 @@ impl Log {
             previous: flight.begin.chain,
             stands_for: Some(flight.end.chain),
             data_blocks: flight.data_blocks,
-            next_segment: flight.end.next_segment,
+            lane: flight.end.number,
+            next_segment: flight.end.lane.next_segment,
             runs: Vec::new(),
             checksums: Vec::new(),
         };
@@ -307,17 +385,4 @@ impl Log {
             memory: block.into(),
         })
     }
-}
-
-/// Parts taken for one record.
-#[derive(Default)]
-struct Taken {
-    runs: Vec<(Run, u32)>,
-    checksums: Vec<u32>,
-    memory: Memory,
-    waiters: Vec<(Waiter, u32)>,
-    leaves: Vec<Range<u32>>,
-    blocks: u32,
-    /// The record changes the nonce, so it is the last with the old one: nothing may follow in it.
-    ends_here: bool,
 }

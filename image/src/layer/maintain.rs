@@ -13,6 +13,7 @@ use super::device::Layer;
 use super::driver::Driver;
 use super::waiter::Result;
 use crate::error::ImageError;
+use futures_util::future::join;
 use sapwood_blockdev::Errno;
 use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::device::DeviceError;
@@ -23,15 +24,12 @@ use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
 
 /// Pause after background work has failed, for example because the host is full.
 const RETRY_PAUSE: Time = Time::from_secs(1);
-/// Segments cleaned before the checkpoint that lets them go.
-const CLEAN_BATCH: usize = 8;
 
 /// What background work is due.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Due {
     sync: bool,
     checkpoint: bool,
-    clean: bool,
 }
 
 impl Core {
@@ -41,11 +39,7 @@ impl Core {
     }
 
     fn is_log_long(&self) -> bool {
-        self.log.bytes_since_checkpoint >= self.tuning.checkpoint_bytes && self.is_checkpoint_wanted()
-    }
-
-    fn is_cleaning_wanted(&self) -> bool {
-        self.is_over_space() || self.is_short_of_space()
+        self.log.bytes_since_checkpoint >= self.checkpoint_bytes() && self.is_checkpoint_wanted()
     }
 
     /// What is due at `now`.
@@ -56,10 +50,10 @@ impl Core {
         let old = now >= self.checkpointed_at + self.tuning.checkpoint_interval;
         Due {
             sync: self.unsynced_since().is_some_and(|since| now >= since + self.tuning.sync_interval),
-            checkpoint: self.is_log_long() || self.is_map_dirty() || (old && self.is_checkpoint_wanted()),
-            clean: self.is_cleaning_wanted()
-                && (self.segments.has_retired()
-                    || self.can_clean() && self.segments.victim(self.log.published.sequence).is_some()),
+            checkpoint: self.is_log_long()
+                || self.is_map_dirty()
+                || (old && self.is_checkpoint_wanted())
+                || self.is_freeing_due(now),
         }
     }
 
@@ -73,13 +67,16 @@ impl Core {
         let checkpoint =
             self.is_checkpoint_wanted().then(|| self.checkpointed_at + self.tuning.checkpoint_interval);
         let checkpoint = checkpoint.map(|due| due.min(now + self.tuning.sync_interval));
-        sync.into_iter().chain(checkpoint).min()
+        sync.into_iter().chain(checkpoint).chain(self.next_freeing()).min()
     }
 
     /// Wakes the maintenance when the log has become long, or when something was written at all
     /// since it went to sleep without a deadline.
     pub(super) fn wake_maintenance_if_due(&mut self) {
-        if self.is_log_long() || self.is_map_dirty() || self.is_short_of_space() || self.maintenance_idle {
+        let clean = self.pace.idle && self.is_cleaning_due();
+        let due =
+            self.is_log_long() || self.is_map_dirty() || self.is_short_of_space() || self.is_full() || clean;
+        if due || self.maintenance_idle {
             self.maintenance_idle = false;
             self.wake_maintenance();
         }
@@ -95,13 +92,8 @@ impl<E: Engine> Layer<E> {
         }
         self.core().maintainers += 1;
         let driver = Driver::new(Arc::clone(&self), io);
-        let mut not_before = Time::ZERO;
-        while let Some(due) = driver.await_due(not_before).await {
-            if let Err(error) = driver.work(due).await {
-                log::warn!("{}: background work failed: {error}", self.path().display());
-                not_before = driver.io.now() + RETRY_PAUSE;
-            }
-        }
+        // Beside each other, so that guests who wait for the cleaner do not wait for checkpoints.
+        join(driver.keep_durable(), driver.keep_clean()).await;
         driver.retire().await;
         let mut core = self.core();
         core.maintainers -= 1;
@@ -121,7 +113,7 @@ impl<E: Engine> Layer<E> {
     /// # Errors
     /// What the storage says.
     pub async fn clean(self: &Arc<Self>, io: &Io<E>) -> std::result::Result<bool, ImageError> {
-        self.on_driver(io, async |driver| driver.clean_segment(&mut AlignedBuf::zeroed(0)).await).await
+        self.on_driver(io, async |driver| driver.clean_best().await).await
     }
 
     /// Ends background work, makes everything durable in a checkpoint that leaves nothing to
@@ -193,45 +185,108 @@ impl<E: Engine> Driver<E> {
         .await
     }
 
-    async fn work(&self, due: Due) -> Result {
-        if due.clean {
-            self.clean_some().await?;
+    /// Syncs and makes checkpoints when they are due, until the layer closes.
+    async fn keep_durable(&self) {
+        let mut not_before = Time::ZERO;
+        while let Some(due) = self.await_due(not_before).await {
+            if let Err(error) = self.work(due).await {
+                not_before = self.pause_after(error);
+            }
         }
-        if due.checkpoint || due.clean {
+    }
+
+    /// Cleans when that is due, until the layer closes.
+    async fn keep_clean(&self) {
+        let mut not_before = Time::ZERO;
+        let mut scratch = AlignedBuf::zeroed(0);
+        while self.await_cleaning(not_before).await {
+            if let Err(error) = self.clean_some(&mut scratch).await {
+                not_before = self.pause_after(error);
+            }
+        }
+    }
+
+    /// Says that background work has failed, and when it may be tried again.
+    fn pause_after(&self, error: DeviceError) -> Time {
+        log::warn!("{}: background work failed: {error}", self.layer.path().display());
+        self.io.now() + RETRY_PAUSE
+    }
+
+    async fn work(&self, due: Due) -> Result {
+        if due.checkpoint {
             self.checkpoint(None, false).await?;
         } else if due.sync {
             self.flush().await?;
         }
-        self.punch_free(self.free_segments_kept()).await
+        let kept = self.layer.core().free_segments_kept();
+        self.punch_free(kept).await
     }
 
-    /// Free segments that keep their space: what the log fills until a checkpoint frees the next
-    /// ones. To write where something was written before costs the file system less.
-    fn free_segments_kept(&self) -> usize {
-        let core = self.layer.core();
-        ((core.tuning.checkpoint_bytes / core.segments.bytes()) as usize).max(core.reserve_segments())
-    }
-
-    async fn clean_some(&self) -> Result {
-        let mut scratch = AlignedBuf::zeroed(0);
-        for _ in 0..CLEAN_BATCH {
-            let (wanted, short) = {
-                let core = self.layer.core();
-                let wanted = core.is_cleaning_wanted() && core.can_clean();
-                (wanted && !core.closing && !core.segments.has_retired(), core.is_short_of_space())
-            };
-            // What is kept back is soon used up: a segment must be let go before the next.
-            if !wanted || !self.clean_segment(&mut scratch).await? || short {
-                return Ok(());
+    /// Waits until there is something to clean, but not before a time; `false` when the layer closes.
+    async fn await_cleaning(&self, not_before: Time) -> bool {
+        let mut timer = None;
+        poll_fn(|cx| {
+            let mut core = self.layer.core();
+            if core.closing {
+                return Poll::Ready(false);
             }
+            let early = self.io.now() < not_before;
+            core.pace.idle = !core.is_cleaning_due();
+            if !core.pace.idle && !early {
+                return Poll::Ready(true);
+            }
+            core.maintenance_wakers.push(cx.waker().clone());
+            drop(core);
+            if early {
+                let sleep = timer.insert(Box::pin(self.io.sleep_until(not_before)));
+                if sleep.as_mut().poll(cx).is_ready() {
+                    cx.waker().wake_by_ref();
+                }
+            }
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Empties the best segments, as long as that is wanted.
+    async fn clean_some(&self, scratch: &mut AlignedBuf) -> Result {
+        let short = self.layer.core().is_short_of_space();
+        if short {
+            return self.clean_best().await.map(drop);
+        }
+        self.open_lanes().await?;
+        let victims = self.choose_victims();
+        if victims.is_empty() {
+            self.layer.core().note_fruitless();
+        }
+        for segment in victims {
+            if !self.layer.core().is_cleaning_due() {
+                break;
+            }
+            self.clean_segment(segment, scratch).await?;
         }
         Ok(())
     }
 
+    /// Empties the segment that has most to gain from it; says whether there was one.
+    async fn clean_best(&self) -> Result<bool> {
+        for segment in self.choose_victims() {
+            if self.clean_segment(segment, &mut AlignedBuf::zeroed(0)).await? {
+                return Ok(true);
+            }
+        }
+        self.layer.core().note_fruitless();
+        Ok(false)
+    }
+
     async fn close(&self) -> Result {
+        let unwritten = self.close_lanes().await?;
         // What the first one retires the second one frees; then both slots name the same map.
         self.checkpoint(None, true).await?;
         self.checkpoint(None, true).await?;
+        for range in unwritten {
+            self.punch(range).await?;
+        }
         self.give_back().await?;
         self.layer.core().latched.get_or_insert(DeviceError::Latched);
         Ok(())
@@ -245,16 +300,16 @@ impl<E: Engine> Driver<E> {
                 core.segments.unchoose(spare);
             }
             core.segments.reap();
-            let head = core.log.head;
+            let main = core.log.head.main();
             core.log.opened = false;
             let count = core.segments.trim();
-            let start = core.segments.offset(head.segment).0;
-            let tail = start + u64::from(head.block) * BLOCK_SIZE..start + core.segments.bytes();
+            let start = core.segments.offset(main.segment).0;
+            let tail = start + u64::from(main.block) * BLOCK_SIZE..start + core.segments.bytes();
             // The log's next segment stays, as a hole.
             (tail, core.segments.offset(count).0)
         };
         self.punch(tail).await?;
-        let next = self.layer.core().log.head.next_segment;
+        let next = self.layer.core().log.head.main().next_segment;
         let next = {
             let core = self.layer.core();
             core.segments.offset(next).0..core.segments.offset(next).0 + core.segments.bytes()

@@ -11,6 +11,7 @@
 //! `clean` and `maintain` work in the background; `create`, `recover` and `check` begin and judge;
 //! `copy_up`, `switch`, `rebase` and `commit` change what lies below.
 
+mod age;
 mod base;
 mod base_record;
 mod bytes;
@@ -27,6 +28,7 @@ pub mod doors;
 mod driver;
 mod extents;
 mod header;
+mod lanes;
 mod layout;
 mod leaf;
 mod load;
@@ -37,8 +39,10 @@ mod merge;
 #[cfg(feature = "mutations")]
 pub mod mutation;
 mod node;
+mod pace;
 mod paging;
 mod ports;
+mod position;
 mod queue;
 mod read;
 mod rebase;
@@ -49,6 +53,7 @@ mod reserve;
 mod segments;
 mod slot;
 mod switch;
+mod traffic;
 mod tuning;
 mod waiter;
 
@@ -68,6 +73,7 @@ pub use layout::{LayerId, MAGIC, SEGMENT_SIZE_DEFAULT, SIZE_MAX};
 pub use mutation::Mutation;
 pub use queue::LayerQueue;
 pub use rebase::{rebase, repoint};
+pub use traffic::Traffic;
 pub use tuning::Tuning;
 
 /// A base by name.
@@ -124,6 +130,14 @@ pub struct LayerInfo {
     pub live_blocks: u64,
     /// Bytes of the file that are in use: its start, and the segments that the map or the log uses.
     pub used_bytes: u64,
+    /// Bytes that the file may take before guests wait for the cleaner, and bytes of segments that it takes.
+    pub allowed_bytes: u64,
+    /// Bytes of segments that are not free, those included that are on their way to be.
+    pub occupied_bytes: u64,
+    /// What was written since the layer was made.
+    pub traffic: Traffic,
+    /// Lanes of the log that are open.
+    pub lanes: usize,
     /// Blocks in use for anything else: overwritten data, the map itself, the log's own.
     pub dead_blocks: u64,
     /// Number of the newest checkpoint.

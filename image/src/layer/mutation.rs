@@ -53,6 +53,10 @@ pub enum Mutation {
     ShrinkWithoutZeroing,
     /// Writers of a block under merge do not wait.
     MergeWithoutMark,
+    /// A part passes over an earlier one of the same blocks that is for another lane.
+    PartsOvertake,
+    /// Lanes are closed, and their segments free, before a record says so.
+    LanesClosedSilently,
     /// A slot names a base record that is not written yet.
     SlotBeforeBaseRecord,
     /// A base record is overwritten while the older slot still names it.
@@ -66,7 +70,7 @@ pub enum Mutation {
 impl Mutation {
     /// Every mutation that histories of one disk can show; those of changes of base have histories
     /// of their own.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 22] = [
         Self::ReportBeforeEarlierRecord,
         Self::PublishOutOfOrder,
         Self::FlushJoinsSubmittedSync,
@@ -87,6 +91,8 @@ impl Mutation {
         Self::ReuseWithoutEpochs,
         Self::ShrinkWithoutZeroing,
         Self::MergeWithoutMark,
+        Self::PartsOvertake,
+        Self::LanesClosedSilently,
     ];
 }
 

@@ -278,9 +278,11 @@ impl Core {
     /// Whether a stored leaf may refer to a place: one that the log has written, in a segment that is
     /// in use.
     pub(super) fn can_be_mapped(&self, place: u32) -> bool {
-        let head = self.log.head;
-        let start = self.segments.first_block(head.segment);
-        self.segments.is_filled(place) || (start..start + head.block).contains(&place)
+        self.segments.is_filled(place)
+            || self.log.head.lanes().any(|(_, lane)| {
+                let start = self.segments.first_block(lane.segment);
+                (start..start + lane.block).contains(&place)
+            })
     }
 }
 

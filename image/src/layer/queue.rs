@@ -101,7 +101,7 @@ impl<E: Engine> LayerQueue<E> {
         match request.command {
             Command::Read(memory) => self.read(request.tag, request.offset.0, memory),
             Command::Flush => self.flush(request.tag),
-            _ if self.layer().core().hold(self.port) => self.held.push_back(request),
+            _ if self.must_hold(&request) => self.held.push_back(request),
             Command::Write(_) | Command::WriteZeroes | Command::Discard => self.write(request),
         }
         Ok(())
@@ -256,13 +256,21 @@ impl<E: Engine> LayerQueue<E> {
         any
     }
 
+    /// Whether a write has to wait. What frees space does not wait for space.
+    fn must_hold(&self, request: &Request) -> bool {
+        let data = matches!(request.command, Command::Write(_));
+        self.layer().core().hold(self.port, data)
+    }
+
     /// Starts writes that were held back; says whether there were any.
     fn release_held(&mut self) -> bool {
         let held = self.held.len();
-        while !self.held.is_empty() && !self.layer().core().hold(self.port) {
-            if let Some(request) = self.held.pop_front() {
-                self.write(request);
+        while let Some(request) = self.held.pop_front() {
+            if self.must_hold(&request) {
+                self.held.push_front(request);
+                break;
             }
+            self.write(request);
         }
         self.held.len() < held
     }

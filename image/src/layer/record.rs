@@ -6,9 +6,10 @@
 
 use std::ops::Range;
 
-use super::bytes::{array, checksum, get_u32, get_u64, put};
+use super::bytes::{array, checksum, get_u16, get_u32, get_u64, put};
 use super::layout::{Damage, LayerId, SIZE_MAX, damage};
 use super::node::Entry;
+use super::position::{LANES, Lane};
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, SECTOR_SIZE};
 
 const MAGIC: [u8; 8] = *b"SAPWRECD";
@@ -18,7 +19,8 @@ const R_SEQUENCE: usize = R_NONCE + 8;
 const R_PREVIOUS: usize = R_SEQUENCE + 8;
 const R_STANDS_FOR: usize = R_PREVIOUS + 4;
 const R_KIND: usize = R_STANDS_FOR + 4;
-const R_DATA_BLOCKS: usize = R_KIND + 4;
+const R_LANE: usize = R_KIND + 2;
+const R_DATA_BLOCKS: usize = R_LANE + 2;
 const R_NEXT_SEGMENT: usize = R_DATA_BLOCKS + 4;
 const R_RUN_COUNT: usize = R_NEXT_SEGMENT + 4;
 const R_RUNS: usize = R_RUN_COUNT + 4;
@@ -32,8 +34,8 @@ const INDEX_BYTES: usize = R_CHECKSUM - R_RUNS;
 /// Most data blocks in a record: 1 MiB.
 pub(super) const DATA_BLOCKS_MAX: u32 = 256;
 
-const KIND_NORMAL: u32 = 0;
-const KIND_VOID: u32 = 1;
+const KIND_NORMAL: u16 = 0;
+const KIND_VOID: u16 = 1;
 const START_BITS: u32 = 56;
 const START_MASK: u64 = (1 << START_BITS) - 1;
 
@@ -52,6 +54,10 @@ pub(super) enum Run {
     Size { bytes: u64 },
     /// Every node of checkpoint `generation` has been written; records after this one carry `nonce`.
     CheckpointEnd { generation: u64, nonce: u64 },
+    /// The log has one lane more, in segments where nothing has been written yet.
+    Lane { number: usize, lane: Lane },
+    /// The log has its main lane only from here on.
+    LanesClosed,
 }
 
 impl Run {
@@ -79,6 +85,11 @@ impl Run {
         }
     }
 
+    /// Whether it changes what the disk is, rather than how it is kept.
+    pub(super) fn changes_disk(&self) -> bool {
+        matches!(self, Self::Data { .. } | Self::Zero { .. } | Self::Absent { .. } | Self::Size { .. })
+    }
+
     /// First byte of the disk behind everything that the run speaks of.
     pub(super) fn disk_end(&self) -> u64 {
         match *self {
@@ -86,7 +97,7 @@ impl Run {
                 (start + u64::from(count)) * BLOCK_SIZE
             }
             Self::Size { bytes } => bytes,
-            Self::Nodes { .. } | Self::CheckpointEnd { .. } => 0,
+            Self::Nodes { .. } | Self::CheckpointEnd { .. } | Self::Lane { .. } | Self::LanesClosed => 0,
         }
     }
 
@@ -98,6 +109,10 @@ impl Run {
             Self::Nodes { count } => (4, 0, u64::from(count)),
             Self::Size { bytes } => (5, bytes, 0),
             Self::CheckpointEnd { generation, nonce } => (6, generation, nonce),
+            Self::Lane { number, lane } => {
+                (7, number as u64, u64::from(lane.segment) | u64::from(lane.next_segment) << 32)
+            }
+            Self::LanesClosed => (8, 0, 0),
         };
         assert!(start <= START_MASK, "a run's start has 56 bits");
         put(out, 0, &(start | kind << START_BITS).to_le_bytes());
@@ -117,6 +132,11 @@ impl Run {
             4 if count > 0 => Ok(Self::Nodes { count }),
             5 if start <= SIZE_MAX && start.is_multiple_of(SECTOR_SIZE) => Ok(Self::Size { bytes: start }),
             6 => Ok(Self::CheckpointEnd { generation: start, nonce: operand }),
+            7 if (1..LANES as u64).contains(&start) => {
+                let lane = Lane { segment: operand as u32, block: 0, next_segment: (operand >> 32) as u32 };
+                Ok(Self::Lane { number: start as usize, lane })
+            }
+            8 => Ok(Self::LanesClosed),
             _ => Err(damage("record.run", at, format!("kind {kind}, start {start}, operand {operand}"))),
         }
     }
@@ -159,6 +179,8 @@ pub(super) struct Index {
     pub(super) stands_for: Option<u32>,
     /// Data blocks that follow; a void record skips as many.
     pub(super) data_blocks: u32,
+    /// The lane of the log that it is in.
+    pub(super) lane: usize,
     pub(super) next_segment: u32,
     pub(super) runs: Vec<Run>,
     pub(super) checksums: Vec<u32>,
@@ -176,6 +198,7 @@ impl Index {
         put(b, R_STANDS_FOR, &self.stands_for.unwrap_or(0).to_le_bytes());
         let kind = if self.stands_for.is_some() { KIND_VOID } else { KIND_NORMAL };
         put(b, R_KIND, &kind.to_le_bytes());
+        put(b, R_LANE, &(self.lane as u16).to_le_bytes());
         put(b, R_DATA_BLOCKS, &self.data_blocks.to_le_bytes());
         put(b, R_NEXT_SEGMENT, &self.next_segment.to_le_bytes());
         put(b, R_RUN_COUNT, &(self.runs.len() as u32).to_le_bytes());
@@ -202,7 +225,7 @@ impl Index {
         if sum != get_u32(b, R_CHECKSUM) {
             return Err(damage("record.checksum", R_CHECKSUM, "it does not match"));
         }
-        let stands_for = match get_u32(b, R_KIND) {
+        let stands_for = match get_u16(b, R_KIND) {
             KIND_NORMAL => None,
             KIND_VOID => Some(get_u32(b, R_STANDS_FOR)),
             other => return Err(damage("record.kind", R_KIND, other)),
@@ -233,6 +256,7 @@ impl Index {
             previous: get_u32(b, R_PREVIOUS),
             stands_for,
             data_blocks,
+            lane: usize::from(get_u16(b, R_LANE)),
             next_segment: get_u32(b, R_NEXT_SEGMENT),
             runs,
             checksums: (0..sums as usize).map(|i| get_u32(b, sums_at + i * SUM_BYTES)).collect(),
@@ -255,6 +279,7 @@ mod tests {
                 previous: 2,
                 stands_for: None,
                 data_blocks: 0,
+                lane: 0,
                 next_segment: 3,
                 runs: vec![Run::Size { bytes: 512 }],
                 checksums: Vec::new(),

@@ -17,10 +17,11 @@ use super::layout::{HEAD_BYTES, PREAMBLE_BYTES};
 use super::load::Reader;
 use super::log::{Log, guest_blocks};
 use super::map::by_branch;
+use super::position::{Advance, Lane};
 use super::record::Run;
 use super::replay::{Replay, Replayed};
 use super::segments::Segments;
-use super::slot::{LogPosition, Slot, SlotState, slot_offset};
+use super::slot::{Slot, SlotState, slot_offset};
 use super::tuning::breaks;
 use super::{OpenLayer, open_file};
 use crate::error::{ErrorKind, ImageError};
@@ -119,7 +120,10 @@ impl<E: Engine> Layer<E> {
         let mut nonce = [0; 8];
         storage.random(&mut nonce).map_err(|e| ImageError::io(path, "make random numbers for", e))?;
         let driver = Driver::new(Arc::clone(self), io.clone());
-        let mut result = driver.checkpoint(Some(u64::from_le_bytes(nonce)), false).await;
+        let mut result = driver.close_lanes().await.map(drop);
+        if result.is_ok() {
+            result = driver.checkpoint(Some(u64::from_le_bytes(nonce)), false).await;
+        }
         if interrupted && result.is_ok() {
             result = driver.checkpoint(None, false).await;
         }
@@ -234,19 +238,21 @@ async fn load<E: Engine>(
     let count = count_segments(reader, header)?;
     let mut segments = Segments::new(header.segment_blocks, count);
     let reach = reach(reader, count).min(u64::from(Segments::count_max(header.segment_blocks)));
-    if u64::from(slot.log.segment.max(slot.log.next_segment)) >= reach {
+    if slot.log.lanes().any(|(_, lane)| lane.segments().into_iter().any(|s| u64::from(s) >= reach)) {
         let at = slot_offset(slot.generation).0;
         return Err(ImageError::corrupt(reader.path, "slot.log_segment", at, "it lies outside the file"));
     }
     let map = reader.load_root(slot, &mut segments, options.tuning.map_cache_bytes).await?;
-    let log = Log::new(header.layer_id, slot.log);
+    let mut log = Log::new(header.layer_id, slot.log);
+    log.traffic = slot.traffic;
     let mut core = Core::new(options.tuning, slot.size, map, segments, log, slot.log.sequence);
     core.generation = slot.generation;
     core.base_sequence = slot.base;
     core.slot_bases = [slot.base, newest.other.map_or(slot.base, |other| other.base)];
     core.root = Root { offset: slot.root, len: slot.root_len };
-    core.segments.set_log(slot.log.segment);
-    core.segments.set_log(slot.log.next_segment);
+    for segment in slot.log.lanes().flat_map(|(_, lane)| lane.segments()) {
+        core.segments.set_log(segment);
+    }
     Ok(core)
 }
 
@@ -261,10 +267,11 @@ impl<E: Engine> Layer<E> {
         while let Some(record) = replay.next().await? {
             let is_next = |run: &Run| matches!(run, Run::CheckpointEnd { generation, .. } if *generation == slot.generation + 1);
             found_end |= record.runs.iter().any(|(run, _)| is_next(run));
-            if u64::from(record.end.next_segment) >= reach {
-                let offset = self.core().segments.offset(record.end.segment).0;
-                let next = record.end.next_segment;
-                return Err(ImageError::corrupt(reader.path, "record.next_segment", offset, next));
+            let lane = record.end.lane;
+            let mut named = replay.position.lanes().flat_map(|(_, lane)| lane.segments());
+            if let Some(beyond) = named.find(|&segment| u64::from(segment) >= reach) {
+                let offset = self.core().segments.offset(lane.segment).0;
+                return Err(ImageError::corrupt(reader.path, "record.next_segment", offset, beyond));
             }
             self.replay(reader.io, &record).await?;
         }
@@ -287,7 +294,7 @@ impl<E: Engine> Layer<E> {
             .filter(|other| other.clean && slot.clean && other.root == slot.root && core.log.head == slot.log)
         {
             // A clean stop: both slots name one map, so what it does not use can be used at once.
-            core.segments.free_unused(other.log.segment);
+            core.segments.free_unused(other.log.main().segment);
         }
         Ok(found_end)
     }
@@ -295,7 +302,7 @@ impl<E: Engine> Layer<E> {
     /// Enters a record that was found on recovery. Long runs are entered one branch at a time, so that
     /// what has to be in memory for it is bounded; nobody sees the layer in between.
     async fn replay(self: &Arc<Self>, io: &Io<E>, record: &Replayed) -> Result<(), ImageError> {
-        self.core().replay_position(record.end);
+        self.core().replay_position(record);
         for &(run, place) in &record.runs {
             let blocks = guest_blocks(&run);
             if blocks.is_empty() {
@@ -348,10 +355,8 @@ async fn take_log<E: Engine>(
 ) -> Result<(), ImageError> {
     let count = segments.count();
     loop {
-        let LogPosition { segment, next_segment, .. } = replay.position;
-        for segment in [segment, next_segment].into_iter().filter(|&segment| segment < count) {
-            segments.set_log(segment);
-        }
+        let named = replay.position.lanes().flat_map(|(_, lane)| lane.segments());
+        named.filter(|&segment| segment < count).for_each(|segment| segments.set_log(segment));
         if replay.position.sequence >= sequence || replay.next().await?.is_none() {
             return Ok(());
         }
@@ -362,27 +367,35 @@ impl Core {
     /// Refuses a root or usage that speaks of what the log has yet to write; leaves are looked at when
     /// they are loaded.
     fn check_ahead<E: Engine>(&self, reader: &Reader<'_, E>) -> Result<(), ImageError> {
-        let head = self.log.head;
-        let next = self.segments.live_bytes_in(head.next_segment);
+        let next = |(_, lane): (usize, Lane)| lane.next_segment;
+        let used = self.log.head.lanes().map(next).find(|&next| self.segments.live_bytes_in(next) > 0);
         let root_ahead = self.root.len > 0 && !self.can_be_mapped((self.root.offset.0 / BLOCK_SIZE) as u32);
-        if next == 0 && !root_ahead {
-            return Ok(());
-        }
-        let offset = self.segments.offset(if root_ahead { head.segment } else { head.next_segment }).0;
+        let segment = match used {
+            Some(next) => next,
+            None if root_ahead => self.log.head.main().segment,
+            None => return Ok(()),
+        };
+        let offset = self.segments.offset(segment).0;
         let detail = "the map refers to what the log has not written: the slot is damaged, or the map";
         Err(ImageError::corrupt(reader.path, "map", offset, detail))
     }
 
     /// The log goes on after a record that was found on recovery.
-    fn replay_position(&mut self, end: LogPosition) {
-        if end.segment != self.log.head.segment {
-            self.segments.set_used(self.log.head.segment, self.log.head.sequence);
+    fn replay_position(&mut self, record: &Replayed) {
+        let Advance { number, lane, sequence, .. } = record.end;
+        if let Some(old) = self.log.head.lane(number).filter(|old| old.segment != lane.segment) {
+            self.segments.set_used(old.segment, self.log.head.sequence);
         }
-        self.segments.set_log(end.segment);
-        self.segments.set_log(end.next_segment);
-        self.log.head = end;
-        self.log.published = end;
-        self.log.guest_sequence = end.sequence;
+        self.log.head.advance(&record.end);
+        self.log.published = self.log.head;
+        self.follow_lanes(&record.runs);
+        for segment in self.log.head.lanes().flat_map(|(_, lane)| lane.segments()) {
+            self.segments.set_log(segment);
+        }
+        self.log.guest_sequence = sequence;
+        self.log.traffic.count_found(&record.runs);
+        let blocks = record.runs.iter().map(|(run, _)| run.data_blocks()).sum();
+        self.segments.note_written(lane.segment, self.log.traffic.guest, blocks);
     }
 
     /// The mutation that takes what was found for durable.

@@ -8,24 +8,24 @@
 use super::header::Header;
 use super::layout::{FIRST_SEGMENT_BLOCK, size_max};
 use super::load::Reader;
+use super::position::{Advance, LANES, Lane, LogPosition};
 use super::record::{DATA_BLOCKS_MAX, Index, Run};
 use super::segments::Segments;
-use super::slot::LogPosition;
 use super::tuning::{Tuning, breaks};
 use crate::error::ImageError;
 use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE};
 
-/// Bytes read ahead along the log.
+/// Bytes read ahead along each lane of the log.
 const WINDOW_BYTES: u64 = 1 << 20;
 
 /// A record that is believed.
 pub(super) struct Replayed {
     /// Its runs and the place of each one's first data block.
     pub(super) runs: Vec<(Run, u32)>,
-    /// The position after it.
-    pub(super) end: LogPosition,
+    /// How it moves the position on.
+    pub(super) end: Advance,
 }
 
 /// Walks along the log.
@@ -38,9 +38,14 @@ pub(super) struct Replay<'a, E: Engine> {
     disk_end_max: u64,
     /// After the last record that was believed.
     pub(super) position: LogPosition,
-    /// Bytes of the file from `window_at`.
-    window: AlignedBuf,
-    window_at: u64,
+    /// What was read ahead along each lane.
+    windows: [Window; LANES],
+}
+
+/// Bytes of the file from `at`.
+struct Window {
+    bytes: AlignedBuf,
+    at: u64,
 }
 
 impl<'a, E: Engine> Replay<'a, E> {
@@ -53,47 +58,54 @@ impl<'a, E: Engine> Replay<'a, E> {
     ) -> Self {
         let segments_max = Segments::count_max(header.segment_blocks);
         let disk_end_max = size_max(header.segment_blocks);
-        let window = AlignedBuf::zeroed(0);
-        Self { reader, header, tuning, segments_max, disk_end_max, position, window, window_at: 0 }
+        let windows = std::array::from_fn(|_| Window { bytes: AlignedBuf::zeroed(0), at: 0 });
+        Self { reader, header, tuning, segments_max, disk_end_max, position, windows }
     }
 
     /// The next record, or `None` at the end of the log.
     pub(super) async fn next(&mut self) -> Result<Option<Replayed>, ImageError> {
-        let LogPosition { segment, block, next_segment, .. } = self.position;
         // Where a record would have fitted it may have been written, or not: its length decided.
-        for (segment, block) in [(segment, block), (next_segment, 0)] {
+        let here = self.position.lanes().map(|(number, lane)| (number, lane.segment, lane.block));
+        let next = self.position.lanes().map(|(number, lane)| (number, lane.next_segment, 0));
+        for (number, segment, block) in here.chain(next) {
             if block < self.header.segment_blocks
-                && let Some(found) = self.try_at(segment, block).await?
+                && let Some(found) = self.try_at(number, segment, block).await?
             {
-                self.position = found.end;
+                self.position.advance(&found.end);
+                self.position.follow(&found.runs);
                 return Ok(Some(found));
             }
         }
         Ok(None)
     }
 
-    async fn try_at(&mut self, segment: u32, block: u32) -> Result<Option<Replayed>, ImageError> {
+    async fn try_at(
+        &mut self,
+        number: usize,
+        segment: u32,
+        block: u32,
+    ) -> Result<Option<Replayed>, ImageError> {
         if segment >= self.segments_max {
             return Ok(None);
         }
         let place = FIRST_SEGMENT_BLOCK + segment * self.header.segment_blocks + block;
         let offset = u64::from(place) * BLOCK_SIZE;
-        let Ok((index, chain)) = Index::decode(self.bytes(offset, BLOCK_SIZE).await?) else {
+        let Ok((index, chain)) = Index::decode(self.bytes(number, offset, BLOCK_SIZE).await?) else {
             return Ok(None);
         };
-        if !self.follows(&index, segment, block) {
+        if !self.follows(&index, number, segment, block) {
             return Ok(None);
         }
-        let data = self.bytes(offset + BLOCK_SIZE, u64::from(index.data_blocks) * BLOCK_SIZE).await?;
+        let data = self.bytes(number, offset + BLOCK_SIZE, u64::from(index.data_blocks) * BLOCK_SIZE).await?;
         let sums = data.chunks_exact(BLOCK_BYTES).map(crc32fast::hash);
         let whole = index.checksums.iter().copied().eq(sums.take(index.checksums.len()));
         if !whole && !breaks!(self.tuning, RecoveryIgnoresData) {
             return Ok(None);
         }
-        let mut end = LogPosition {
-            segment,
-            block: block + 1 + index.data_blocks,
-            next_segment: index.next_segment,
+        let next_segment = index.next_segment;
+        let mut end = Advance {
+            number,
+            lane: Lane { segment, block: block + 1 + index.data_blocks, next_segment },
             sequence: index.sequence,
             chain,
             nonce: index.nonce,
@@ -111,31 +123,49 @@ impl<'a, E: Engine> Replay<'a, E> {
     }
 
     /// Whether an index block that is whole is that of the next record.
-    fn follows(&self, index: &Index, segment: u32, block: u32) -> bool {
+    fn follows(&self, index: &Index, number: usize, segment: u32, block: u32) -> bool {
         // All records of a segment agree on where the log goes on after it, and it is elsewhere.
-        let goes_on = match segment == self.position.segment {
-            true => index.next_segment == self.position.next_segment,
+        let goes_on = self.position.lane(number).is_some_and(|lane| match segment == lane.segment {
+            true => index.next_segment == lane.next_segment,
             false => index.next_segment != segment,
-        };
+        });
         let chained = index.nonce == self.position.nonce && index.previous == self.position.chain;
         index.layer_id == self.header.layer_id
             && index.sequence == self.position.sequence + 1
             && (chained || breaks!(self.tuning, RecoveryIgnoresChain))
+            && index.lane == number
             && goes_on
+            && self.opens_lanes(&index.runs)
             && index.next_segment < self.segments_max
             && index.runs.iter().all(|run| run.disk_end() <= self.disk_end_max)
             && block + 1 + index.data_blocks <= self.header.segment_blocks
     }
 
-    /// Bytes of the file, from the window or a new one that starts there.
-    async fn bytes(&mut self, offset: u64, len: u64) -> Result<&[u8], ImageError> {
+    /// Whether the lanes that a record opens can be opened.
+    fn opens_lanes(&self, runs: &[Run]) -> bool {
+        let mut position = self.position;
+        runs.iter().all(|run| match *run {
+            Run::Lane { number, lane } => {
+                let can_open = position.can_open(number, lane)
+                    && lane.segments().into_iter().all(|segment| segment < self.segments_max);
+                if can_open {
+                    position.open(number, lane);
+                }
+                can_open
+            }
+            _ => true,
+        })
+    }
+
+    /// Bytes of the file along a lane, from its window or a new one that starts there.
+    async fn bytes(&mut self, number: usize, offset: u64, len: u64) -> Result<&[u8], ImageError> {
         assert!(len <= u64::from(DATA_BLOCKS_MAX) * BLOCK_SIZE);
-        let window_end = self.window_at + self.window.len() as u64;
-        if offset < self.window_at || offset + len > window_end {
-            self.window = self.reader.read(offset, WINDOW_BYTES).await?;
-            self.window_at = offset;
+        let window = &mut self.windows[number];
+        if offset < window.at || offset + len > window.at + window.bytes.len() as u64 {
+            window.bytes = self.reader.read(offset, WINDOW_BYTES).await?;
+            window.at = offset;
         }
-        let start = (offset - self.window_at) as usize;
-        Ok(&self.window[start..start + len as usize])
+        let start = (offset - window.at) as usize;
+        Ok(&window.bytes[start..start + len as usize])
     }
 }

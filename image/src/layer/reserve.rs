@@ -90,7 +90,7 @@ impl Core {
         let mut ranges = Vec::new();
         if running.opening {
             // First of all, and alone: with these two the log can be written even if there is no more.
-            let head = self.log.head;
+            let head = self.log.head.main();
             let start = self.segments.offset(head.segment).0;
             ranges.push(start + u64::from(head.block) * BLOCK_SIZE..start + self.segments.bytes());
             ranges.extend(self.unreserved(head.next_segment));
@@ -145,7 +145,7 @@ impl Core {
         }
         self.reserve.exhausted = false;
         if running.opening {
-            self.segments.set_reserved(self.log.head.next_segment);
+            self.segments.set_reserved(self.log.head.main().next_segment);
             self.log.opened = true;
             return;
         }

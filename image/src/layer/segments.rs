@@ -10,6 +10,7 @@
 //! refers to it nor replays it, and *drains* from the second on (then both slots name such
 //! checkpoints), until every read that may have looked it up before has finished.
 
+mod choice;
 mod fixed;
 mod readers;
 mod usage;
@@ -18,6 +19,8 @@ use std::collections::{BTreeSet, VecDeque};
 
 use super::layout::{FIRST_SEGMENT_BLOCK, PREAMBLE_BYTES, usage_nodes_max};
 use super::node::{NODE_ALIGNMENT, NodeRef, USAGE_SEGMENTS};
+use super::position::LogPosition;
+pub(super) use choice::Candidate;
 use readers::Readers;
 use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
 use usage::Group;
@@ -49,6 +52,10 @@ struct Segment {
     reserved: bool,
     /// It holds live blocks that cannot be moved, because they are damaged.
     pinned: bool,
+    /// When its data was written, on average, on the layer's clock (see `age`),
+    written: u64,
+    /// and how many blocks that says it of, while the log fills it.
+    written_blocks: u32,
 }
 
 impl Segment {
@@ -61,10 +68,18 @@ impl Segment {
         allocated: false,
         reserved: false,
         pinned: false,
+        written: 0,
+        written_blocks: 0,
     };
 
     fn is_empty(&self) -> bool {
         self.live_blocks == 0 && self.leaf_bytes == 0 && self.node_bytes == 0
+    }
+
+    /// Whether it will be free once two checkpoints have been made and its readers have gone.
+    fn is_in_limbo(&self) -> bool {
+        matches!(self.state, State::Used | State::Retired | State::Draining | State::Punching)
+            && self.is_empty()
     }
 
     /// Whether the log fills it, or the map or its nodes lie in it.
@@ -90,6 +105,8 @@ pub(super) struct Segments {
     /// Most segments there can be.
     limit: u32,
     live_blocks: u64,
+    /// Segments that are on their way to be free.
+    limbo: u32,
     groups: Vec<Group>,
     /// A checkpoint is being written: the usage as of its start must not be lost.
     frozen: bool,
@@ -108,6 +125,7 @@ impl Segments {
             segment_blocks,
             limit: Self::count_max(segment_blocks),
             live_blocks: 0,
+            limbo: count,
             groups: Vec::new(),
             frozen: false,
             readers: Readers::default(),
@@ -175,38 +193,64 @@ impl Segments {
         (self.list.len() - self.free.len() - self.free_allocated.len()) as u64 * self.bytes()
     }
 
-    /// Blocks of used segments that are not mapped; `head_blocks` are taken in the one being filled.
-    pub(super) fn dead_blocks(&self, head: u32, head_blocks: u32) -> u64 {
+    /// Blocks of used segments that are not mapped, those of the lanes of the log included.
+    pub(super) fn dead_blocks(&self, head: &LogPosition) -> u64 {
         let taken = |(i, s): (u32, &Segment)| match s.state {
             State::Used | State::Retired | State::Draining => {
                 self.segment_blocks.saturating_sub(s.live_blocks)
             }
-            State::Log if i == head => head_blocks.saturating_sub(s.live_blocks),
+            State::Log => {
+                let lane = head.lanes().find(|(_, lane)| lane.segment == i);
+                lane.map_or(0, |(_, lane)| lane.block.saturating_sub(s.live_blocks))
+            }
             _ => 0,
         };
         (0..).zip(&self.list).map(taken).map(u64::from).sum()
+    }
+
+    /// Bytes of segments that are neither free for use nor on their way to be.
+    pub(super) fn held_bytes(&self) -> u64 {
+        self.occupied_bytes() - u64::from(self.limbo) * self.bytes()
+    }
+
+    /// Whether a checkpoint would bring segments nearer to being free.
+    pub(super) fn awaits_checkpoint(&self) -> bool {
+        self.limbo as usize > self.draining.len()
+    }
+
+    /// Changes a segment; everything that may begin or end its being on the way to be free.
+    fn edit(&mut self, segment: u32, f: impl FnOnce(&mut Segment)) {
+        let segment = &mut self.list[segment as usize];
+        let before = segment.is_in_limbo();
+        f(segment);
+        match (before, segment.is_in_limbo()) {
+            (false, true) => self.limbo += 1,
+            (true, false) => self.limbo -= 1,
+            _ => {}
+        }
+    }
+
+    fn set_state(&mut self, segment: u32, state: State) {
+        self.edit(segment, |segment| segment.state = state);
     }
 
     /// Counts newly mapped places, all in one segment. The counts of a map that lies stop at their
     /// ends.
     pub(super) fn take_blocks(&mut self, place: u32, count: u32) {
         self.live_blocks += u64::from(count);
-        let live = &mut self.change(self.of_place(place)).live_blocks;
-        *live = live.saturating_add(count);
+        self.change(self.of_place(place), |s| s.live_blocks = s.live_blocks.saturating_add(count));
     }
 
     /// Counts a place that is no longer mapped.
     pub(super) fn release_block(&mut self, place: u32) {
         self.live_blocks = self.live_blocks.saturating_sub(1);
-        let live = &mut self.change(self.of_place(place)).live_blocks;
-        *live = live.saturating_sub(1);
+        self.change(self.of_place(place), |s| s.live_blocks = s.live_blocks.saturating_sub(1));
     }
 
     /// Counts a leaf that the map no longer refers to.
     pub(super) fn release_leaf(&mut self, leaf: NodeRef) {
         if let Some((offset, len)) = leaf.stored() {
-            let bytes = &mut self.change(self.of_offset(offset)).leaf_bytes;
-            *bytes = bytes.saturating_sub(len as u32);
+            self.change(self.of_offset(offset), |s| s.leaf_bytes = s.leaf_bytes.saturating_sub(len as u32));
         }
     }
 
@@ -226,16 +270,14 @@ impl Segments {
 
     /// Counts `len` bytes of nodes, all in one segment.
     pub(super) fn take_node_bytes(&mut self, offset: u64, len: usize) {
-        let segment = self.of_offset(offset) as usize;
-        let bytes = &mut self.list[segment].node_bytes;
-        *bytes = bytes.saturating_add(len.next_multiple_of(NODE_ALIGNMENT) as u32);
+        let len = len.next_multiple_of(NODE_ALIGNMENT) as u32;
+        self.edit(self.of_offset(offset), |s| s.node_bytes = s.node_bytes.saturating_add(len));
     }
 
     /// The opposite of [`take_node_bytes`](Self::take_node_bytes).
     pub(super) fn release_node_bytes(&mut self, offset: u64, len: usize) {
-        let segment = self.of_offset(offset) as usize;
-        let bytes = &mut self.list[segment].node_bytes;
-        *bytes = bytes.saturating_sub(len.next_multiple_of(NODE_ALIGNMENT) as u32);
+        let len = len.next_multiple_of(NODE_ALIGNMENT) as u32;
+        self.edit(self.of_offset(offset), |s| s.node_bytes = s.node_bytes.saturating_sub(len));
     }
 
     /// Marks a segment that the log fills or will fill next. The list grows to hold it.
@@ -245,14 +287,13 @@ impl Segments {
             self.list.push(Segment::FREE);
         }
         self.forget_free(segment);
-        self.list[segment as usize].state = State::Log;
+        self.set_state(segment, State::Log);
     }
 
     /// The log has left a segment; `last_sequence` is the newest record in it.
     pub(super) fn set_used(&mut self, segment: u32, last_sequence: u64) {
-        let segment = &mut self.list[segment as usize];
-        segment.state = State::Used;
-        segment.last_sequence = last_sequence;
+        self.set_state(segment, State::Used);
+        self.list[segment as usize].last_sequence = last_sequence;
     }
 
     /// Chooses the segment for the log to fill after those it has: a free one, best one that has its
@@ -291,9 +332,10 @@ impl Segments {
 
     /// Gives back a segment that was chosen and not used.
     pub(super) fn unchoose(&mut self, segment: u32) {
-        let segment_state = &mut self.list[segment as usize];
-        (segment_state.state, segment_state.pinned) = (State::Free, false);
-        let set = if segment_state.allocated { &mut self.free_allocated } else { &mut self.free };
+        self.set_state(segment, State::Free);
+        let freed = &mut self.list[segment as usize];
+        (freed.pinned, freed.written, freed.written_blocks) = (false, 0, 0);
+        let set = if freed.allocated { &mut self.free_allocated } else { &mut self.free };
         set.insert(segment);
     }
 
@@ -347,12 +389,14 @@ impl Segments {
     pub(super) fn retire(&mut self, dead: &[u32], at_once: bool) {
         let epoch = self.readers.advance();
         for &segment in dead {
-            let state = &mut self.list[segment as usize].state;
-            if *state == State::Used && !at_once {
-                *state = State::Retired;
-            } else {
-                *state = State::Draining;
-                self.draining.push_back((segment, epoch));
+            match self.list[segment as usize].state {
+                State::Used if !at_once => self.set_state(segment, State::Retired),
+                State::Used | State::Retired => {
+                    self.set_state(segment, State::Draining);
+                    self.draining.push_back((segment, epoch));
+                }
+                // A checkpoint that was repeated has let it go the first time.
+                _ => {}
             }
         }
         self.reap();
@@ -389,22 +433,6 @@ impl Segments {
         }
     }
 
-    /// Whether another checkpoint would free something.
-    pub(super) fn has_retired(&self) -> bool {
-        self.list.iter().any(|s| s.state == State::Retired)
-    }
-
-    /// The used segment with the fewest live blocks, if it has room for improvement.
-    pub(super) fn victim(&self, published: u64) -> Option<u32> {
-        (0..)
-            .zip(&self.list)
-            .filter(|(_, s)| s.state == State::Used && s.last_sequence <= published)
-            .filter(|(_, s)| !s.pinned && !s.is_empty())
-            .filter(|(_, s)| s.live_bytes() < self.bytes() * 7 / 8)
-            .min_by_key(|(_, s)| s.live_bytes())
-            .map(|(segment, _)| segment)
-    }
-
     /// A free segment that still has the host's space, if there are more than `keep` of them; it
     /// cannot be chosen until [`punched`](Self::punched).
     pub(super) fn start_punch(&mut self, keep: usize) -> Option<u32> {
@@ -412,15 +440,15 @@ impl Segments {
             return None;
         }
         let segment = self.free_allocated.pop_last()?;
-        self.list[segment as usize].state = State::Punching;
+        self.set_state(segment, State::Punching);
         Some(segment)
     }
 
     /// The space of a segment was given back (or could not be).
     pub(super) fn punched(&mut self, segment: u32, given_back: bool) {
-        let state = &mut self.list[segment as usize];
-        state.allocated = !given_back;
-        state.reserved &= !given_back;
+        let punched = &mut self.list[segment as usize];
+        punched.allocated = !given_back;
+        punched.reserved &= !given_back;
         self.unchoose(segment);
     }
 
@@ -463,6 +491,8 @@ mod tests {
         assert_eq!(segments.choose(), Some(3), "a reader holds it");
         segments.leave(reader);
         assert_eq!(segments.choose(), Some(0));
+        segments.retire(&dead, false);
+        assert_eq!(segments.choose(), Some(4), "what is in use again is left alone");
     }
 
     #[test]
@@ -470,14 +500,14 @@ mod tests {
         let mut segments = Segments::new(16, 2);
         segments.set_log(1);
         segments.take_blocks(FIRST_SEGMENT_BLOCK, 1);
-        assert_eq!(segments.victim(0), Some(0));
+        assert_eq!(segments.candidates(0..2, 0, 0).len(), 1);
         segments.pin(0);
-        assert_eq!(segments.victim(0), None);
+        assert_eq!(segments.candidates(0..2, 0, 0).len(), 0);
         segments.release_block(FIRST_SEGMENT_BLOCK);
         (0..2).for_each(|_| segments.retire(&segments.dead(0), false));
         assert_eq!(segments.choose(), Some(0));
         segments.set_used(0, 0);
         segments.take_blocks(FIRST_SEGMENT_BLOCK, 1);
-        assert_eq!(segments.victim(0), Some(0));
+        assert_eq!(segments.candidates(0..2, 0, 0).len(), 1);
     }
 }

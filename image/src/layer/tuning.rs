@@ -8,18 +8,20 @@ use super::mutation::Mutation;
 /// When background work is due. The defaults suit disks of any size; tests make them small.
 #[derive(Clone, Copy, Debug)]
 pub struct Tuning {
-    /// A checkpoint is due when the log has grown by this many bytes since the last one: it
-    /// bounds what a recovery replays.
+    /// A checkpoint is due when the log has grown by this many bytes since the last one, or up to four times as
+    /// many if it has much of the map to store: it bounds what a recovery replays.
     pub checkpoint_bytes: u64,
     /// A checkpoint is due when something has changed and the last one is this old.
     pub checkpoint_interval: Duration,
     /// A sync is due when something written has not been durable for this long.
     pub sync_interval: Duration,
-    /// The cleaner starts when the file occupies more than this share of the live data, in
-    /// percent, and `space_slack` bytes.
+    /// The file may take this share of the live data, in percent, and `space_slack` bytes; the cleaner sees to
+    /// that.
     pub space_percent: u64,
-    /// See `space_percent`.
-    pub space_slack: u64,
+    /// See `space_percent`. `None`: a sixteenth of the disk, at least 64 MiB and at most 1 GiB.
+    pub space_slack: Option<u64>,
+    /// Data is sorted by its age when so many segments are live.
+    pub lanes_from_segments: u64,
     /// Memory for nodes of the map that can be dropped, in bytes, and at most as much again (1 MiB at
     /// least) for those that a checkpoint has yet to store.
     pub map_cache_bytes: u64,
@@ -35,7 +37,8 @@ impl Default for Tuning {
             checkpoint_interval: Duration::from_secs(30),
             sync_interval: Duration::from_secs(5),
             space_percent: 130,
-            space_slack: 64 << 20,
+            space_slack: None,
+            lanes_from_segments: 64,
             map_cache_bytes: 64 << 20,
             #[cfg(feature = "mutations")]
             mutation: None,

@@ -49,7 +49,9 @@ impl LayerSubject {
             checkpoint_bytes: shape.checkpoint_bytes,
             checkpoint_interval: shape.checkpoint_interval,
             sync_interval: shape.sync_interval,
-            space_slack: SPACE_SLACK,
+            space_slack: Some(SPACE_SLACK),
+            // Some histories sort data by age, however little there is.
+            lanes_from_segments: if shape.queues > 1 { 0 } else { 64 },
             ..self.tuning
         };
         OpenLayer { tuning, ..OpenLayer::default() }

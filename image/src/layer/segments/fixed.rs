@@ -48,7 +48,7 @@ mod tests {
         // The log was still in segment 0 when its usage was stored: no record is named.
         let mut table = [Usage::default(); USAGE_SEGMENTS];
         table[0].live_blocks = 1;
-        assert!(segments.load_usage(0, NodeRef::ABSENT, &table, 9));
+        assert!(segments.load_usage(0, NodeRef::ABSENT, &table));
         segments.set_log(1);
         segments.release_block(FIRST_SEGMENT_BLOCK);
         segments.fix_count();

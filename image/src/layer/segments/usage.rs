@@ -21,8 +21,8 @@ pub(super) struct Group {
 }
 
 impl Segments {
-    /// A segment whose usage is about to change.
-    pub(super) fn change(&mut self, segment: u32) -> &mut Segment {
+    /// Changes the usage of a segment.
+    pub(super) fn change(&mut self, segment: u32, f: impl FnOnce(&mut Segment)) {
         let index = segment as usize / USAGE_SEGMENTS;
         if index >= self.groups.len() {
             self.groups.resize(index + 1, Group::default());
@@ -31,7 +31,7 @@ impl Segments {
             self.groups[index].saved = Some(Box::new(self.usage(index)));
         }
         self.groups[index].dirty = true;
-        &mut self.list[segment as usize]
+        self.edit(segment, f);
     }
 
     /// Counts a leaf that the running checkpoint has stored: its usage nodes count it, too.
@@ -42,7 +42,7 @@ impl Segments {
         if index >= self.groups.len() {
             self.groups.resize(index + 1, Group::default());
         }
-        self.list[segment].leaf_bytes += len as u32;
+        self.edit(segment as u32, |s| s.leaf_bytes += len as u32);
         let group = &mut self.groups[index];
         if let Some(saved) = &mut group.saved {
             saved[segment % USAGE_SEGMENTS].leaf_bytes += len as u32;
@@ -56,31 +56,29 @@ impl Segments {
         let first = group * USAGE_SEGMENTS;
         let end = self.list.len().min(first + USAGE_SEGMENTS);
         for (usage, segment) in table.iter_mut().zip(self.list.get(first..end).unwrap_or_default()) {
-            let Segment { live_blocks, leaf_bytes, .. } = *segment;
+            let Segment { live_blocks, leaf_bytes, written, .. } = *segment;
             // What is empty is said in one way, so that nothing has to be stored for it.
             if live_blocks > 0 || leaf_bytes > 0 {
-                *usage = Usage { live_blocks, leaf_bytes, written: segment.last_sequence };
+                *usage = Usage { live_blocks, leaf_bytes, written };
             }
         }
         table
     }
 
-    /// Takes a stored usage node into an empty list: for opening. Records up to `sequence` are in
-    /// the checkpoint. Says whether there are such segments.
-    pub(in crate::layer) fn load_usage(
-        &mut self,
-        group: u32,
-        node: NodeRef,
-        table: &UsageTable,
-        sequence: u64,
-    ) -> bool {
+    /// Takes a stored usage node into an empty list: for opening. Says whether there are such segments.
+    pub(in crate::layer) fn load_usage(&mut self, group: u32, node: NodeRef, table: &UsageTable) -> bool {
         let first = group as usize * USAGE_SEGMENTS;
         for (i, usage) in table.iter().enumerate().filter(|(_, usage)| **usage != Usage::default()) {
-            let Some(segment) = self.list.get_mut(first + i) else { return false };
-            segment.live_blocks = usage.live_blocks;
-            segment.leaf_bytes = usage.leaf_bytes;
-            // At least 1, so that it is known to have been in use when the log has emptied it.
-            segment.last_sequence = usage.written.clamp(1, sequence.max(1));
+            if first + i >= self.list.len() {
+                return false;
+            }
+            self.edit((first + i) as u32, |segment| {
+                segment.live_blocks = usage.live_blocks;
+                segment.leaf_bytes = usage.leaf_bytes;
+                segment.written = usage.written;
+                // So that it is known to have been in use when the log has emptied it.
+                segment.last_sequence = 1;
+            });
             self.live_blocks += u64::from(usage.live_blocks);
         }
         if group as usize >= self.groups.len() {
