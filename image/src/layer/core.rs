@@ -14,7 +14,7 @@ use std::task::Waker;
 use super::log::{Flight, FlightState, Log, Part, RecordWrite, guest_blocks};
 use super::map::{Map, leaves_of};
 use super::node::Entry;
-use super::paging::Loading;
+use super::paging::{Loading, Streams};
 use super::ports::Ports;
 use super::record::Run;
 use super::reserve::Reserve;
@@ -75,6 +75,8 @@ pub(super) struct Core {
     pub(super) map: Map,
     /// Nodes of the map that are being read.
     pub(super) loading: Loading,
+    /// Sequential accesses.
+    pub(super) streams: Streams,
     /// Reads of nodes, since the layer was opened.
     pub(super) node_reads: u64,
     pub(super) segments: Segments,
@@ -126,6 +128,7 @@ impl Core {
             size,
             map,
             loading: Loading::new(),
+            streams: Streams::default(),
             node_reads: 0,
             segments,
             log,
