@@ -100,8 +100,11 @@ impl Segments {
     /// `count` segments of which nothing is known yet: in use until checkpoints say otherwise.
     pub(super) fn new(segment_blocks: u32, count: u32) -> Self {
         let used = Segment { state: State::Used, allocated: true, ..Segment::FREE };
+        // Room to grow a little: to grow at once doubles the memory.
+        let mut list = Vec::with_capacity(count as usize + count as usize / 16 + 64);
+        list.resize(count as usize, used);
         Self {
-            list: vec![used; count as usize],
+            list,
             free: BTreeSet::new(),
             free_allocated: BTreeSet::new(),
             draining: VecDeque::new(),
@@ -117,6 +120,11 @@ impl Segments {
     /// Bytes of the segments that the map or the log uses.
     pub(super) fn used_bytes(&self) -> u64 {
         self.list.iter().filter(|segment| segment.is_referenced()).count() as u64 * self.bytes()
+    }
+
+    /// Bytes of nodes that the newest checkpoint refers to, the root and usage nodes included.
+    pub(super) fn node_bytes(&self) -> u64 {
+        self.list.iter().map(|segment| u64::from(segment.leaf_bytes) + u64::from(segment.node_bytes)).sum()
     }
 
     /// Most segments a file can have: places are 32-bit block numbers, and the root names the usage
