@@ -12,11 +12,12 @@ use sapwood_blockdev::engine::BlockingEngine;
 use sapwood_blockdev::io::{Io, block_on};
 use sapwood_blockdev::storage::HostStorage;
 use sapwood_blockdev::units::GuestOffset;
-use sapwood_image::layer::{self, CheckReport, Layer, LayerQueue, OpenLayer, Synthetic, Tuning};
+use sapwood_image::layer::{self, CheckReport, Layer, LayerQueue, OpenLayer, Tuning};
 use sapwood_tests::counting::{Counters, CountingEngine, Counts};
 use sapwood_tests::damage::meter::{Meter, metered};
 use sapwood_tests::mounts::skip;
 use sapwood_tests::sim::rng::Rng;
+use sapwood_tests::synthetic::{self, Synthetic};
 use tempfile::TempDir;
 
 #[global_allocator]
@@ -43,10 +44,7 @@ impl Specimen {
         let folder = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
         let path = folder.path().join("disk");
         let begin = Instant::now();
-        on_io(&Arc::default(), {
-            let path = path.clone();
-            async move |io| layer::synthesize(&HostStorage, &io, &path, &what).await.unwrap()
-        });
+        synthetic::make(&path, &what).unwrap();
         println!("{} GiB mapped: made in {:.1?}", what.mapped / GIB, begin.elapsed());
         Self { what, path, _folder: folder }
     }
