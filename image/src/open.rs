@@ -13,7 +13,7 @@ use crate::below::OpenBelow;
 use crate::error::{ErrorKind, ImageError};
 use crate::extent::Extent;
 use crate::format::Format;
-use crate::layer::{Layer, LayerQueue, OpenLayer};
+use crate::layer::{Layer, LayerQueue, OpenLayer, Tuning};
 use crate::probe::probe;
 use crate::qcow2::{Qcow2, Qcow2Queue};
 use crate::raw::{RawDevice, RawQueue};
@@ -25,6 +25,8 @@ pub struct OpenDisk {
     pub format: Option<Format>,
     /// Open for reading only; other readers may have it open too.
     pub read_only: bool,
+    /// Memory for nodes of a layer's map, in bytes; `None`: what [`Tuning`] says.
+    pub map_cache_bytes: Option<u64>,
     /// How to read formats that are only read.
     pub below: OpenBelow,
 }
@@ -95,9 +97,11 @@ impl<E: Engine> Disk<E> {
         options.check(path, format)?;
         Ok(Arc::new(match format {
             Format::Raw => Self::Raw(RawDevice::open(storage, path, read_only)?),
-            Format::Layer => Self::Layer(
-                Layer::open(storage, io, path, &OpenLayer { read_only, ..OpenLayer::default() }).await?,
-            ),
+            Format::Layer => {
+                let mut tuning = Tuning::default();
+                tuning.map_cache_bytes = options.map_cache_bytes.unwrap_or(tuning.map_cache_bytes);
+                Self::Layer(Layer::open(storage, io, path, &OpenLayer { read_only, tuning }).await?)
+            }
             Format::Qcow2 => Self::Qcow2(Qcow2::open(storage, io, path, &options.below).await?),
         }))
     }

@@ -1,5 +1,5 @@
 //! Tests that need more than one crate, and the tools they share: real guests, a vhost-user client,
-//! a model of a disk, damaged images, counters, mounted file systems, and the simulated world.
+//! a model of a disk, damaged images and large ones, counters, mounted file systems, and the simulated world.
 
 pub mod counting;
 pub mod damage;
@@ -11,3 +11,4 @@ pub mod model;
 pub mod mounts;
 pub mod qcow2;
 pub mod sim;
+pub mod synthetic;

@@ -1,26 +1,37 @@
 //! Judges a layer without changing it.
 //!
-//! Everything that opening checks, and: the usage of segments is what the map says, no two entries share a block, no entry points at what the
-//! log has not written, every mapped block lies in a record and has the checksum stated there, the log
-//! goes on where a record ends.
+//! Everything that opening checks, and: the usage of segments is what the map says, no two entries share a
+//! block, no entry points at what the log has not written, every mapped block lies in a record and has the
+//! checksum stated there, the log goes on where a record ends.
+//!
+//! The map is read once and every segment once, in order, whatever their size (`places` says how). Where
+//! something is wrong both are read once more to say what.
 
-use std::collections::HashMap;
-use std::ops::Range;
+mod places;
+
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use self::places::{Held, Places};
 use super::OpenLayer;
 use super::device::Layer;
-use super::extents::MapRun;
 use super::load::Reader;
-use super::map::{BRANCH_BLOCKS, LEAF_BLOCKS, by_branch, pieces};
+use super::map::{BRANCH_BLOCKS, LEAF_BLOCKS, pieces};
 use super::record::{Index, Run};
+use super::tuning::Tuning;
 use crate::error::{ErrorKind, ImageError};
 use crate::findings;
+use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
 use sapwood_blockdev::units::BLOCK_BYTES;
+
+/// Memory for nodes of the map, which are read in order.
+const MAP_CACHE_BYTES: u64 = 4 << 20;
+/// Segments in which something is wrong that are looked at in detail.
+const DETAILED_MAX: usize = 64;
 
 /// What a check found.
 #[derive(Clone, Debug, Default)]
@@ -52,7 +63,8 @@ pub async fn check<S: Storage, E: Engine<File = S::File>>(
     path: &Path,
 ) -> Result<CheckReport, ImageError> {
     let mut report = CheckReport::default();
-    let options = OpenLayer { read_only: true, ..OpenLayer::default() };
+    let tuning = Tuning { map_cache_bytes: MAP_CACHE_BYTES, ..Tuning::default() };
+    let options = OpenLayer { read_only: true, tuning };
     let layer = match Layer::open(storage, io, path, &options).await {
         Ok(layer) => layer,
         Err(ImageError { kind: kind @ (ErrorKind::Corrupt { .. } | ErrorKind::Base(_)), .. }) => {
@@ -64,150 +76,219 @@ pub async fn check<S: Storage, E: Engine<File = S::File>>(
     if !layer.core().was_clean {
         report.warnings.push("it was not closed properly; opening it for writing recovers it".to_owned());
     }
-    let mut places = mapped_places(&layer, io, &mut report).await?;
-    if report.errors.is_empty() {
-        check_usage(&layer, &places, &mut report);
-    }
-    let file = layer.file();
-    let reader = Reader { io, file: &file, path };
-    let (count, head) = {
-        let core = layer.core();
-        (core.segments.count(), core.log.head)
-    };
-    for segment in 0..count {
-        let mapped = places.remove(&segment).unwrap_or_default();
-        let lane = head.lanes().find(|(_, lane)| lane.segment == segment && lane.block > 0);
-        let log_end = lane.map(|(_, lane)| lane.block);
-        if !mapped.is_empty() || log_end.is_some() {
-            check_segment(&layer, &reader, segment, mapped, log_end, &mut report).await?;
-        }
-    }
-    Ok(report)
+    let mut key = [0; 8];
+    storage.random(&mut key).map_err(|e| ImageError::io(path, "make random numbers for", e))?;
+    Check { layer, io, report }.run(u64::from_le_bytes(key)).await
 }
 
-/// The mapped blocks of each segment: place in the segment and guest block.
-type Mapped = HashMap<u32, Vec<(u32, u64)>>;
-
-/// Compares what the usage nodes, and the log since, say of the segments with what the map says. A
-/// segment that seems emptier than it is would be used again under the eyes of the map.
-fn check_usage<E: Engine>(layer: &Layer<E>, places: &Mapped, report: &mut CheckReport) {
-    let core = layer.core();
-    for segment in 0..core.segments.count() {
-        let mapped = places.get(&segment).map_or(0, Vec::len);
-        let counted = core.segments.live_blocks_in(segment);
-        if mapped != counted as usize {
-            report.error(format!(
-                "segment {segment} is said to hold {counted} mapped blocks and holds {mapped}"
-            ));
-        }
-    }
+struct Check<'a, E: Engine> {
+    layer: Arc<Layer<E>>,
+    io: &'a Io<E>,
+    report: CheckReport,
 }
 
-/// What the map says of blocks of one branch; what it cannot say is an error of the report.
-async fn readable_runs<E: Engine>(
-    layer: &Arc<Layer<E>>,
-    io: &Io<E>,
-    blocks: Range<u64>,
-    report: &mut CheckReport,
-) -> Result<Vec<MapRun>, ImageError> {
-    let mut runs = Vec::new();
-    let mut last = String::new();
-    for (leaf, part) in pieces(blocks, LEAF_BLOCKS) {
-        let base = u64::from(leaf) * LEAF_BLOCKS;
-        match layer.runs(io, base + part.start..base + part.end).await {
-            Ok(found) => runs.extend(found),
-            Err(ImageError { kind: kind @ ErrorKind::Corrupt { .. }, .. }) => {
-                // A damaged branch is one error, not one for each of its leaves.
-                let text = kind.to_string();
-                if text != last {
-                    report.error(text.clone());
-                    last = text;
+impl<E: Engine> Check<'_, E> {
+    async fn run(mut self, key: u64) -> Result<CheckReport, ImageError> {
+        let (count, segment_blocks, head) = {
+            let core = self.layer.core();
+            (core.segments.count(), core.segments.segment_blocks(), core.log.head)
+        };
+        let mut places = Places::new(key, count, segment_blocks);
+        let mut unwritten = Vec::new();
+        self.for_each_place(|place, block| {
+            places.add(place, block);
+            let (segment, inside) = places.split(place);
+            let ahead = head.lanes().any(|(_, lane)| {
+                segment == lane.segment && inside >= lane.block || segment == lane.next_segment
+            });
+            if ahead {
+                findings::add(&mut unwritten, format!("guest block {block} is mapped to segment {segment}, block {inside}, which the log has not written"));
+            }
+        })
+        .await?;
+        unwritten.into_iter().for_each(|text| self.report.error(text));
+        self.report.mapped_blocks = places.mapped_blocks();
+        if self.report.errors.is_empty() {
+            self.check_usage(&places);
+        }
+        let mut suspects = Vec::new();
+        for segment in 0..count {
+            let held = places.held(segment);
+            let lane = head.lanes().find(|(_, lane)| lane.segment == segment && lane.block > 0);
+            let log_end = lane.map(|(_, lane)| lane.block);
+            if held == Held::default() && log_end.is_none() {
+                continue;
+            }
+            let contents = Contents::read(&self.layer, self.io, segment).await?;
+            if let Some(end) = log_end.filter(|end| !contents.ends.contains(end)) {
+                let text = format!("the log ends in segment {segment} at block {end}, where no record ends");
+                self.report.error(text);
+            }
+            match contents.held(&places, segment) == held {
+                true => self.report.verified_blocks += u64::from(held.blocks),
+                false => suspects.push(segment),
+            }
+        }
+        if !suspects.is_empty() {
+            self.explain(&places, &suspects).await?;
+        }
+        Ok(self.report)
+    }
+
+    /// Calls `f` for all places and their guest blocks, in the order of the disk; what of the map cannot be
+    /// read is an error of the report.
+    async fn for_each_place(&mut self, mut f: impl FnMut(u32, u64)) -> Result<(), ImageError> {
+        let branches = self.layer.core().map.branch_count();
+        let mut last = String::new();
+        for branch in (0..branches).map(u64::from) {
+            if self.layer.core().map.uniform_branch(branch as u32).is_some() {
+                continue;
+            }
+            for (leaf, _) in pieces(branch * BRANCH_BLOCKS..(branch + 1) * BRANCH_BLOCKS, LEAF_BLOCKS) {
+                let start = u64::from(leaf) * LEAF_BLOCKS;
+                let runs = match self.layer.runs(self.io, start..start + LEAF_BLOCKS).await {
+                    Ok(runs) => runs,
+                    Err(ImageError { kind: kind @ ErrorKind::Corrupt { .. }, .. }) => {
+                        // A damaged branch is one error, not one for each of its leaves.
+                        let text = kind.to_string();
+                        if text != last {
+                            self.report.error(text.clone());
+                            last = text;
+                        }
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                };
+                for run in runs {
+                    let Some(first) = run.entry.place() else { continue };
+                    (first..first + run.count as u32).zip(run.start..).for_each(|(p, b)| f(p, b));
                 }
             }
-            Err(error) => return Err(error),
         }
+        Ok(())
     }
-    Ok(runs)
-}
 
-async fn mapped_places<E: Engine>(
-    layer: &Arc<Layer<E>>,
-    io: &Io<E>,
-    report: &mut CheckReport,
-) -> Result<Mapped, ImageError> {
-    let mut places = Mapped::new();
-    let end = u64::from(layer.core().map.branch_count()) * BRANCH_BLOCKS;
-    for blocks in by_branch(0..end) {
-        for MapRun { start, count, entry } in readable_runs(layer, io, blocks, report).await? {
-            let Some(first) = entry.place() else { continue };
-            let core = layer.core();
-            for i in 0..count as u32 {
-                let segment = core.segments.of_place(first + i);
-                let inside = first + i - core.segments.first_block(segment);
-                places.entry(segment).or_default().push((inside, start + u64::from(i)));
-                report.mapped_blocks += 1;
-            }
-        }
-    }
-    let head = layer.core().log.head;
-    let ends = head.lanes().flat_map(|(_, lane)| [(lane.segment, lane.block), (lane.next_segment, 0)]);
-    for (segment, limit) in ends {
-        for (inside, block) in places.get(&segment).into_iter().flatten() {
-            if *inside >= limit {
-                report.error(format!("guest block {block} is mapped to segment {segment}, block {inside}, which the log has not written"));
-            }
-        }
-    }
-    Ok(places)
-}
-
-async fn check_segment<E: Engine>(
-    layer: &Layer<E>,
-    reader: &Reader<'_, E>,
-    segment: u32,
-    mut mapped: Vec<(u32, u64)>,
-    log_end: Option<u32>,
-    report: &mut CheckReport,
-) -> Result<(), ImageError> {
-    mapped.sort_unstable();
-    for pair in mapped.windows(2).filter(|pair| pair[0].0 == pair[1].0) {
-        let (a, b) = (pair[0].1, pair[1].1);
-        report.error(format!("guest blocks {a} and {b} are mapped to the same block of segment {segment}"));
-    }
-    let (offset, bytes) = {
+    /// Compares what the usage nodes, and the log since, say of the segments with what the map says. A
+    /// segment that seems emptier than it is would be used again under the eyes of the map.
+    fn check_usage(&mut self, places: &Places) {
+        let layer = Arc::clone(&self.layer);
         let core = layer.core();
-        (core.segments.offset(segment).0, core.segments.bytes())
-    };
-    let contents = reader.read(offset, bytes).await?;
-    let (sums, ends) = checksums(&contents);
-    if let Some(end) = log_end.filter(|end| !ends.contains(end)) {
-        report.error(format!("the log ends in segment {segment} at block {end}, where no record ends"));
-    }
-    for (inside, block) in mapped {
-        let at = inside as usize * BLOCK_BYTES;
-        let place = offset + at as u64;
-        match sums.get(&inside) {
-            None => report.error(format!("guest block {block}: no record covers offset {place:#x}")),
-            Some((_, stated)) if *stated != block => {
-                report.error(format!(
-                    "guest block {block}: the record at offset {place:#x} is of block {stated}"
+        for segment in 0..core.segments.count() {
+            let mapped = places.held(segment).blocks;
+            let counted = core.segments.live_blocks_in(segment);
+            if mapped != counted {
+                self.report.error(format!(
+                    "segment {segment} is said to hold {counted} mapped blocks and holds {mapped}"
                 ));
             }
-            Some((sum, _)) if *sum != crc32fast::hash(&contents[at..at + BLOCK_BYTES]) => {
-                report.error(format!(
-                    "guest block {block}: the data at offset {place:#x} has another checksum"
-                ));
-            }
-            Some(_) => report.verified_blocks += 1,
         }
     }
-    Ok(())
+
+    /// Says what is wrong in segments: in detail of the first ones.
+    async fn explain(&mut self, places: &Places, suspects: &[u32]) -> Result<(), ImageError> {
+        let (detailed, others) = suspects.split_at(suspects.len().min(DETAILED_MAX));
+        let mut mapped: BTreeMap<u32, Vec<(u32, u64)>> =
+            detailed.iter().map(|&segment| (segment, Vec::new())).collect();
+        // What of the map cannot be read was said the first time.
+        let known = std::mem::take(&mut self.report);
+        let walked = self
+            .for_each_place(|place, block| {
+                let (segment, inside) = places.split(place);
+                if let Some(mapped) = mapped.get_mut(&segment) {
+                    mapped.push((inside, block));
+                }
+            })
+            .await;
+        self.report = known;
+        walked?;
+        for (segment, mut mapped) in mapped {
+            mapped.sort_unstable();
+            let contents = Contents::read(&self.layer, self.io, segment).await?;
+            contents.explain(segment, &mapped, &mut self.report);
+        }
+        for segment in others {
+            self.report.error(format!(
+                "segment {segment}: mapped blocks are damaged, or not those that its records speak of"
+            ));
+        }
+        Ok(())
+    }
 }
 
-/// For each data block of a segment, by the records in it: checksum and guest block; and the blocks
-/// at which records end.
-fn checksums(contents: &[u8]) -> (HashMap<u32, (u32, u64)>, Vec<u32>) {
-    let (mut sums, mut ends) = (HashMap::new(), Vec::new());
+/// A data block of a segment, by the record that it lies in.
+struct DataBlock {
+    /// Block of the segment.
+    inside: u32,
+    sum: u32,
+    /// The guest block.
+    block: u64,
+}
+
+/// A segment as it lies in the file.
+struct Contents {
+    bytes: AlignedBuf,
+    offset: u64,
+    /// In order.
+    data: Vec<DataBlock>,
+    /// The blocks at which records end.
+    ends: Vec<u32>,
+}
+
+impl Contents {
+    async fn read<E: Engine>(layer: &Layer<E>, io: &Io<E>, segment: u32) -> Result<Self, ImageError> {
+        let (offset, len) = {
+            let core = layer.core();
+            (core.segments.offset(segment).0, core.segments.bytes())
+        };
+        let (file, path) = (layer.file(), layer.path());
+        let bytes = Reader { io, file: &file, path }.read(offset, len).await?;
+        let (data, ends) = parse(&bytes);
+        Ok(Self { bytes, offset, data, ends })
+    }
+
+    fn is_whole(&self, data: &DataBlock) -> bool {
+        let at = data.inside as usize * BLOCK_BYTES;
+        data.sum == crc32fast::hash(&self.bytes[at..at + BLOCK_BYTES])
+    }
+
+    /// What the segment holds of what is mapped to it, by its records.
+    fn held(&self, places: &Places, segment: u32) -> Held {
+        let mut held = Held::default();
+        let mapped = |data: &&DataBlock| places.is_mapped(segment, data.inside);
+        for data in self.data.iter().filter(mapped).filter(|data| self.is_whole(data)) {
+            held.add(places.tag(places.join(segment, data.inside), data.block));
+        }
+        held
+    }
+
+    /// Compares with the blocks that are mapped to the segment, which are in order.
+    fn explain(&self, segment: u32, mapped: &[(u32, u64)], report: &mut CheckReport) {
+        for pair in mapped.windows(2).filter(|pair| pair[0].0 == pair[1].0) {
+            let (a, b) = (pair[0].1, pair[1].1);
+            report
+                .error(format!("guest blocks {a} and {b} are mapped to the same block of segment {segment}"));
+        }
+        for &(inside, block) in mapped {
+            let place = self.offset + u64::from(inside) * BLOCK_BYTES as u64;
+            let found = self.data.binary_search_by_key(&inside, |data| data.inside);
+            match found.map(|at| &self.data[at]) {
+                Err(_) => report.error(format!("guest block {block}: no record covers offset {place:#x}")),
+                Ok(data) if data.block != block => report.error(format!(
+                    "guest block {block}: the record at offset {place:#x} is of block {}",
+                    data.block
+                )),
+                Ok(data) if !self.is_whole(data) => report.error(format!(
+                    "guest block {block}: the data at offset {place:#x} has another checksum"
+                )),
+                Ok(_) => report.verified_blocks += 1,
+            }
+        }
+    }
+}
+
+/// The data blocks that the records of a segment speak of, and where those records end.
+fn parse(contents: &[u8]) -> (Vec<DataBlock>, Vec<u32>) {
+    let (mut data, mut ends) = (Vec::new(), Vec::new());
     let mut at = 0;
     let blocks = (contents.len() / BLOCK_BYTES) as u32;
     while at < blocks {
@@ -219,7 +300,7 @@ fn checksums(contents: &[u8]) -> (HashMap<u32, (u32, u64)>, Vec<u32>) {
             for i in 0..run.data_blocks() {
                 let Some(&sum) = rest.next() else { break };
                 if let Run::Data { start, .. } = *run {
-                    sums.insert(inside + i, (sum, start + u64::from(i)));
+                    data.push(DataBlock { inside: inside + i, sum, block: start + u64::from(i) });
                 }
             }
             inside += run.data_blocks();
@@ -227,5 +308,5 @@ fn checksums(contents: &[u8]) -> (HashMap<u32, (u32, u64)>, Vec<u32>) {
         at += 1 + index.data_blocks;
         ends.push(at);
     }
-    (sums, ends)
+    (data, ends)
 }

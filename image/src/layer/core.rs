@@ -16,7 +16,7 @@ use super::log::{Flight, FlightState, Log, Part, RecordWrite, guest_blocks};
 use super::map::{Map, leaves_of};
 use super::node::Entry;
 use super::pace::Pace;
-use super::paging::Loading;
+use super::paging::{Loading, Streams};
 use super::ports::Ports;
 use super::position::LogPosition;
 use super::record::Run;
@@ -77,6 +77,8 @@ pub(super) struct Core {
     pub(super) map: Map,
     /// Nodes of the map that are being read.
     pub(super) loading: Loading,
+    /// Sequential accesses.
+    pub(super) streams: Streams,
     /// Reads of nodes, since the layer was opened.
     pub(super) node_reads: u64,
     pub(super) segments: Segments,
@@ -130,6 +132,7 @@ impl Core {
             size,
             map,
             loading: Loading::new(),
+            streams: Streams::default(),
             node_reads: 0,
             segments,
             log,
@@ -203,7 +206,11 @@ impl Core {
     /// has made room. Then the queue is woken when it may try again.
     pub(super) fn hold(&mut self, port: usize, data: bool) -> bool {
         let full = self.log.pending_bytes > PENDING_BYTES_MAX || self.is_map_full();
-        let congested = self.latched.is_none() && (full || data && self.is_behind());
+        let behind = data && self.is_behind();
+        if behind {
+            self.wake_maintenance();
+        }
+        let congested = self.latched.is_none() && (full || behind);
         self.ports.set_held(port, congested);
         congested
     }
@@ -365,6 +372,7 @@ impl Core {
             }
         }
         self.merge_wakers.drain(..).for_each(Waker::wake);
+        self.release_held();
         self.wake_maintenance_if_due();
     }
 

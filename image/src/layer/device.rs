@@ -131,6 +131,8 @@ impl<E: Engine> Layer<E> {
             generation: core.generation,
             sequence: core.log.published.sequence,
             clean: core.was_clean,
+            map_stored_bytes: core.segments.node_bytes(),
+            map_cache_bytes: core.tuning.map_cache_bytes,
             map_bytes: core.map.bytes(),
             map_reads: core.node_reads,
         }

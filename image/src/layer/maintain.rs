@@ -97,6 +97,7 @@ impl<E: Engine> Layer<E> {
         driver.retire().await;
         let mut core = self.core();
         core.maintainers -= 1;
+        core.release_held();
         core.wake_maintenance();
     }
 
@@ -292,9 +293,9 @@ impl<E: Engine> Driver<E> {
         Ok(())
     }
 
-    /// Gives back all space beyond the data and the log's end.
+    /// Gives back all space beyond the data and the log's end, but for what the next session may need.
     async fn give_back(&self) -> Result {
-        let (tail, size) = {
+        let (ahead, size, kept) = {
             let mut core = self.layer.core();
             if let Some(spare) = core.log.spare.take() {
                 core.segments.unchoose(spare);
@@ -302,20 +303,18 @@ impl<E: Engine> Driver<E> {
             core.segments.reap();
             let main = core.log.head.main();
             core.log.opened = false;
-            let count = core.segments.trim();
+            let kept = core.kept_when_closed();
+            let count = if kept.is_none() { core.segments.trim() } else { core.segments.count() };
             let start = core.segments.offset(main.segment).0;
             let tail = start + u64::from(main.block) * BLOCK_SIZE..start + core.segments.bytes();
-            // The log's next segment stays, as a hole.
-            (tail, core.segments.offset(count).0)
+            // The log's next segment stays, maybe as a hole.
+            let next = core.segments.offset(main.next_segment).0;
+            ([tail, next..next + core.segments.bytes()], core.segments.offset(count).0, kept)
         };
-        self.punch(tail).await?;
-        let next = self.layer.core().log.head.main().next_segment;
-        let next = {
-            let core = self.layer.core();
-            core.segments.offset(next).0..core.segments.offset(next).0 + core.segments.bytes()
-        };
-        self.punch(next).await?;
-        self.punch_free(0).await?;
+        for range in ahead.into_iter().filter(|_| kept.is_none()) {
+            self.punch(range).await?;
+        }
+        self.punch_free(kept.unwrap_or(0)).await?;
         if !self.layer.file().is_device() {
             self.io.run(Op::Truncate { file: self.layer.file(), size }).await.result?;
         }

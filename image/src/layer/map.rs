@@ -4,9 +4,10 @@
 //! a leaf holds 512 entries. What the root says is always in memory. Other nodes are loaded when they are
 //! needed and are either *active* (changed since the last checkpoint, part of a running one, or
 //! pinned by somebody who is about to use them) or clean, in a cache of bounded size that may
-//! drop them. Whoever finds a node missing gets its key, loads it (see `paging`) and tries again.
+//! drop them. A node stays in the cache while it is active, so that the cache goes on knowing how often
+//! it is used; what is active is looked at first. Whoever finds a node missing gets its key, loads it (see `paging`) and tries again.
 //!
-//! Invariants: a cached node is not active and is what the node above it names. A branch with
+//! Invariants: a cached node that is not active is what the node above it names. A branch with
 //! active leaves is active. References are changed by checkpoints only: they name what the newest
 //! complete checkpoint stored, or will store once the running one has placed its nodes.
 
@@ -242,11 +243,6 @@ impl Map {
         self.branches.last_key_value().map_or(0, |(last, _)| last + 1).max(self.roots.len() as u32)
     }
 
-    /// Whether a leaf can be looked at without loading anything.
-    pub(super) fn is_loaded(&self, leaf: u32) -> bool {
-        self.with_leaf(leaf, |_| ()).is_ok()
-    }
-
     /// Whether a leaf can be pinned without loading anything. A leaf in the cache is not enough: the
     /// branch above it may have been dropped.
     pub(super) fn can_pin(&self, leaf: u32) -> bool {
@@ -264,8 +260,8 @@ impl Map {
         }
         let contents = match self.reference(leaf)?.uniform() {
             Some(entry) => Leaf::Uniform(entry),
-            None => match self.clean.remove(&NodeKey::Leaf(leaf)) {
-                Some((_, Node::Leaf(contents))) => contents,
+            None => match self.clean.get(&NodeKey::Leaf(leaf)) {
+                Some(Node::Leaf(contents)) => contents.clone(),
                 _ => return Err(NodeKey::Leaf(leaf)),
             },
         };
@@ -293,8 +289,8 @@ impl Map {
         let root = self.root_ref(branch);
         let refs = match root.uniform() {
             Some(_) => Arc::new([root; BRANCH_LEAVES]),
-            None => match self.clean.remove(&NodeKey::Branch(branch)) {
-                Some((_, Node::Branch(refs))) => refs,
+            None => match self.clean.get(&NodeKey::Branch(branch)) {
+                Some(Node::Branch(refs)) => Arc::clone(refs),
                 _ => return Err(NodeKey::Branch(branch)),
             },
         };
@@ -324,8 +320,10 @@ impl Map {
         }
         let Some(active) = self.leaves.remove(&leaf) else { return };
         let (branch, index) = split(leaf);
-        if self.branch(branch).refs[index].stored().is_some() {
-            self.clean.insert(NodeKey::Leaf(leaf), Node::Leaf(active.leaf));
+        let key = NodeKey::Leaf(leaf);
+        match self.branch(branch).refs[index].stored() {
+            Some(_) => self.clean.insert(key, Node::Leaf(active.leaf)),
+            None => drop(self.clean.remove(&key)),
         }
         self.release_branch(branch);
     }
@@ -336,8 +334,10 @@ impl Map {
             return;
         }
         let Some(active) = self.branches.remove(&branch) else { return };
-        if self.root_ref(branch).stored().is_some() {
-            self.clean.insert(NodeKey::Branch(branch), Node::Branch(active.refs));
+        let key = NodeKey::Branch(branch);
+        match self.root_ref(branch).stored() {
+            Some(_) => self.clean.insert(key, Node::Branch(active.refs)),
+            None => drop(self.clean.remove(&key)),
         }
     }
 

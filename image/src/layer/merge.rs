@@ -174,6 +174,9 @@ impl<E: Engine> Driver<E> {
             if self.layer.core().is_uniform(&part, entry) {
                 continue;
             }
+            if self.layer.core().is_map_full() {
+                self.checkpoint(None, false).await?;
+            }
             let _pins = self.pin(&part).await?;
             let run = Run::uniform(part, entry);
             self.append(|waiter| vec![Part::index_only(run, waiter.clone())]).await?;

@@ -53,6 +53,8 @@ mod reserve;
 mod segments;
 mod slot;
 mod switch;
+#[cfg(feature = "synthetic")]
+mod synthetic;
 mod traffic;
 mod tuning;
 mod waiter;
@@ -73,6 +75,8 @@ pub use layout::{LayerId, MAGIC, SEGMENT_SIZE_DEFAULT, SIZE_MAX};
 pub use mutation::Mutation;
 pub use queue::LayerQueue;
 pub use rebase::{rebase, repoint};
+#[cfg(feature = "synthetic")]
+pub use synthetic::{Synthetic, synthesize};
 pub use traffic::Traffic;
 pub use tuning::Tuning;
 
@@ -146,6 +150,11 @@ pub struct LayerInfo {
     pub sequence: u64,
     /// Whether it had been closed properly before it was opened.
     pub clean: bool,
+    /// Bytes of the map's nodes as the newest checkpoint stored them: a cache of about this size holds
+    /// all of them.
+    pub map_stored_bytes: u64,
+    /// Memory that nodes of the map may take while they are not changed, in bytes.
+    pub map_cache_bytes: u64,
     /// Memory that nodes of the map take now, in bytes.
     pub map_bytes: u64,
     /// Reads of the map's nodes since it was opened.

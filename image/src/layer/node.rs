@@ -280,6 +280,8 @@ fn decode_ref(body: &[u8], i: usize, holds: &impl Fn(u64, usize) -> bool) -> Res
 /// Segments of a usage node.
 pub(super) const USAGE_SEGMENTS: usize = 256;
 const USAGE_BYTES: usize = 16;
+/// Bytes of a usage node.
+pub(super) const USAGE_NODE_BYTES: usize = NODE_HEADER + USAGE_SEGMENTS * USAGE_BYTES;
 
 /// What is in use of a segment, as of a checkpoint.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

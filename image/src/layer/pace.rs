@@ -83,7 +83,9 @@ impl Core {
     }
 
     fn is_over_target(&self) -> bool {
-        self.segments.held_bytes() > self.target_bytes()
+        // With less than this there is next to nothing to gain, whatever the target.
+        let least = self.live_bytes() / 7 * 8 + 2 * self.segments.bytes();
+        self.segments.held_bytes() > self.target_bytes().max(least)
     }
 
     /// Whether the cleaner has to work and can.

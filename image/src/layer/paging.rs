@@ -25,11 +25,40 @@ use sapwood_blockdev::io::Io;
 
 /// Leaves read ahead of a sequential access: 64 MiB of disk.
 const AHEAD_LEAVES: u32 = 32;
-/// Nodes that lie within so many bytes are read ahead with one read.
-const AHEAD_BYTES: u64 = 64 << 10;
+/// Nodes that lie within so many bytes are read ahead with one read: all of them where they lie together.
+const AHEAD_BYTES: u64 = 128 << 10;
+/// Sequential accesses that are told apart at once.
+const STREAMS: usize = 8;
 
 /// Nodes being read, and who waits for them.
 pub(super) type Loading = BTreeMap<NodeKey, Vec<Waker>>;
+
+/// The leaves that sequential accesses would miss next. Whether a leaf's neighbour is in memory says little:
+/// of random reads with half the map in the cache it would be one in two.
+pub(super) struct Streams {
+    expected: [u32; STREAMS],
+    oldest: usize,
+}
+
+impl Default for Streams {
+    fn default() -> Self {
+        Self { expected: [u32::MAX; STREAMS], oldest: 0 }
+    }
+}
+
+impl Streams {
+    /// Takes note of a leaf that was missed; the leaves to read ahead if it was expected.
+    fn missed(&mut self, leaf: u32) -> Range<u32> {
+        let branch_end = (leaf / BRANCH_LEAVES as u32 + 1) * BRANCH_LEAVES as u32;
+        if let Some(expected) = self.expected.iter_mut().find(|expected| **expected == leaf) {
+            *expected = branch_end.min(leaf + 1 + AHEAD_LEAVES);
+            return leaf + 1..*expected;
+        }
+        self.expected[self.oldest] = leaf + 1;
+        self.oldest = (self.oldest + 1) % STREAMS;
+        leaf + 1..leaf + 1
+    }
+}
 
 /// Leaves kept in memory while this exists.
 pub(super) struct Pins<E: Engine> {
@@ -57,14 +86,14 @@ impl<E: Engine> Drop for Held<'_, E> {
 }
 
 /// A node being read by this task.
-struct Claim<'a, E: Engine> {
-    layer: &'a Layer<E>,
+struct Claim<E: Engine> {
+    layer: Arc<Layer<E>>,
     key: NodeKey,
     from: NodeRef,
     epoch: u64,
 }
 
-impl<E: Engine> Drop for Claim<'_, E> {
+impl<E: Engine> Drop for Claim<E> {
     fn drop(&mut self) {
         let mut core = self.layer.core();
         core.segments.leave(self.epoch);
@@ -73,13 +102,13 @@ impl<E: Engine> Drop for Claim<'_, E> {
 }
 
 /// What comes next for somebody who wants a node.
-enum Step<'a, E: Engine> {
+enum Step<E: Engine> {
     /// It is there.
     Done,
     /// Another task reads it.
     Wait(NodeKey),
     /// Read it.
-    Read(Claim<'a, E>),
+    Read(Claim<E>),
 }
 
 impl Core {
@@ -126,8 +155,9 @@ impl<E: Engine> Layer<E> {
                 }
                 Step::Read(claim) => claim,
             };
-            if matches!(claim.key, NodeKey::Leaf(_)) && leaf > 0 && self.core().map.is_loaded(leaf - 1) {
-                self.read_ahead(io, leaf);
+            if matches!(claim.key, NodeKey::Leaf(_)) {
+                let ahead = self.core().streams.missed(leaf);
+                self.read_ahead(io, ahead);
             }
             let node = self.read_node(io, claim.key, claim.from).await?;
             let taken = self.core().map.insert_pinned(claim.key, claim.from, node);
@@ -171,20 +201,20 @@ impl<E: Engine> Layer<E> {
     }
 
     /// Tries `f`, and claims the node that is missing.
-    fn step(&self, f: impl FnOnce(&mut Core) -> Result<(), NodeKey>) -> Step<'_, E> {
+    fn step(self: &Arc<Self>, f: impl FnOnce(&mut Core) -> Result<(), NodeKey>) -> Step<E> {
         let mut core = self.core();
         let Err(key) = f(&mut core) else { return Step::Done };
         self.claim(&mut core, key).map_or(Step::Wait(key), Step::Read)
     }
 
     /// Claims a node that is missing, unless somebody reads it already.
-    fn claim(&self, core: &mut Core, key: NodeKey) -> Option<Claim<'_, E>> {
+    fn claim(self: &Arc<Self>, core: &mut Core, key: NodeKey) -> Option<Claim<E>> {
         if core.loading.contains_key(&key) {
             return None;
         }
         let from = core.map.source(key)?;
         core.loading.insert(key, Vec::new());
-        Some(Claim { layer: self, key, from, epoch: core.segments.enter() })
+        Some(Claim { layer: Arc::clone(self), key, from, epoch: core.segments.enter() })
     }
 
     /// Reads a node.
@@ -229,24 +259,20 @@ impl<E: Engine> Layer<E> {
         }
     }
 
-    /// Reads the leaves after `leaf`, in the background, as far as they are stored beneath the same
-    /// branch: several with one read where they lie together.
-    fn read_ahead(self: &Arc<Self>, io: &Io<E>, leaf: u32) {
-        let end = (leaf / BRANCH_LEAVES as u32 + 1) * BRANCH_LEAVES as u32;
-        let ahead = leaf + 1..end.min(leaf + 1 + AHEAD_LEAVES);
-        let layer = Arc::clone(self);
-        let reactor = io.clone();
+    /// Reads leaves of one branch, in the background, as far as they are stored: several with one read
+    /// where they lie together.
+    fn read_ahead(self: &Arc<Self>, io: &Io<E>, ahead: Range<u32>) {
+        // Claimed at once: whoever wants them next waits for them.
+        let mut rest: Vec<Claim<E>> = {
+            let mut core = self.core();
+            ahead.filter_map(|leaf| self.claim(&mut core, NodeKey::Leaf(leaf))).collect()
+        };
+        rest.sort_by_key(|claim| claim.from.0);
+        let (layer, reactor) = (Arc::clone(self), io.clone());
         io.spawn(async move {
-            let mut claims = Vec::new();
-            {
-                let mut core = layer.core();
-                claims.extend(ahead.filter_map(|leaf| layer.claim(&mut core, NodeKey::Leaf(leaf))));
-            }
-            claims.sort_by_key(|claim| claim.from.0);
-            let mut rest = claims;
             while !rest.is_empty() {
                 let start = rest[0].from.stored().unwrap_or_default().0;
-                let near = |claim: &Claim<'_, E>| {
+                let near = |claim: &Claim<E>| {
                     claim.from.stored().is_some_and(|(at, len)| at + len as u64 <= start + AHEAD_BYTES)
                 };
                 let after = rest.split_off(rest.iter().take_while(|claim| near(claim)).count().max(1));
@@ -257,10 +283,10 @@ impl<E: Engine> Layer<E> {
         });
     }
 
-    async fn read_group(&self, io: &Io<E>, start: u64, claims: Vec<Claim<'_, E>>) -> Result<(), ImageError> {
+    async fn read_group(&self, io: &Io<E>, start: u64, claims: Vec<Claim<E>>) -> Result<(), ImageError> {
         let file = self.file();
         let reader = Reader { io, file: &file, path: self.path() };
-        let span = |claim: &Claim<'_, E>| claim.from.stored().unwrap_or_default();
+        let span = |claim: &Claim<E>| claim.from.stored().unwrap_or_default();
         let end = claims.iter().map(|c| span(c).0 + span(c).1 as u64).max().unwrap_or(start);
         let bytes = reader.read_bytes(start, end).await?;
         self.core().node_reads += 1;

@@ -18,6 +18,9 @@ use sapwood_blockdev::units::BLOCK_SIZE;
 /// and a segment's worth of moved blocks.
 const RESERVE_SEGMENTS: u64 = 3;
 
+/// Segments full of live data from which on a closed layer keeps space: some percent of them.
+const KEEPING_SEGMENTS: u64 = 128;
+
 /// See the module's documentation.
 #[derive(Default)]
 pub(super) struct Reserve {
@@ -56,6 +59,18 @@ impl Core {
     /// Whether guests' data is refused, and cleaning may be what helps.
     pub(super) fn is_short_of_space(&self) -> bool {
         self.reserve.full && self.segments.free_reserved() <= self.reserve_segments()
+    }
+
+    /// Free segments that keep their space when the layer is closed, beside the rest of the log's segment and
+    /// the next one, so that it can be opened on a full host and discards make room there. `None`: not even
+    /// those, because they are much for what it holds, and the host was not full.
+    pub(super) fn kept_when_closed(&self) -> Option<usize> {
+        let live = self.segments.live_blocks() / u64::from(self.segments.segment_blocks());
+        match self.reserve.full {
+            true => Some(usize::MAX),
+            // The spare one, too, and one to begin with.
+            false => (live >= KEEPING_SEGMENTS).then(|| self.reserve_segments() + 2),
+        }
     }
 
     /// Whether a segment can be emptied into what is kept back, and two checkpoints after it.

@@ -78,8 +78,7 @@ impl Segment {
 
     /// Whether it will be free once two checkpoints have been made and its readers have gone.
     fn is_in_limbo(&self) -> bool {
-        matches!(self.state, State::Used | State::Retired | State::Draining | State::Punching)
-            && self.is_empty()
+        matches!(self.state, State::Used | State::Retired | State::Draining) && self.is_empty()
     }
 
     /// Whether the log fills it, or the map or its nodes lie in it.
@@ -107,6 +106,10 @@ pub(super) struct Segments {
     live_blocks: u64,
     /// Segments that are on their way to be free.
     limbo: u32,
+    /// Segments that the log fills, or will fill next.
+    logs: u32,
+    /// Free segments whose space is being given back.
+    punching: usize,
     groups: Vec<Group>,
     /// A checkpoint is being written: the usage as of its start must not be lost.
     frozen: bool,
@@ -117,8 +120,11 @@ impl Segments {
     /// `count` segments of which nothing is known yet: in use until checkpoints say otherwise.
     pub(super) fn new(segment_blocks: u32, count: u32) -> Self {
         let used = Segment { state: State::Used, allocated: true, ..Segment::FREE };
+        // Room to grow a little: to grow at once doubles the memory.
+        let mut list = Vec::with_capacity(count as usize + count as usize / 16 + 64);
+        list.resize(count as usize, used);
         Self {
-            list: vec![used; count as usize],
+            list,
             free: BTreeSet::new(),
             free_allocated: BTreeSet::new(),
             draining: VecDeque::new(),
@@ -126,6 +132,8 @@ impl Segments {
             limit: Self::count_max(segment_blocks),
             live_blocks: 0,
             limbo: count,
+            logs: 0,
+            punching: 0,
             groups: Vec::new(),
             frozen: false,
             readers: Readers::default(),
@@ -135,6 +143,11 @@ impl Segments {
     /// Bytes of the segments that the map or the log uses.
     pub(super) fn used_bytes(&self) -> u64 {
         self.list.iter().filter(|segment| segment.is_referenced()).count() as u64 * self.bytes()
+    }
+
+    /// Bytes of nodes that the newest checkpoint refers to, the root and usage nodes included.
+    pub(super) fn node_bytes(&self) -> u64 {
+        self.list.iter().map(|segment| u64::from(segment.leaf_bytes) + u64::from(segment.node_bytes)).sum()
     }
 
     /// Most segments a file can have: places are 32-bit block numbers, and the root names the usage
@@ -188,9 +201,10 @@ impl Segments {
         self.live_blocks
     }
 
-    /// Bytes of segments that are not free for use.
+    /// Bytes of segments that are neither free for use nor the log's to fill.
     pub(super) fn occupied_bytes(&self) -> u64 {
-        (self.list.len() - self.free.len() - self.free_allocated.len()) as u64 * self.bytes()
+        let free = self.free.len() + self.free_allocated.len() + self.punching + self.logs as usize;
+        (self.list.len() - free) as u64 * self.bytes()
     }
 
     /// Blocks of used segments that are not mapped, those of the lanes of the log included.
@@ -221,12 +235,11 @@ impl Segments {
     /// Changes a segment; everything that may begin or end its being on the way to be free.
     fn edit(&mut self, segment: u32, f: impl FnOnce(&mut Segment)) {
         let segment = &mut self.list[segment as usize];
-        let before = segment.is_in_limbo();
+        let before = [segment.is_in_limbo(), segment.state == State::Log];
         f(segment);
-        match (before, segment.is_in_limbo()) {
-            (false, true) => self.limbo += 1,
-            (true, false) => self.limbo -= 1,
-            _ => {}
+        let after = [segment.is_in_limbo(), segment.state == State::Log];
+        for (i, count) in [&mut self.limbo, &mut self.logs].into_iter().enumerate() {
+            *count = *count + u32::from(after[i]) - u32::from(before[i]);
         }
     }
 
@@ -441,11 +454,13 @@ impl Segments {
         }
         let segment = self.free_allocated.pop_last()?;
         self.set_state(segment, State::Punching);
+        self.punching += 1;
         Some(segment)
     }
 
     /// The space of a segment was given back (or could not be).
     pub(super) fn punched(&mut self, segment: u32, given_back: bool) {
+        self.punching -= 1;
         let punched = &mut self.list[segment as usize];
         punched.allocated = !given_back;
         punched.reserved &= !given_back;

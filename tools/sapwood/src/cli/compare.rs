@@ -71,6 +71,7 @@ impl Compare {
             format,
             read_only: true,
             below: self.backing.below(snapshot.clone()),
+            ..OpenDisk::default()
         };
         let mut a = host.side(&self.first, open(self.format, &self.snapshot))?;
         let mut b = host.side(&self.second, open(self.second_format, &self.second_snapshot))?;

@@ -87,6 +87,7 @@ fn write_layer(text: &mut String, layer: &LayerInfo) -> std::fmt::Result {
     writeln!(text, "    segment size: {}", layer.segment_size)?;
     writeln!(text, "    live data: {}", size::short(layer.live_blocks * BLOCK_SIZE))?;
     writeln!(text, "    dead data: {}", size::short(layer.dead_blocks * BLOCK_SIZE))?;
+    writeln!(text, "    map: {}", size::short(layer.map_stored_bytes))?;
     writeln!(text, "    generation: {}", layer.generation)?;
     writeln!(text, "    sequence: {}", layer.sequence)?;
     writeln!(text, "    stopped cleanly: {}", layer.clean)
@@ -161,6 +162,7 @@ fn json(info: &DiskInfo) -> Value {
             "segment-size": layer.segment_size,
             "live-bytes": layer.live_blocks * BLOCK_SIZE,
             "dead-bytes": layer.dead_blocks * BLOCK_SIZE,
+            "map-bytes": layer.map_stored_bytes,
             "generation": layer.generation,
             "sequence": layer.sequence,
         },

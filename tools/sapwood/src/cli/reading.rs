@@ -30,7 +30,12 @@ pub struct Backing {
 impl Reading {
     /// How to open a disk.
     pub fn open(&self, format: Option<Format>, read_only: bool) -> OpenDisk {
-        OpenDisk { format, read_only, below: self.backing.below(self.snapshot.clone()) }
+        OpenDisk {
+            format,
+            read_only,
+            below: self.backing.below(self.snapshot.clone()),
+            ..OpenDisk::default()
+        }
     }
 }
 

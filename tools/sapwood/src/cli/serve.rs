@@ -10,7 +10,7 @@ use clap::Args;
 use rustix::fs::Mode;
 use sapwood_blockdev::device::{BlockDevice, Geometry};
 use sapwood_blockdev::io::block_on;
-use sapwood_image::{Disk, Format};
+use sapwood_image::{Disk, Format, OpenDisk};
 use sapwood_vhost::{Options, Server};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
@@ -54,6 +54,10 @@ pub struct Serve {
     #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
     queues: u16,
 
+    /// Memory for a layer's map, for example 256M. As much again may be taken by what has changed in it
+    #[arg(long, value_name = "SIZE", default_value = "64M")]
+    map_cache: size::Size,
+
     #[command(flatten)]
     reading: Reading,
 
@@ -68,13 +72,17 @@ impl Serve {
         // Before there are threads: the socket, and all else we make, is this user's alone.
         rustix::process::umask(Mode::RWXG | Mode::RWXO);
         let mut signals = signals().context("cannot take signals")?;
-        let options = self.reading.open(self.format, self.readonly);
+        let options = OpenDisk {
+            map_cache_bytes: Some(self.map_cache.0),
+            ..self.reading.open(self.format, self.readonly)
+        };
         let (io, storage, path) = (host.io()?, host.storage(), self.path.clone());
         let opening = {
             let io = io.clone();
             async move { Disk::open(&storage, &io, &path, options).await }
         };
         let disk = block_on(&io, opening)?;
+        log_map(&disk);
         let maintenance = if self.readonly { None } else { Some(maintain(host, &disk)?) };
         let served = self.serve(*host, &disk, &mut signals);
         let closing = {
@@ -85,6 +93,7 @@ impl Serve {
         if maintenance.is_some_and(|thread| thread.join().is_err()) {
             log::error!("the maintenance thread panicked");
         }
+        log_map(&disk);
         served?;
         closed?;
         log::info!("stopped: everything is durable");
@@ -118,6 +127,20 @@ impl Serve {
             self.queues,
             if self.queues == 1 { "" } else { "s" },
         )
+    }
+}
+
+/// Says how much of a layer's map is in memory, and what that has cost so far.
+fn log_map(disk: &Disk<HostEngine>) {
+    if let Disk::Layer(layer) = disk {
+        let info = layer.info();
+        log::info!(
+            "map: {} stored, {} of {} in memory, {} reads",
+            size::short(info.map_stored_bytes),
+            size::short(info.map_bytes),
+            size::short(info.map_cache_bytes),
+            info.map_reads,
+        );
     }
 }
 

@@ -6,6 +6,9 @@ use std::os::unix::net::UnixStream;
 use std::process::{Child, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
+use sapwood_tests::frontend::{Command, Frontend, Options};
+use sapwood_tests::sim::rng::Rng;
+use sapwood_tests::synthetic::{self, Synthetic};
 
 use crate::harness::{Place, SAPWOOD};
 
@@ -25,6 +28,13 @@ impl Server {
             panic!("not ready: {}", String::from_utf8_lossy(&output.stderr));
         }
         (Self(child), line)
+    }
+
+    /// Memory that it has now, in bytes.
+    fn resident_bytes(&self) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id())).expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it has memory");
+        line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
     }
 
     /// Asks it to end, which it must do cleanly.
@@ -76,6 +86,33 @@ fn a_signal_ends_it_with_everything_durable() {
         assert_eq!(info["dirty-flag"], false);
         place.sapwood("check disk.layer").text();
     }
+}
+
+/// A map of 69 MiB, read at random with a cache of 8 MiB.
+#[test]
+fn memory_stays_within_the_map_cache() {
+    let place = Place::new();
+    let what = Synthetic { size: 4 << 40, mapped: 64 << 30, records: false };
+    synthetic::make(&place.path("disk.layer"), &what).unwrap();
+    let info = place.sapwood("info --output=json disk.layer").json();
+    let map_bytes = info["format-specific"]["data"]["map-bytes"].as_u64().unwrap();
+    assert!((65 << 20..72 << 20).contains(&map_bytes), "{map_bytes}");
+    let (server, _) = Server::start(&place, "disk.layer --map-cache 8M");
+    let before = server.resident_bytes();
+    let mut frontend = Frontend::connect(&place.path("socket"), &Options::default()).unwrap();
+    let mut rng = Rng::new(1);
+    for _ in 0..20_000 {
+        let block = rng.below(what.mapped / 4096);
+        let data = frontend.run(Command::Read(block * 4096, 4096)).unwrap();
+        assert!(data == what.contents(block), "block {block}");
+    }
+    let grown = server.resident_bytes().saturating_sub(before);
+    drop(frontend);
+    server.stops();
+    println!("{before} bytes of memory at first, then {grown} more");
+    // Fourteen times that was read. Beside the cache there are the buffers of a queue, and what the
+    // system's allocator keeps.
+    assert!((4 << 20..16 << 20).contains(&grown), "{grown} bytes with a cache of 8 MiB");
 }
 
 #[test]

@@ -18,6 +18,10 @@ const FLUSH: u64 = u64::MAX;
 pub enum Order {
     /// Any, again and again.
     Random,
+    /// Any, but four in five of them in the first fifth of the disk.
+    Skewed,
+    /// Rising by so many units.
+    Strided(u64),
     /// Each once, in random order.
     EachOnce,
     /// Rising, from the start again at the end.
@@ -96,6 +100,9 @@ impl Client {
     fn offset(&mut self, load: &Load) -> u64 {
         let unit = match load.order {
             Order::Random => self.random() % self.units,
+            Order::Skewed if self.random() % 5 < 4 => self.random() % (self.units / 5),
+            Order::Skewed => self.units / 5 + self.random() % (self.units - self.units / 5),
+            Order::Strided(step) => self.next * step % self.units,
             Order::Sequential => self.next % self.units,
             Order::EachOnce => u64::from(self.shuffled[(self.next % self.units) as usize]),
         };

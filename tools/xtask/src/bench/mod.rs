@@ -5,10 +5,12 @@
 //! What a server does in the background until its next turn is on its own account.
 
 mod case;
+mod curve;
 mod disks;
 mod load;
 mod report;
 mod server;
+mod svg;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -37,12 +39,16 @@ pub struct Bench {
     /// How long each turn of a server takes at most, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     seconds: f64,
-    /// Run only the cases whose names begin so; may be given again
+    /// Run only the cases whose names begin so; may be given again. `map-cache`, which takes some minutes,
+    /// is run only when it is named
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
     /// Where the disks are made, for example /dev/shm; by default below target/
     #[arg(long, value_name = "FOLDER")]
     folder: Option<PathBuf>,
+    /// Draw the curve of `map-cache` into a file
+    #[arg(long, value_name = "FILE")]
+    svg: Option<PathBuf>,
     /// Write all figures to a file
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
@@ -64,12 +70,15 @@ pub fn run(workspace: &Workspace, options: &Bench) -> Result<bool> {
     let program = workspace.sapwood()?;
     let folder = options.folder.clone().unwrap_or_else(|| workspace.target.join("bench"));
     fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
-    let bench = Runner {
-        disks: Disks::new(&folder, &program)?,
-        program,
-        turn: Duration::from_secs_f64(options.seconds),
-    };
+    let turn = Duration::from_secs_f64(options.seconds);
     println!("{}", environment(&folder));
+    if options.only.iter().any(|name| name == curve::NAME) {
+        curve::run(&folder, &program, turn, options.svg.as_deref()).context(curve::NAME)?;
+    }
+    if cases.is_empty() {
+        return Ok(true);
+    }
+    let bench = Runner { disks: Disks::new(&folder, &program)?, program, turn };
     let mut report = Report::default();
     report::print_head();
     for case in &cases {
@@ -85,9 +94,9 @@ pub fn run(workspace: &Workspace, options: &Bench) -> Result<bool> {
 
 fn select(only: &[String]) -> Result<Vec<Case>> {
     let all = case::all();
-    for name in only {
+    for name in only.iter().filter(|name| *name != curve::NAME) {
         if !all.iter().any(|case| case.name.starts_with(name.as_str())) {
-            let names: Vec<&str> = all.iter().map(|case| case.name).collect();
+            let names: Vec<&str> = all.iter().map(|case| case.name).chain([curve::NAME]).collect();
             bail!("no case begins with {name}; there are: {}", names.join(", "));
         }
     }

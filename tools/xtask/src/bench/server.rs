@@ -55,6 +55,40 @@ impl Server {
         Ok(Duration::from_secs_f64(ticks as f64 / TICKS_PER_SECOND))
     }
 
+    /// `sapwood serve` of a layer with so much memory for its map.
+    ///
+    /// # Errors
+    /// As for [`Server::start`].
+    pub fn start_layer(sapwood: &Path, disk: &Path, socket: &Path, cache_bytes: u64) -> Result<Self> {
+        let mut arguments = serve("layer", disk, socket);
+        arguments.push(format!("--map-cache={cache_bytes}"));
+        Ok(Self { backend: Backend::start_program(&sapwood.display().to_string(), &arguments, socket)? })
+    }
+
+    /// `qemu-storage-daemon` on a qcow2 file with so much memory for its L2 tables, read in the parts that
+    /// suit random reads best.
+    ///
+    /// # Errors
+    /// As for [`Server::start`].
+    pub fn start_qcow2(disk: &Path, socket: &Path, cache_bytes: u64) -> Result<Self> {
+        let mut node = qcow2(disk, None);
+        node["l2-cache-size"] = cache_bytes.into();
+        node["l2-cache-entry-size"] = 4096.into();
+        let (program, arguments) = daemon(&node, socket);
+        Ok(Self { backend: Backend::start_program(&program, &arguments, socket)? })
+    }
+
+    /// Bytes that it has read from disks so far; holes are not.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn read_bytes(&self) -> Result<u64> {
+        let path = format!("/proc/{}/io", self.backend.id());
+        let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+        let bytes = text.lines().find_map(|line| line.strip_prefix("read_bytes: "));
+        bytes.context("no read_bytes")?.parse().with_context(|| format!("reading {path}"))
+    }
+
     /// Ends it in its own good order.
     ///
     /// # Errors
