@@ -149,7 +149,7 @@ impl Core {
     /// Whether guests' data has to wait for the cleaner.
     pub(super) fn is_behind(&self) -> bool {
         let owes = self.pace.debt > AHEAD_BLOCKS_MAX && self.is_cleaning_due();
-        (owes || self.is_full()) && self.maintainers > 0 && !self.closing
+        (owes || self.is_full()) && self.maintainers > 0 && !self.closing && self.latched.is_none()
     }
 
     /// Free segments that keep their space: what the log fills until checkpoints free the next ones, as far
