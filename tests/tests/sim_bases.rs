@@ -2,6 +2,7 @@
 //! the same again finishes it.
 
 use std::future::Future;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -452,7 +453,7 @@ fn flatten_under_writes(seed: u64, tuning: Tuning) -> bool {
     let flattened = std::rc::Rc::new(std::cell::Cell::new(None));
     let (result, inner, task_io) = (std::rc::Rc::clone(&flattened), Arc::clone(&layer), io.clone());
     io.spawn(async move {
-        result.set(Some(inner.rebase(&storage, &task_io, None, &mut |_, _| {}).await));
+        result.set(Some(inner.rebase(&storage, &task_io, None, &mut |_, _| ControlFlow::Continue(())).await));
     });
     let (mut rng, mut done, mut tag) = (Rng::new(seed), Vec::new(), 0);
     for _ in 0..EVENTS_MAX {

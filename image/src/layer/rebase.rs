@@ -4,6 +4,7 @@
 //! copied up; then the base is switched (see `switch`). Interrupted before the switch, the layer
 //! holds more blocks of its own than it needs, over the old base.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -39,7 +40,11 @@ pub async fn rebase<S: Storage, E: Engine<File = S::File>>(
 ) -> Result<(), ImageError> {
     let layer = Layer::open(storage, io, path, &OpenLayer { read_only: false, tuning }).await?;
     io.spawn(Arc::clone(&layer).maintain(io.clone()));
-    let rebased = layer.rebase(storage, io, base, progress).await;
+    let mut report = |done, all| {
+        progress(done, all);
+        ControlFlow::Continue(())
+    };
+    let rebased = layer.rebase(storage, io, base, &mut report).await;
     let closed = layer.close(io).await;
     rebased.and(closed)
 }
@@ -67,7 +72,8 @@ pub async fn repoint<S: Storage, E: Engine<File = S::File>>(
 
 impl<E: Engine> Layer<E> {
     /// As [`rebase`], of an open layer, beside its queues: a block that a guest writes meanwhile is the
-    /// guest's. A layer without a base must have no requests in flight.
+    /// guest's. A layer without a base must have no requests in flight. Where `progress` breaks off, the
+    /// layer stays over the old base.
     ///
     /// # Errors
     /// As [`rebase`].
@@ -76,7 +82,7 @@ impl<E: Engine> Layer<E> {
         storage: &S,
         io: &Io<E>,
         base: Option<&BaseSpec>,
-        progress: &mut dyn FnMut(u64, u64),
+        progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
     ) -> Result<(), ImageError> {
         let old = self.below();
         let (base, named) = self.open_new_base(storage, io, base).await?;
@@ -88,10 +94,12 @@ impl<E: Engine> Layer<E> {
         let mut result = Ok(());
         for window in cut(0..size, WINDOW_LEN) {
             result = driver.copy_up_window(window.clone(), &old, &new).await;
+            if result.is_ok() && progress(window.end, size).is_break() {
+                result = Err(ImageError::new(self.path(), ErrorKind::Cancelled));
+            }
             if result.is_err() {
                 break;
             }
-            progress(window.end, size);
         }
         if result.is_ok() {
             let switched = driver.switch_base(new.base, new.record.base, false).await;
@@ -101,7 +109,12 @@ impl<E: Engine> Layer<E> {
         result
     }
 
-    async fn repoint<S: Storage<File = E::File>>(
+    /// As [`repoint`], of an open layer, beside its queues: what guests read changes where the bases
+    /// differ. A layer without a base must have no requests in flight.
+    ///
+    /// # Errors
+    /// As [`repoint`].
+    pub async fn repoint<S: Storage<File = E::File>>(
         self: &Arc<Self>,
         storage: &S,
         io: &Io<E>,

@@ -18,10 +18,11 @@ use signal_hook::iterator::Signals;
 
 use super::reading::Reading;
 use super::{output, size};
+use crate::control::{Control, Served};
 use crate::host::{Host, HostEngine};
 
 /// Exit code when a second signal comes before everything is durable.
-const EXIT_INTERRUPTED: i32 = 130;
+pub const EXIT_INTERRUPTED: i32 = 130;
 
 /// Serve a disk to a virtual machine over vhost-user-blk
 ///
@@ -31,7 +32,7 @@ const EXIT_INTERRUPTED: i32 = 130;
 /// is next opened: what was flushed is there.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
-  sapwood serve vm1.layer --socket /run/vm1.sock --queues 4
+  sapwood serve vm1.layer --socket /run/vm1.sock --queues 4 --control /run/vm1.control
   qemu-system-x86_64 -object memory-backend-memfd,id=mem,size=2G,share=on -machine q35,memory-backend=mem \\
     -chardev socket,id=disk,path=/run/vm1.sock -device vhost-user-blk-pci,chardev=disk,num-queues=4 ...
 
@@ -44,6 +45,11 @@ pub struct Serve {
     /// Where the virtual machine connects; only this user may
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
+
+    /// Where this server takes orders while it serves (see sapwood resize --control); only this user
+    /// may connect
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
 
     /// Refuse writes; other readers may use the disk too. Needed for qcow2
     #[arg(long, alias = "read-only")]
@@ -93,10 +99,14 @@ impl Serve {
 
     /// Serves until a signal comes and all requests are drained.
     fn serve(&self, host: Host, disk: &Arc<Disk<HostEngine>>, signals: &mut Signals) -> anyhow::Result<()> {
-        let server = Server::start(Arc::clone(disk), self.options(), move || host.engine())?;
+        let server = Arc::new(Server::start(Arc::clone(disk), self.options(), move || host.engine())?);
+        let served =
+            Served { host, disk: Arc::clone(disk), path: self.path.clone(), server: Arc::clone(&server) };
+        let control = self.control.as_ref().map(|path| Control::start(path, served)).transpose()?;
         output::print(&self.ready_line(disk))?;
         signals.forever().next();
         log::info!("stopping: a second signal ends this at once");
+        drop(control);
         server.stop();
         Ok(())
     }

@@ -27,6 +27,11 @@ impl Server {
         (Self(child), line)
     }
 
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.0.id()
+    }
+
     /// Asks it to end, which it must do cleanly.
     #[track_caller]
     pub fn stops(self) {

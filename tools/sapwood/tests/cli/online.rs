@@ -1,0 +1,229 @@
+//! Commands to a running server, while a vhost-user client uses the disk and a model says what it
+//! must hold.
+
+use std::io::Read;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
+
+use sapwood_tests::frontend::{Command, Frontend, Options};
+use sapwood_tests::model::{Model, Run};
+use serde_json::{Value, json};
+use vhost::VhostBackend;
+use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::vhost_user::{Frontend as Messages, VhostUserFrontend};
+
+use crate::control::{ask, finish};
+use crate::harness::{Answer, Place};
+use crate::serve::Server;
+
+const SIZE: u64 = 8 << 20;
+
+/// Two raw disks and a layer over a layer over the first.
+fn place() -> Place {
+    let place = Place::new();
+    place.raw_disk("base.raw");
+    place.raw_disk("other.raw");
+    place.damage("other.raw", 2 << 20, &[7; 9000]);
+    place.sapwood("create -b base.raw -F raw mid.layer").text();
+    place.sapwood("create -b mid.layer disk.layer").text();
+    place
+}
+
+fn connect(place: &Place) -> Frontend {
+    let options = Options { queues: 2, ..Options::default() };
+    Frontend::connect(&place.path("socket"), &options).expect("the server takes it")
+}
+
+fn start(place: &Place) -> Server {
+    Server::start(place, "disk.layer --queues 2 --control control").0
+}
+
+/// Runs a command while a guest writes at random and reads back.
+fn meanwhile(place: &Place, frontend: &mut Frontend, model: &mut Model, seed: u64, line: &str) -> Answer {
+    thread::scope(|scope| {
+        let command = scope.spawn(|| place.sapwood(line));
+        let mut runs = 0;
+        // At least once more after it has ended.
+        while !command.is_finished() || runs == 0 {
+            let run = Run { seed: seed + runs, operations: 400, ..Run::default() };
+            model.run(frontend, &run).unwrap_or_else(|error| panic!("{line}: {error}"));
+            runs += 1;
+        }
+        command.join().expect("no panic")
+    })
+}
+
+/// Compares the disk, which nobody serves, with the model, through qemu-img's eyes too.
+fn holds(place: &Place, model: &mut Model) {
+    let check = place.sapwood("check disk.layer");
+    assert!([0, 3].contains(&check.code) && check.stdout.contains("No errors"), "{check:?}");
+    place.sapwood("convert -O raw disk.layer copy.raw").text();
+    place.qemu_img("convert -f raw -O raw copy.raw theirs.raw").text();
+    let (server, _) = Server::start(place, "--readonly -f raw theirs.raw --queues 2");
+    model.verify(&mut connect(place)).expect("the same");
+    server.stops();
+    std::fs::remove_file(place.path("copy.raw")).expect("made above");
+}
+
+#[test]
+fn a_layer_is_flattened_and_rebased_under_a_guest() {
+    let place = place();
+    let server = start(&place);
+    let mut frontend = connect(&place);
+    let mut model = Model::unknown(SIZE);
+    model.discards_zero = true;
+    model.verify(&mut frontend).expect("it is learned");
+    let moves = [
+        (
+            "rebase -b other.raw -F raw",
+            "disk.layer lies over other.raw (raw) now and reads as before\n",
+            "other.raw",
+        ),
+        (
+            "rebase -b mid.layer",
+            "disk.layer lies over mid.layer (layer) now and reads as before\n",
+            "mid.layer",
+        ),
+        ("rebase -u -b base.raw -F raw", "not what was recorded", "base.raw"),
+        ("flatten", "disk.layer needs no base any more\n", ""),
+    ];
+    for (seed, (line, said, base)) in (0..).zip(moves) {
+        let line = format!("{line} --control control");
+        let answer = if line.contains("-u") {
+            // Nothing reads differently: the layer between holds nothing.
+            place.sapwood(&line)
+        } else {
+            meanwhile(&place, &mut frontend, &mut model, 100 * seed, &line)
+        };
+        assert!(answer.text().contains(said), "{line}");
+        model.verify(&mut frontend).unwrap_or_else(|error| panic!("{line}: {error}"));
+        let info = place.sapwood("info --output=json --control control").json();
+        assert_eq!(info["backing-filename"].as_str().unwrap_or(""), base, "{line}");
+        assert_eq!(info["frontend-connected"], true);
+    }
+    let text = place.sapwood("info --control control").text();
+    assert!(text.starts_with("image: disk.layer\nfile format: layer\nvirtual size: 8 MiB"), "{text}");
+    place
+        .sapwood("rebase -b base.raw -F raw --control control")
+        .fails(1, &["disk.layer", "no base", "nobody"]);
+    drop(frontend);
+    server.stops();
+    std::fs::remove_file(place.path("base.raw")).expect("it is not needed");
+    holds(&place, &mut model);
+}
+
+#[test]
+fn a_resize_is_seen_by_the_guest() {
+    let place = place();
+    let server = start(&place);
+    {
+        // A frontend that takes notices.
+        let mut messages = Messages::connect(place.path("socket"), 1).unwrap();
+        messages.set_owner().unwrap();
+        let features = messages.get_features().unwrap();
+        messages.set_features(features).unwrap();
+        let protocol = messages.get_protocol_features().unwrap();
+        messages.set_protocol_features(protocol & VhostUserProtocolFeatures::all()).unwrap();
+        messages.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        ours.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+        messages.set_backend_request_fd(&theirs).unwrap();
+        for (line, size) in [("+4M", SIZE + (4 << 20)), ("--shrink -- -8M", SIZE - (4 << 20))] {
+            place.sapwood(&format!("resize --control control {line}")).text();
+            let mut notice = [0; 12];
+            (&ours).read_exact(&mut notice).unwrap();
+            assert_eq!(notice[0], 2, "the configuration has changed: {notice:?}");
+            let flags = VhostUserConfigFlags::empty();
+            let (_, space) = messages.get_config(0, 60, flags, &[0; 60]).unwrap();
+            assert_eq!(space[..8], (size / 512).to_le_bytes(), "{line}");
+        }
+    }
+    let mut frontend = connect(&place);
+    assert_eq!(frontend.size().unwrap(), SIZE / 2);
+    let said = place.sapwood("resize --control control 16M").text();
+    assert_eq!(said, "Resized disk.layer from 4 MiB (4194304 bytes) to 16 MiB (16777216 bytes)\n");
+    assert_eq!(frontend.size().unwrap(), 16 << 20);
+    // What was cut off does not come back, from the base neither.
+    assert_eq!(frontend.run(Command::Read(SIZE - 4096, 4096)).unwrap(), [0; 4096]);
+    frontend.run(Command::Write((16 << 20) - 512, &[9; 512])).unwrap();
+    place.sapwood("resize --control control 8M").fails(1, &["disk.layer", "--shrink"]);
+    place.sapwood("resize --control control 100").fails(1, &["disk.layer", "--shrink"]);
+    place.sapwood("resize --shrink --control control 100").fails(1, &["disk.layer", "multiple"]);
+    drop(frontend);
+    server.stops();
+    assert_eq!(place.sapwood("info --output=json disk.layer").json()["virtual-size"], 16 << 20);
+}
+
+#[test]
+fn a_raw_disk_grows_under_a_guest() {
+    let place = Place::new();
+    place.raw_disk("disk.raw");
+    let (server, _) = Server::start(&place, "-f raw disk.raw --queues 2 --control control");
+    let mut frontend = connect(&place);
+    place.sapwood("resize --control control +1M").text();
+    assert_eq!(frontend.size().unwrap(), SIZE + (1 << 20));
+    frontend.run(Command::Write(SIZE, &[3; 512])).unwrap();
+    place.sapwood("resize --shrink --control control 4M").fails(1, &["disk.raw", "only grow"]);
+    place.sapwood("flatten --control control").fails(1, &["disk.raw", "no layer"]);
+    server.stops();
+}
+
+#[test]
+fn the_command_line_knows_where_to_go() {
+    let place = place();
+    place.sapwood("resize --control control 10Q").fails(64, &["10G"]);
+    for line in ["resize", "flatten", "rebase -b other.raw -F raw", "info"] {
+        let size = if line == "resize" { " 16M" } else { "" };
+        place
+            .sapwood(&format!("{line} --control control disk.layer{size}"))
+            .fails(64, &["--control", "cannot be used"]);
+        place.sapwood(&format!("{line} --control control{size}")).fails(1, &["control", "cannot connect"]);
+    }
+    let server = start(&place);
+    for line in [
+        "resize disk.layer 16M",
+        "flatten disk.layer",
+        "rebase -b other.raw -F raw disk.layer",
+        "commit disk.layer",
+    ] {
+        place.sapwood(line).fails(1, &["disk.layer", "in use by process", "--control"]);
+    }
+    assert_eq!(place.sapwood("flatten -q --control control").text(), "");
+    // The other socket is none of this kind.
+    place.sapwood("flatten --control socket").fails(1, &["socket"]);
+    server.stops();
+}
+
+#[test]
+fn a_job_that_is_cancelled_or_killed_leaves_the_disk() {
+    let posts = [("flatten", json!({})), ("rebase", json!({ "base": "other.raw", "format": "raw" }))];
+    for (round, (path, body)) in (0..).zip(posts.iter().cycle().take(8)) {
+        let place = place();
+        let server = start(&place);
+        let mut frontend = connect(&place);
+        let mut model = Model::unknown(SIZE);
+        model.discards_zero = true;
+        model.verify(&mut frontend).expect("it is learned");
+        model.run(&mut frontend, &Run { seed: round, operations: 100, ..Run::default() }).expect("no faults");
+        let (status, job) = ask(&place, "POST", &format!("/v1/disk/{path}"), &body.to_string());
+        assert_eq!(status, 202, "{job}");
+        if round < 2 {
+            ask(&place, "DELETE", &format!("/v1/jobs/{}", job["id"]), "");
+            let state = finish(&place, &job)["state"].clone();
+            assert!(state == "cancelled" || state == "done", "{state}");
+            let info = place.sapwood("info --output=json --control control").json();
+            assert_eq!(info["backing-filename"] == "mid.layer", state == "cancelled", "{info}");
+            assert_eq!(info["job"], Value::Null);
+        } else {
+            // Another moment every time; whichever it is, the disk is the same.
+            thread::sleep(Duration::from_micros(700 * (round - 2)));
+        }
+        drop((frontend, server));
+        holds(&place, &mut model);
+        let server = start(&place);
+        place.sapwood("flatten --control control").text();
+        server.stops();
+        holds(&place, &mut model);
+    }
+}
