@@ -35,6 +35,9 @@ impl StorageFile for File {
     fn lock(&self, _: Lock) -> Result<(), LockError> {
         Ok(())
     }
+    fn unlock(&self) -> io::Result<()> {
+        Ok(())
+    }
 }
 
 /// Counts wakes.

@@ -388,4 +388,9 @@ impl StorageFile for HostFile {
             return Err(LockError::Held(name));
         }
     }
+
+    fn unlock(&self) -> io::Result<()> {
+        self.0.is_locked.store(false, Ordering::Relaxed);
+        Ok(rustix::fs::flock(&self.0.fd, FlockOperation::NonBlockingUnlock)?)
+    }
 }

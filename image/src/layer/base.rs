@@ -1,6 +1,7 @@
 //! What lies below a layer: nothing, a raw image or another layer. None of them may change while
 //! the layer counts on it.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -12,7 +13,7 @@ use crate::error::{ErrorKind, ImageError};
 use crate::format::Format;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
-use sapwood_blockdev::storage::{Lock, OpenOptions, Storage, StorageFile};
+use sapwood_blockdev::storage::{FileIdentity, Lock, OpenOptions, Storage, StorageFile};
 use sapwood_blockdev::units::SECTOR_SIZE;
 
 /// Bases below one another, at most: opening and reading go down the chain, some KiB of stack each.
@@ -47,9 +48,19 @@ pub(super) fn resolve(layer: &Path, stored: &str) -> PathBuf {
     layer.parent().unwrap_or(Path::new("")).join(stored)
 }
 
-/// Size of a raw image as a guest sees it: whole sectors, the last one padded with zeroes.
-fn raw_size(bytes: u64) -> u64 {
-    bytes.next_multiple_of(SECTOR_SIZE)
+/// What a raw image's file says of itself. A guest sees whole sectors, the last one padded with zeroes.
+pub(super) fn raw_identity(path: &Path, found: io::Result<FileIdentity>) -> Result<BaseIdentity, ImageError> {
+    let FileIdentity { size, mtime_ns } = found.map_err(|e| ImageError::io(path, "identify", e))?;
+    Ok(BaseIdentity::Raw { size: size.next_multiple_of(SECTOR_SIZE), mtime_ns })
+}
+
+impl<E: Engine> Clone for Base<E> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Raw { file, size } => Self::Raw { file: file.clone(), size: *size },
+            Self::Layer(layer) => Self::Layer(Arc::clone(layer)),
+        }
+    }
 }
 
 impl<E: Engine> Base<E> {
@@ -71,9 +82,8 @@ impl<E: Engine> Base<E> {
         match format {
             Format::Raw => {
                 let file = open_file(storage, path, OpenOptions::READ, Lock::Shared)?;
-                let identity = file.identity().map_err(|e| ImageError::io(path, "identify", e))?;
-                let size = raw_size(identity.size);
-                Ok((Self::Raw { file, size }, BaseIdentity::Raw { size, mtime_ns: identity.mtime_ns }))
+                let identity = raw_identity(path, file.identity())?;
+                Ok((Self::Raw { file, size: identity.size() }, identity))
             }
             Format::Layer => {
                 let options = OpenLayer { read_only: true, ..OpenLayer::default() };
@@ -112,6 +122,14 @@ impl<E: Engine> Base<E> {
             );
         }
         Ok((base, BaseRef { path: stored.to_owned(), identity }))
+    }
+
+    /// The file.
+    pub(super) fn file(&self) -> E::File {
+        match self {
+            Self::Raw { file, .. } => file.clone(),
+            Self::Layer(layer) => layer.file(),
+        }
     }
 
     /// Size in bytes as a guest sees it.

@@ -6,13 +6,13 @@
 //! old and the new one, and only together with the layer it is the disk: nobody may write it, and
 //! doing the same again finishes it.
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures_util::future::join_all;
 
-use super::base::{Base, Below, OpenBase, describe_change, resolve};
+use super::base::{Base, Below, OpenBase, describe_change, raw_identity, resolve};
 use super::base_record::{BaseIdentity, BaseRef};
 use super::device::Layer;
 use super::driver::Driver;
@@ -80,42 +80,69 @@ async fn remove<E: Engine>(io: &Io<E>, file: &E::File, path: &Path) -> Result<()
 }
 
 /// A base opened for writing.
-enum Lower<E: Engine> {
+pub(super) enum Lower<E: Engine> {
     Raw(Arc<RawDevice<E>>),
     Layer(Driver<E>),
 }
 
 impl<E: Engine> Lower<E> {
-    /// Opens a base and makes it at least `size` bytes large.
-    async fn open<S: Storage<File = E::File>>(
+    /// Opens a base.
+    pub(super) async fn open<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
         path: &Path,
         format: Format,
         options: &OpenLayer,
-        size: u64,
     ) -> Result<Self, ImageError> {
-        let lower = match format {
-            Format::Raw => Self::Raw(RawDevice::open(storage, path, false)?),
+        match format {
+            Format::Raw => Ok(Self::Raw(RawDevice::open(storage, path, false)?)),
             Format::Layer => {
                 let layer = Layer::open(storage, io, path, options).await?;
-                io.spawn(Arc::clone(&layer).maintain(io.clone()));
-                Self::Layer(Driver::new(layer, io.clone()))
+                Ok(Self::Layer(Driver::new(layer, io.clone())))
             }
-            Format::Qcow2 => {
-                return Err(ImageError::new(path, sapwood_blockdev::device::DeviceError::ReadOnly));
-            }
-        };
-        match lower.grow(io, size).await {
-            Ok(()) => Ok(lower),
-            Err(error) => {
-                lower.close(io).await.ok();
-                Err(error)
-            }
+            Format::Qcow2 => Err(ImageError::new(path, sapwood_blockdev::device::DeviceError::ReadOnly)),
         }
     }
 
-    async fn grow(&self, io: &Io<E>, size: u64) -> Result<(), ImageError> {
+    /// Has a layer do its background work.
+    fn maintain(&self, io: &Io<E>) {
+        if let Self::Layer(driver) = self {
+            io.spawn(Arc::clone(&driver.layer).maintain(io.clone()));
+        }
+    }
+
+    /// Has a layer, which was just opened and is not maintained, use nothing again that it uses now,
+    /// until it is closed: somebody reads it as it is now.
+    pub(super) fn keep_places(&self) {
+        if let Self::Layer(driver) = self {
+            // An epoch that is never left.
+            driver.layer.core().segments.enter();
+        }
+    }
+
+    /// Whether the base, which was just opened, was `before` what was recorded.
+    pub(super) fn is_what_was(&self, before: &BaseIdentity) -> Result<bool, ImageError> {
+        Ok(match (self, before, self.identity()?) {
+            (Self::Raw(_), before, found) => *before == found,
+            (
+                Self::Layer(driver),
+                BaseIdentity::Layer { id, generation, .. },
+                BaseIdentity::Layer { id: same, generation: next, .. },
+            ) => *id == same && next == generation + 1 && driver.layer.core().was_clean,
+            _ => false,
+        })
+    }
+
+    /// What tells the base, as it is now, from others.
+    pub(super) fn identity(&self) -> Result<BaseIdentity, ImageError> {
+        match self {
+            Self::Raw(raw) => raw_identity(raw.path(), raw.identity()),
+            Self::Layer(driver) => Ok(driver.layer.identity()),
+        }
+    }
+
+    /// Makes the base at least `size` bytes large.
+    pub(super) async fn grow(&self, io: &Io<E>, size: u64) -> Result<(), ImageError> {
         match self {
             Self::Raw(raw) if raw.geometry().size < size => raw.resize(io, size).await,
             Self::Layer(driver) if driver.layer.geometry().size < size => driver.layer.resize(io, size).await,
@@ -132,8 +159,18 @@ impl<E: Engine> Lower<E> {
         }
     }
 
+    /// Makes a checkpoint of a layer when it is time for one. Nobody else does.
+    async fn checkpoint_if_due(&self) -> DeviceResult {
+        match self {
+            Self::Layer(driver) if driver.layer.core().is_checkpoint_due() => {
+                driver.checkpoint(None, false).await
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Makes everything durable and closes it.
-    async fn close(self, io: &Io<E>) -> Result<(), ImageError> {
+    pub(super) async fn close(&self, io: &Io<E>) -> Result<(), ImageError> {
         match self {
             Self::Raw(raw) => raw.close(io).await,
             Self::Layer(driver) => {
@@ -161,8 +198,14 @@ impl<E: Engine> Layer<E> {
         let driver = Driver::new(Arc::clone(self), io.clone());
         let result = async {
             let lower = driver.open_lower(storage, &below, base, &base_path, options).await?;
-            let merged = driver.merge_into(&lower, &base_path, progress).await;
+            let mut report = |done, all| {
+                progress(done, all);
+                ControlFlow::Continue(())
+            };
+            let merged = driver.merge_into(&lower, &base_path, &mut report).await;
             let closed = lower.close(io).await;
+            // With its lock.
+            drop(lower);
             let written = merged?;
             closed?;
             if !delete {
@@ -210,9 +253,20 @@ impl<E: Engine> Driver<E> {
     ) -> Result<Lower<E>, ImageError> {
         let layer = &self.layer;
         let size = layer.geometry().size;
+        let open = async || {
+            let lower = Lower::open(storage, &self.io, base_path, base.identity.format(), options).await?;
+            lower.maintain(&self.io);
+            match lower.grow(&self.io, size).await {
+                Ok(()) => Ok(lower),
+                Err(error) => {
+                    lower.close(&self.io).await.ok();
+                    Err(error)
+                }
+            }
+        };
         if below.record.committing {
             layer.check_same_layer(storage, &self.io, base, base_path).await?;
-            return Lower::open(storage, &self.io, base_path, base.identity.format(), options, size).await;
+            return open().await;
         }
         // Checked as for any use of the layer.
         let opened = Below::open(storage, &self.io, layer.path(), below.record.clone(), &[]).await?;
@@ -227,7 +281,7 @@ impl<E: Engine> Driver<E> {
         if !breaks!(options.tuning, CommitWithoutMark) {
             mark(true).await?;
         }
-        let lower = Lower::open(storage, &self.io, base_path, base.identity.format(), options, size).await;
+        let lower = open().await;
         if lower.is_err() {
             let found = Below::<E>::open(storage, &self.io, layer.path(), below.record.clone(), &[]).await;
             // Nothing of the base was changed, so the layer is what it was.
@@ -239,11 +293,11 @@ impl<E: Engine> Driver<E> {
     }
 
     /// Writes what the layer holds into its base. The bytes of data written.
-    async fn merge_into(
+    pub(super) async fn merge_into(
         &self,
         lower: &Lower<E>,
         lower_path: &Path,
-        progress: &mut dyn FnMut(u64, u64),
+        progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
     ) -> Result<u64, ImageError> {
         let size = self.layer.geometry().size;
         let mut written = 0;
@@ -253,8 +307,11 @@ impl<E: Engine> Driver<E> {
                     batch.iter().map(|(range, is_data)| self.move_down(lower, range.clone(), *is_data));
                 let moved: DeviceResult<Vec<u64>> = join_all(moves).await.into_iter().collect();
                 written += moved.map_err(|e| ImageError::new(lower_path, e))?.iter().sum::<u64>();
+                lower.checkpoint_if_due().await.map_err(|e| ImageError::new(lower_path, e))?;
             }
-            progress(window.end, size);
+            if progress(window.end, size).is_break() {
+                return Err(ImageError::new(self.layer.path(), ErrorKind::Cancelled));
+            }
         }
         Ok(written)
     }

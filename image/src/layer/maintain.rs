@@ -44,6 +44,11 @@ impl Core {
         self.log.bytes_since_checkpoint >= self.tuning.checkpoint_bytes && self.is_checkpoint_wanted()
     }
 
+    /// Whether a checkpoint is due for its size, whatever the time.
+    pub(super) fn is_checkpoint_due(&self) -> bool {
+        self.is_log_long() || self.is_map_dirty()
+    }
+
     fn is_cleaning_wanted(&self) -> bool {
         self.is_over_space() || self.is_short_of_space()
     }
@@ -56,7 +61,7 @@ impl Core {
         let old = now >= self.checkpointed_at + self.tuning.checkpoint_interval;
         Due {
             sync: self.unsynced_since().is_some_and(|since| now >= since + self.tuning.sync_interval),
-            checkpoint: self.is_log_long() || self.is_map_dirty() || (old && self.is_checkpoint_wanted()),
+            checkpoint: self.is_checkpoint_due() || (old && self.is_checkpoint_wanted()),
             clean: self.is_cleaning_wanted()
                 && (self.segments.has_retired()
                     || self.can_clean() && self.segments.victim(self.log.published.sequence).is_some()),

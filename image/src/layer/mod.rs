@@ -9,7 +9,7 @@
 //! `map`, `segments` and `log` the state in memory; `core` joins them under one lock and says
 //! what to do next; `driver` does it; `paging` loads nodes of the map; `queue`, `read` and `merge` serve guests; `checkpoint`,
 //! `clean` and `maintain` work in the background; `create`, `recover` and `check` begin and judge;
-//! `copy_up`, `switch`, `rebase` and `commit` change what lies below.
+//! `copy_up`, `shed`, `switch`, `rebase`, `commit` and `commit_online` change what lies below.
 
 mod base;
 mod base_record;
@@ -18,6 +18,7 @@ mod check;
 mod checkpoint;
 mod clean;
 mod commit;
+mod commit_online;
 mod copy_up;
 mod core;
 mod create;
@@ -47,6 +48,7 @@ mod recover;
 mod replay;
 mod reserve;
 mod segments;
+mod shed;
 mod slot;
 mod switch;
 mod tuning;

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use sapwood_blockdev::device::{BlockDevice, DeviceError, Geometry, Request};
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
-use sapwood_blockdev::storage::{Alignment, Lock, OpenOptions, Storage, StorageFile};
+use sapwood_blockdev::storage::{Alignment, FileIdentity, Lock, OpenOptions, Storage, StorageFile};
 use sapwood_blockdev::units::{BLOCK_SIZE, SECTOR_SIZE};
 
 use super::map;
@@ -104,6 +104,11 @@ impl<E: Engine> RawDevice<E> {
         io.run(truncate).await.result.map_err(|e| ImageError::errno(path, "resize", e))?;
         self.size.store(size, Ordering::Release);
         self.sync(io, Op::Sync { file: self.file.clone() }).await
+    }
+
+    /// What makes the file recognisable now.
+    pub(crate) fn identity(&self) -> std::io::Result<FileIdentity> {
+        self.file.identity()
     }
 
     /// Carries out a request other than a flush for the only user of the device.

@@ -240,16 +240,27 @@ impl StorageFile for MemoryFile {
         }
         Ok(())
     }
+
+    fn unlock(&self) -> io::Result<()> {
+        self.0.unlock();
+        Ok(())
+    }
 }
 
-impl Drop for Description {
-    fn drop(&mut self) {
+impl Description {
+    fn unlock(&self) {
         let mut contents = locked(&self.contents);
-        match *locked(&self.lock) {
+        match locked(&self.lock).take() {
             Some(Lock::Shared) => contents.shared -= 1,
             Some(Lock::Exclusive) => contents.exclusive = false,
             None => {}
         }
+    }
+}
+
+impl Drop for Description {
+    fn drop(&mut self) {
+        self.unlock();
     }
 }
 

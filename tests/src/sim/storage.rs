@@ -131,4 +131,9 @@ impl StorageFile for SimFile {
             Some(holder) => Err(LockError::Held(Some(format!("process {holder}")))),
         }
     }
+
+    fn unlock(&self) -> io::Result<()> {
+        self.world.state().unlock(&self.description);
+        Ok(())
+    }
 }

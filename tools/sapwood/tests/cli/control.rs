@@ -60,7 +60,7 @@ fn follow<'a>(document: &'a Value, value: &'a Value) -> &'a Value {
 fn fits(document: &Value, schema: &Value, value: &Value, at: &str) {
     let schema = follow(document, schema);
     for name in schema["required"].as_array().into_iter().flatten() {
-        assert!(value.get(name.as_str().unwrap()).is_some(), "{at}: no {name} in {value}");
+        assert!(value.get(name.as_str().expect("a name")).is_some(), "{at}: no {name} in {value}");
     }
     if let Some(values) = schema["enum"].as_array() {
         assert!(values.contains(value), "{at}: {value}");
