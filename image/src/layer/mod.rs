@@ -11,8 +11,8 @@
 //! `clean` and `maintain` work in the background; `create`, `recover` and `check` begin and judge;
 //! `copy_up`, `switch`, `rebase` and `commit` change what lies below.
 
-mod base;
-mod base_record;
+pub(crate) mod base;
+pub(crate) mod base_record;
 mod bytes;
 mod check;
 mod checkpoint;
@@ -26,6 +26,7 @@ mod device;
 pub mod doors;
 mod driver;
 mod extents;
+pub(crate) mod frozen;
 mod header;
 mod layout;
 mod leaf;
@@ -37,7 +38,7 @@ mod merge;
 #[cfg(feature = "mutations")]
 pub mod mutation;
 mod node;
-mod paging;
+pub(crate) mod paging;
 mod ports;
 mod queue;
 mod read;
@@ -54,6 +55,7 @@ mod waiter;
 
 use std::path::{Path, PathBuf};
 
+use crate::below::OpenBelow;
 use crate::error::ImageError;
 use crate::format::Format;
 use sapwood_blockdev::storage::{Lock, OpenOptions, Storage};
@@ -77,6 +79,15 @@ pub struct BaseSpec {
     pub path: PathBuf,
     /// Its format.
     pub format: Format,
+    /// How a qcow2 image is read.
+    pub options: OpenBelow,
+}
+
+impl BaseSpec {
+    /// A base that is read without leave to open what it names.
+    pub fn new(path: impl Into<PathBuf>, format: Format) -> Self {
+        Self { path: path.into(), format, options: OpenBelow::default() }
+    }
 }
 
 /// What a new layer is to be.
@@ -139,7 +150,7 @@ pub struct LayerInfo {
 }
 
 /// Opens a file and takes the lock on that very open file description, before anything is read.
-fn open_file<S: Storage>(
+pub(crate) fn open_file<S: Storage>(
     storage: &S,
     path: &Path,
     options: OpenOptions,

@@ -118,7 +118,7 @@ impl Subject for LayerSubject {
                     Some(Format::Layer)
                 }
             };
-            let base = format.map(|format| BaseSpec { path: base_path(), format });
+            let base = format.map(|format| BaseSpec::new(base_path(), format));
             let size = Some(shape.sectors * SECTOR);
             let options = CreateLayer { size, base, segment_size: shape.segment_size, overwrite: false };
             layer::create(&storage, &io, &disk_path(), &options).await.map_err(|error| error.to_string())

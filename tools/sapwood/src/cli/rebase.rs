@@ -92,7 +92,7 @@ impl Rebase {
                     Some(format) => format,
                     None => probe_base(host, &self.path, &path)?,
                 };
-                Ok(Some(BaseSpec { path, format }))
+                Ok(Some(BaseSpec::new(path, format)))
             }
         }
     }
