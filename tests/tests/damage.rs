@@ -240,7 +240,7 @@ fn chain(folder: &Path, name: &str, id: u8, below: Option<(&str, &Image)>) -> Im
     let mut image = specimen::empty().bytes;
     corrupt::rename_layer(&mut image, [id; 16]);
     if let Some((path, below)) = below {
-        corrupt::layer_base(&mut image, path, below);
+        corrupt::layer_base(&mut image, path, below, specimen::SIZE);
     }
     std::fs::write(folder.join(name), &image).unwrap();
     image

@@ -134,6 +134,8 @@ impl<E: Engine> Layer<E> {
             clean: core.was_clean,
             map_bytes: core.map.bytes(),
             map_reads: core.node_reads,
+            depth: below.chain.as_ref().map_or(0, |chain| chain.depth()),
+            index_bytes: below.chain.as_ref().map_or(0, |chain| chain.index_bytes()),
         }
     }
 

@@ -147,6 +147,10 @@ pub struct LayerInfo {
     pub map_bytes: u64,
     /// Reads of the map's nodes since it was opened.
     pub map_reads: u64,
+    /// Images below it that are open to it.
+    pub depth: usize,
+    /// Memory that the index over the layers among them takes, in bytes.
+    pub index_bytes: usize,
 }
 
 /// Opens a file and takes the lock on that very open file description, before anything is read.
