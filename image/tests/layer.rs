@@ -163,7 +163,7 @@ fn random_work_matches_a_model_over_every_base() {
                 let contents: Vec<u8> = (0..(2 << 20) + 700).map(|_| rng.next() as u8).collect();
                 std::fs::write(dir.path().join("base"), &contents).unwrap();
                 model[..contents.len()].copy_from_slice(&contents);
-                Some(BaseSpec { path: "base".into(), format: Format::Raw })
+                Some(BaseSpec::new("base", Format::Raw))
             }
             _ => {
                 let below = dir.path().join("below");
@@ -172,7 +172,7 @@ fn random_work_matches_a_model_over_every_base() {
                 (0..100).for_each(|_| disk.random_step(&mut rng));
                 let contents = disk.close();
                 model[..contents.len()].copy_from_slice(&contents);
-                Some(BaseSpec { path: "below".into(), format: Format::Layer })
+                Some(BaseSpec::new("below", Format::Layer))
             }
         };
         create(
@@ -221,7 +221,7 @@ fn a_dropped_layer_is_recovered() {
 fn sizes_change_and_cut_bytes_stay_gone() {
     let (dir, path) = scratch();
     std::fs::write(dir.path().join("base"), vec![7; 1 << 20]).unwrap();
-    let base = Some(BaseSpec { path: "base".into(), format: Format::Raw });
+    let base = Some(BaseSpec::new("base", Format::Raw));
     create(&path, CreateLayer { size: Some(300 * 512), base, ..CreateLayer::default() }).unwrap();
     let mut disk = Disk::open(&path, vec![7; 300 * 512]);
     for size in [301, 100, 99, 2048, 3000, 1, 3000] {
@@ -252,7 +252,7 @@ fn a_changed_base_is_refused() {
     let (dir, path) = scratch();
     let base = dir.path().join("base");
     std::fs::write(&base, vec![1; 8192]).unwrap();
-    let spec = Some(BaseSpec { path: "base".into(), format: Format::Raw });
+    let spec = Some(BaseSpec::new("base", Format::Raw));
     create(&path, CreateLayer { base: spec, ..CreateLayer::default() }).unwrap();
     std::thread::sleep(std::time::Duration::from_millis(20));
     std::fs::write(&base, vec![2; 8192]).unwrap();

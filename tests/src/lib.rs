@@ -11,3 +11,4 @@ pub mod model;
 pub mod mounts;
 pub mod qcow2;
 pub mod sim;
+pub mod stack;

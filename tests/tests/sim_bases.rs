@@ -190,7 +190,7 @@ fn prepare(process: &Process, start: Start) -> Vec<u8> {
     let (old, new) = (pattern(20 * BLOCK + 700, 0x40), pattern(50 * BLOCK, 0x80));
     process.world.install(&path("old"), &old);
     process.world.install(&path("new"), &new);
-    let spec = |name: &str, format| BaseSpec { path: path(name), format };
+    let spec = |name: &str, format| BaseSpec::new(path(name), format);
     let mut mid = sized(old, 30 * BLOCK);
     process.create("mid", mid.len(), Some(spec("old", Format::Raw)));
     process.change("mid", &[(2 * BLOCK, 3 * BLOCK, Some(2)), (10 * BLOCK, 2 * BLOCK, None)], &mut mid);
@@ -220,7 +220,7 @@ fn act(process: &Process, change: Change, tuning: Tuning) -> impl Future<Output 
     async move {
         match change {
             Change::Rebase(base) => {
-                let base = base.map(|(name, format)| BaseSpec { path: path(name), format });
+                let base = base.map(|(name, format)| BaseSpec::new(path(name), format));
                 layer::rebase(&storage, &io, &path("top"), base.as_ref(), tuning, &mut |_, _| {}).await
             }
             Change::Commit { delete } => {

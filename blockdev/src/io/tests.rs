@@ -20,6 +20,9 @@ impl StorageFile for File {
     fn path(&self) -> &Path {
         Path::new("file")
     }
+    fn is_shared(&self) -> bool {
+        false
+    }
     fn size(&self) -> io::Result<u64> {
         Ok(0)
     }

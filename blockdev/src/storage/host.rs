@@ -292,6 +292,10 @@ impl StorageFile for HostFile {
         self.0.is_device
     }
 
+    fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+
     fn size(&self) -> io::Result<u64> {
         if self.0.is_device {
             // A device's st_size is 0. Nothing here uses the file position that this moves.

@@ -124,6 +124,9 @@ pub trait StorageFile: Clone + Send + Sync + fmt::Debug + 'static {
         false
     }
 
+    /// Whether there are other clones, for example with operations in flight.
+    fn is_shared(&self) -> bool;
+
     /// Size in bytes now; of the device, for a block device.
     ///
     /// # Errors

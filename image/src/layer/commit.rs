@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use futures_util::future::join_all;
 
-use super::base::{Base, Below, OpenBase, describe_change, raw_identity, resolve};
+use super::base::{Below, OpenBase, describe_change, resolve};
 use super::base_record::{BaseIdentity, BaseRef};
 use super::device::Layer;
 use super::driver::Driver;
@@ -20,7 +20,7 @@ use super::extents::MapRun;
 use super::node::Entry;
 use super::tuning::{Tuning, breaks};
 use super::waiter::Result as DeviceResult;
-use super::{OpenLayer, check_size};
+use super::{BaseSpec, OpenLayer, check_size};
 use crate::error::{ErrorKind, ImageError};
 use crate::format::Format;
 use crate::raw::RawDevice;
@@ -29,7 +29,7 @@ use crate::site;
 use sapwood_blockdev::device::{BlockDevice, Command, Request};
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
-use sapwood_blockdev::storage::{Storage, StorageFile};
+use sapwood_blockdev::storage::{FileIdentity, Storage, StorageFile};
 use sapwood_blockdev::units::{BLOCK_SIZE, GuestOffset};
 
 /// What a commit did.
@@ -136,7 +136,11 @@ impl<E: Engine> Lower<E> {
     /// What tells the base, as it is now, from others.
     pub(super) fn identity(&self) -> Result<BaseIdentity, ImageError> {
         match self {
-            Self::Raw(raw) => raw_identity(raw.path(), raw.identity()),
+            Self::Raw(raw) => {
+                let FileIdentity { mtime_ns, .. } =
+                    raw.identity().map_err(|e| ImageError::io(raw.path(), "identify", e))?;
+                Ok(BaseIdentity::Raw { size: raw.geometry().size, mtime_ns })
+            }
             Self::Layer(driver) => Ok(driver.layer.identity()),
         }
     }
@@ -194,6 +198,7 @@ impl<E: Engine> Layer<E> {
         let Some(base) = &below.record.base else {
             return Err(ImageError::invalid(self.path(), "it has no base that it could be merged into"));
         };
+        self.check_is_written(base)?;
         let base_path = resolve(self.path(), &base.path);
         let driver = Driver::new(Arc::clone(self), io.clone());
         let result = async {
@@ -209,13 +214,26 @@ impl<E: Engine> Layer<E> {
             let written = merged?;
             closed?;
             if !delete {
-                driver.empty_over(storage, base, &base_path).await?;
+                driver.empty_over(storage, base).await?;
             }
             Ok(written)
         }
         .await;
         driver.retire().await;
         result.map(|written| Committed { base: base_path, written })
+    }
+
+    /// Refuses bases of formats that are only read.
+    pub(super) fn check_is_written(&self, base: &BaseRef) -> Result<(), ImageError> {
+        if base.identity.format() == Format::Qcow2 {
+            let detail = format!(
+                "its base {} is a qcow2 image, which is read and never written: make a new image with sapwood \
+                 convert, or let the layer hold all of its disk with sapwood flatten",
+                resolve(self.path(), &base.path).display()
+            );
+            return Err(ImageError::new(self.path(), ErrorKind::Unsupported(detail)));
+        }
+        Ok(())
     }
 
     /// Refuses to go on with another layer than the commit was begun with. Whatever else tells a base
@@ -227,11 +245,13 @@ impl<E: Engine> Layer<E> {
         base: &BaseRef,
         path: &Path,
     ) -> Result<(), ImageError> {
-        let above = [self.header().layer_id];
-        let (_, found) = Base::<E>::open(storage, io, path, base.identity.format(), &above).await?;
+        let spec = BaseSpec::new(&base.path, base.identity.format());
+        let (above, tuning) = (self.header().layer_id, self.core().tuning);
+        let opened = Below::<E>::open_base(storage, io, self.path(), &spec, Some(above), &tuning);
+        let found = opened.await?.1.identity;
         match (&base.identity, &found) {
             (BaseIdentity::Layer { id: a, .. }, BaseIdentity::Layer { id: b, .. }) if a != b => {
-                let change = describe_change(&base.identity, &found).unwrap_or_default();
+                let change = describe_change(&base.identity, &found, &[]).unwrap_or_default();
                 let detail =
                     format!("{} is not the base that it was being merged into: {change}", path.display());
                 Err(ImageError::new(self.path(), ErrorKind::Base(detail)))
@@ -269,9 +289,11 @@ impl<E: Engine> Driver<E> {
             return open().await;
         }
         // Checked as for any use of the layer.
-        let opened = Below::open(storage, &self.io, layer.path(), below.record.clone(), &[]).await?;
-        if let Some(Base::Layer(lower)) = &opened.base {
-            check_size(base_path, size.max(lower.geometry().size), lower.header().segment_blocks)?;
+        let opened = self.open_below(storage, below, options).await?;
+        if let Some(chain) = &opened.chain
+            && let Some(segment_blocks) = chain.segment_blocks()
+        {
+            check_size(base_path, size.max(chain.size()), segment_blocks)?;
         }
         drop(opened);
         let mark = async |committing| {
@@ -283,13 +305,24 @@ impl<E: Engine> Driver<E> {
         }
         let lower = open().await;
         if lower.is_err() {
-            let found = Below::<E>::open(storage, &self.io, layer.path(), below.record.clone(), &[]).await;
+            let found = self.open_below(storage, below, options).await;
             // Nothing of the base was changed, so the layer is what it was.
             if found.is_ok() {
                 mark(false).await?;
             }
         }
         lower
+    }
+
+    /// Opens what lies below the layer, to see whether it is what it was.
+    async fn open_below<S: Storage<File = E::File>>(
+        &self,
+        storage: &S,
+        below: &Below<E>,
+        options: &OpenLayer,
+    ) -> Result<Below<E>, ImageError> {
+        let record = below.record.clone();
+        Below::open(storage, &self.io, self.layer.path(), record, &options.tuning).await
     }
 
     /// Writes what the layer holds into its base. The bytes of data written.
@@ -346,17 +379,16 @@ impl<E: Engine> Driver<E> {
         &self,
         storage: &S,
         base: &BaseRef,
-        base_path: &Path,
     ) -> Result<(), ImageError> {
         let layer = &self.layer;
-        let above = [layer.header().layer_id];
-        let format = base.identity.format();
-        let (opened, identity) = Base::open(storage, &self.io, base_path, format, &above).await?;
+        let spec = BaseSpec::new(&base.path, base.identity.format());
+        let (above, tuning) = (layer.header().layer_id, layer.core().tuning);
+        let opened = Below::open_base(storage, &self.io, layer.path(), &spec, Some(above), &tuning);
+        let (chain, named) = opened.await?;
         let blocks = 0..layer.geometry().size.div_ceil(BLOCK_SIZE);
         let emptied = self.set_uniform(blocks, Entry::ABSENT).await;
-        let named = BaseRef { path: base.path.clone(), identity };
         let switched = match emptied {
-            Ok(()) => self.switch_base(Some(opened), Some(named), false).await,
+            Ok(()) => self.switch_base(Some(chain), Some(named), false).await,
             Err(error) => Err(error),
         };
         switched.map_err(|error| ImageError::new(layer.path(), error))

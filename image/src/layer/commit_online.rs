@@ -14,14 +14,15 @@ use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::OpenLayer;
-use super::base::{Base, Below, resolve};
+use super::base::{Below, resolve};
 use super::base_record::{BaseIdentity, BaseRef};
 use super::check_size;
 use super::commit::{Committed, Lower};
 use super::device::Layer;
 use super::driver::Driver;
 use super::tuning::breaks;
+use super::{BaseSpec, OpenLayer};
+use crate::below::{Chain, Opened};
 use crate::error::{ErrorKind, ImageError};
 use sapwood_blockdev::engine::{Engine, Time};
 use sapwood_blockdev::io::Io;
@@ -35,8 +36,8 @@ struct Online<'a, S: Storage, E: Engine<File = S::File>> {
     driver: Driver<E>,
     storage: &'a S,
     below: Arc<Below<E>>,
-    /// What lies below, as opened and as recorded.
-    base: &'a Base<E>,
+    /// The base as guests read it.
+    base: Opened<E>,
     named: &'a BaseRef,
     path: &'a Path,
 }
@@ -56,18 +57,22 @@ impl<E: Engine> Layer<E> {
         progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
     ) -> Result<Committed, ImageError> {
         let below = self.below();
-        let (Some(named), Some(base)) = (below.record.base.clone(), below.base.clone()) else {
+        let (Some(named), Some(chain)) = (below.record.base.clone(), below.chain.clone()) else {
             return Err(ImageError::invalid(self.path(), "it has no base that it could be merged into"));
         };
+        self.check_is_written(&named)?;
         if below.record.committing {
             let path = self.path().display();
             let detail = format!("an earlier commit failed: stop its server, and run sapwood commit {path}");
             return Err(ImageError::new(self.path(), ErrorKind::Base(detail)));
         }
         let path = resolve(self.path(), &named.path);
+        if let Some(segment_blocks) = chain.segment_blocks() {
+            check_size(&path, self.core().size.max(chain.size()), segment_blocks)?;
+        }
+        let base = chain.hold_top(io).await?;
         let driver = Driver::new(Arc::clone(self), io.clone());
-        let online =
-            Online { driver: driver.clone(), storage, below, base: &base, named: &named, path: &path };
+        let online = Online { driver: driver.clone(), storage, below, base, named: &named, path: &path };
         let result = online.run(progress).await;
         driver.retire().await;
         result.map(|written| Committed { base: path, written })
@@ -82,10 +87,7 @@ impl<S: Storage, E: Engine<File = S::File>> Online<'_, S, E> {
             let core = layer.core();
             (core.size, core.tuning)
         };
-        if let Base::Layer(lower) = self.base {
-            check_size(self.path, size.max(lower.core().size), lower.header().segment_blocks)?;
-        }
-        self.switch(self.base.clone(), self.named.identity.clone(), true).await?;
+        self.switch(self.below.chain.clone(), self.named.identity.clone(), true).await?;
         let lower = match self.open_lower().await {
             Ok(lower) => lower,
             Err(error) => return self.withdraw().await.and(Err(error)),
@@ -119,12 +121,12 @@ impl<S: Storage, E: Engine<File = S::File>> Online<'_, S, E> {
 
     async fn switch(
         &self,
-        base: Base<E>,
+        chain: Option<Arc<Chain<E>>>,
         identity: BaseIdentity,
         committing: bool,
     ) -> Result<(), ImageError> {
         let named = BaseRef { path: self.named.path.clone(), identity };
-        let switched = self.driver.switch_base(Some(base), Some(named), committing).await;
+        let switched = self.driver.switch_base(chain, Some(named), committing).await;
         switched.map_err(|error| ImageError::new(self.driver.layer.path(), error))
     }
 
@@ -148,9 +150,9 @@ impl<S: Storage, E: Engine<File = S::File>> Online<'_, S, E> {
     async fn withdraw(&self) -> Result<(), ImageError> {
         self.lock_again()?;
         let layer = &self.driver.layer;
-        let opened = Below::open(self.storage, &self.driver.io, layer.path(), self.below.record.clone(), &[]);
-        match opened.await {
-            Ok(Below { base: Some(base), .. }) => self.switch(base, self.named.identity.clone(), false).await,
+        let (record, tuning) = (self.below.record.clone(), layer.core().tuning);
+        match Below::open(self.storage, &self.driver.io, layer.path(), record, &tuning).await {
+            Ok(Below { chain, .. }) => self.switch(chain, self.named.identity.clone(), false).await,
             _ => Ok(()),
         }
     }
@@ -170,14 +172,15 @@ impl<S: Storage, E: Engine<File = S::File>> Online<'_, S, E> {
         drop(lower);
         self.lock_again()?;
         closed?;
-        let above = [layer.header().layer_id];
-        let format = self.named.identity.format();
-        let (base, found) = Base::open(self.storage, io, self.path, format, &above).await?;
+        let above = Some(layer.header().layer_id);
+        let spec = BaseSpec::new(&self.named.path, self.named.identity.format());
+        let (chain, BaseRef { identity: found, .. }) =
+            Below::open_base(self.storage, io, layer.path(), &spec, above, &tuning).await?;
         if found != left? {
             let detail = format!("its base {} was changed by somebody else", self.path.display());
             return Err(ImageError::new(layer.path(), ErrorKind::Base(detail)));
         }
-        self.switch(base, found, false).await
+        self.switch(Some(chain), found, false).await
     }
 
     /// Waits for the end of the reads that began before the base was switched: the next commit may use

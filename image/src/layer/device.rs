@@ -19,6 +19,7 @@ use crate::error::ImageError;
 use sapwood_blockdev::device::{BlockDevice, Command, Geometry, Request};
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
+use sapwood_blockdev::storage::StorageFile;
 use sapwood_blockdev::units::{BLOCK_SIZE, GuestOffset, SECTOR_SIZE};
 
 /// Largest part of a record, in blocks: what is left over at the end of a segment stays below it.
@@ -58,6 +59,11 @@ impl<E: Engine> Layer<E> {
 
     pub(super) fn file(&self) -> E::File {
         self.file.clone()
+    }
+
+    /// Whether operations use the file now, or others do.
+    pub(crate) fn is_file_shared(&self) -> bool {
+        self.file.is_shared()
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -119,8 +125,7 @@ impl<E: Engine> Layer<E> {
             id: hex(&self.header.layer_id),
             segment_size: core.segments.bytes(),
             base_path: base.map(|base| resolve(&self.path, &base.path)),
-            base: base
-                .map(|base| BaseSpec { path: PathBuf::from(&base.path), format: base.identity.format() }),
+            base: base.map(|base| BaseSpec::new(&base.path, base.identity.format())),
             live_blocks,
             used_bytes: core.segments.used_bytes() + PREAMBLE_BYTES,
             dead_blocks: core.segments.dead_blocks(core.log.head.segment, core.log.head.block),
@@ -129,6 +134,8 @@ impl<E: Engine> Layer<E> {
             clean: core.was_clean,
             map_bytes: core.map.bytes(),
             map_reads: core.node_reads,
+            depth: below.chain.as_ref().map_or(0, |chain| chain.depth()),
+            index_bytes: below.chain.as_ref().map_or(0, |chain| chain.index_bytes()),
         }
     }
 

@@ -18,6 +18,8 @@ use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
 
 /// Most bytes read at once.
 const WINDOW_BYTES: u64 = 1 << 20;
+/// Bytes between two nodes that are read rather than left out.
+const GAP_BYTES: u64 = 64 << 10;
 
 /// A file being read before the layer is open.
 pub(super) struct Reader<'a, E: Engine> {
@@ -97,7 +99,7 @@ impl<E: Engine> Reader<'_, E> {
     }
 
     /// Reads stored nodes and hands each to `f` with its index and reference.
-    async fn read_nodes(
+    pub(super) async fn read_nodes(
         &self,
         mut nodes: Vec<(u32, NodeRef)>,
         mut f: impl FnMut(u32, NodeRef, &[u8]) -> Result<(), ImageError>,
@@ -110,7 +112,14 @@ impl<E: Engine> Reader<'_, E> {
         let mut rest = &nodes[..];
         while let Some(&(_, first)) = rest.first() {
             let start = span(first).0 / BLOCK_SIZE * BLOCK_SIZE;
-            let count = rest.iter().take_while(|(_, node)| span(*node).1 <= start + WINDOW_BYTES).count();
+            let mut reached = start;
+            let is_near = |(_, node): &&(u32, NodeRef)| {
+                let (from, to) = span(*node);
+                let near = from <= reached + GAP_BYTES && to <= start + WINDOW_BYTES;
+                reached = reached.max(to);
+                near
+            };
+            let count = rest.iter().take_while(is_near).count();
             let (window, others) = rest.split_at(count.max(1));
             let end = window.iter().map(|(_, node)| span(*node).1).max().unwrap_or(start);
             let bytes = self.read_span(start, end).await?;

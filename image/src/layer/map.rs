@@ -242,6 +242,11 @@ impl Map {
         self.branches.last_key_value().map_or(0, |(last, _)| last + 1).max(self.roots.len() as u32)
     }
 
+    /// A leaf that is in memory, or the node to load first.
+    pub(super) fn leaf(&self, leaf: u32) -> Result<Leaf, NodeKey> {
+        self.with_leaf(leaf, Leaf::clone)
+    }
+
     /// Whether a leaf can be looked at without loading anything.
     pub(super) fn is_loaded(&self, leaf: u32) -> bool {
         self.with_leaf(leaf, |_| ()).is_ok()

@@ -11,8 +11,8 @@
 //! `clean` and `maintain` work in the background; `create`, `recover` and `check` begin and judge;
 //! `copy_up`, `shed`, `switch`, `rebase`, `commit` and `commit_online` change what lies below.
 
-mod base;
-mod base_record;
+pub(crate) mod base;
+pub(crate) mod base_record;
 mod bytes;
 mod check;
 mod checkpoint;
@@ -27,6 +27,7 @@ mod device;
 pub mod doors;
 mod driver;
 mod extents;
+pub(crate) mod frozen;
 mod header;
 mod layout;
 mod leaf;
@@ -38,7 +39,7 @@ mod merge;
 #[cfg(feature = "mutations")]
 pub mod mutation;
 mod node;
-mod paging;
+pub(crate) mod paging;
 mod ports;
 mod queue;
 mod read;
@@ -56,6 +57,7 @@ mod waiter;
 
 use std::path::{Path, PathBuf};
 
+use crate::below::OpenBelow;
 use crate::error::ImageError;
 use crate::format::Format;
 use sapwood_blockdev::storage::{Lock, OpenOptions, Storage};
@@ -79,6 +81,15 @@ pub struct BaseSpec {
     pub path: PathBuf,
     /// Its format.
     pub format: Format,
+    /// How a qcow2 image is read.
+    pub options: OpenBelow,
+}
+
+impl BaseSpec {
+    /// A base that is read without leave to open what it names.
+    pub fn new(path: impl Into<PathBuf>, format: Format) -> Self {
+        Self { path: path.into(), format, options: OpenBelow::default() }
+    }
 }
 
 /// What a new layer is to be.
@@ -138,10 +149,14 @@ pub struct LayerInfo {
     pub map_bytes: u64,
     /// Reads of the map's nodes since it was opened.
     pub map_reads: u64,
+    /// Images below it that are open to it.
+    pub depth: usize,
+    /// Memory that the index over the layers among them takes, in bytes.
+    pub index_bytes: usize,
 }
 
 /// Opens a file and takes the lock on that very open file description, before anything is read.
-fn open_file<S: Storage>(
+pub(crate) fn open_file<S: Storage>(
     storage: &S,
     path: &Path,
     options: OpenOptions,

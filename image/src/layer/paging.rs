@@ -32,7 +32,7 @@ const AHEAD_BYTES: u64 = 64 << 10;
 pub(super) type Loading = BTreeMap<NodeKey, Vec<Waker>>;
 
 /// Leaves kept in memory while this exists.
-pub(super) struct Pins<E: Engine> {
+pub(crate) struct Pins<E: Engine> {
     layer: Arc<Layer<E>>,
     leaves: Range<u32>,
 }
@@ -100,7 +100,7 @@ impl<E: Engine> Layer<E> {
     ///
     /// # Errors
     /// When a node cannot be read or is damaged.
-    pub(super) async fn pin(
+    pub(crate) async fn pin(
         self: &Arc<Self>,
         io: &Io<E>,
         blocks: &Range<u64>,
@@ -197,7 +197,7 @@ impl<E: Engine> Layer<E> {
         self.decode(&reader, key, offset, &bytes)
     }
 
-    fn decode(
+    pub(super) fn decode(
         &self,
         reader: &Reader<'_, E>,
         key: NodeKey,
@@ -285,7 +285,7 @@ impl Core {
 }
 
 /// How an error that names a file ends a request.
-pub(super) fn device_error(error: &ImageError) -> DeviceError {
+pub(crate) fn device_error(error: &ImageError) -> DeviceError {
     match &error.kind {
         ErrorKind::Io { source, .. } => DeviceError::Io(Errno::from_io_error(source).unwrap_or(Errno::IO)),
         ErrorKind::Device(error) => *error,

@@ -10,12 +10,13 @@ use std::sync::Arc;
 
 use futures_util::future::join_all;
 
-use super::base::{Base, Below, OpenBase, describe_change};
+use super::base::{Below, OpenBase, describe_change};
 use super::base_record::{BaseRecord, BaseRef};
 use super::device::Layer;
 use super::driver::Driver;
 use super::tuning::Tuning;
 use super::{BaseSpec, OpenLayer};
+use crate::below::Chain;
 use crate::error::{ErrorKind, ImageError};
 use crate::extent::{Extent, ExtentKind};
 use crate::side::{BATCH, CHUNK_LEN, WINDOW_LEN, cut, in_blocks};
@@ -85,10 +86,10 @@ impl<E: Engine> Layer<E> {
         progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
     ) -> Result<(), ImageError> {
         let old = self.below();
-        let (base, named) = self.open_new_base(storage, io, base).await?;
+        let (chain, named) = self.open_new_base(storage, io, base).await?;
         // The record is not used before the switch, which makes another.
         let record = BaseRecord { base: named, ..old.record.clone() };
-        let new = Below { record, base };
+        let new = Below { record, chain };
         let size = self.core().size;
         let driver = Driver::new(Arc::clone(self), io.clone());
         let mut result = Ok(());
@@ -102,7 +103,7 @@ impl<E: Engine> Layer<E> {
             }
         }
         if result.is_ok() {
-            let switched = driver.switch_base(new.base, new.record.base, false).await;
+            let switched = driver.switch_base(new.chain, new.record.base, false).await;
             result = switched.map_err(|error| ImageError::new(self.path(), error));
         }
         driver.retire().await;
@@ -121,9 +122,13 @@ impl<E: Engine> Layer<E> {
         base: Option<&BaseSpec>,
     ) -> Result<Option<String>, ImageError> {
         let old = self.below();
-        let (base, named) = self.open_new_base(storage, io, base).await?;
+        let (chain, named) = self.open_new_base(storage, io, base).await?;
         let change = match (&old.record.base, &named) {
-            (Some(was), Some(is)) => describe_change(&was.identity, &is.identity),
+            (Some(was), Some(is)) => {
+                let files = chain.as_ref().map(|chain| chain.files()).unwrap_or_default();
+                let paths: Vec<_> = files.into_iter().map(|(path, _)| path).collect();
+                describe_change(&was.identity, &is.identity, &paths)
+            }
             (None, Some(_)) => Some("it had no base".to_owned()),
             (Some(_), None) => Some("it has no base any more".to_owned()),
             (None, None) => None,
@@ -134,7 +139,7 @@ impl<E: Engine> Layer<E> {
             return Err(ImageError::new(self.path(), ErrorKind::Base(detail.to_owned())));
         }
         let driver = Driver::new(Arc::clone(self), io.clone());
-        let switched = driver.switch_base(base, named, committing).await;
+        let switched = driver.switch_base(chain, named, committing).await;
         driver.retire().await;
         switched.map(|()| change).map_err(|error| ImageError::new(self.path(), error))
     }
@@ -144,11 +149,12 @@ impl<E: Engine> Layer<E> {
         storage: &S,
         io: &Io<E>,
         base: Option<&BaseSpec>,
-    ) -> Result<(Option<Base<E>>, Option<BaseRef>), ImageError> {
+    ) -> Result<(Option<Arc<Chain<E>>>, Option<BaseRef>), ImageError> {
         let Some(spec) = base else { return Ok((None, None)) };
-        let above = [self.header().layer_id];
-        let (base, named) = Base::open_named(storage, io, self.path(), spec, &above).await?;
-        Ok((Some(base), Some(named)))
+        let (above, tuning) = (self.header().layer_id, self.core().tuning);
+        let opened = Below::open_base(storage, io, self.path(), spec, Some(above), &tuning);
+        let (chain, named) = opened.await?;
+        Ok((Some(chain), Some(named)))
     }
 }
 
@@ -161,10 +167,10 @@ impl<E: Engine> Driver<E> {
         new: &Below<E>,
     ) -> Result<(), ImageError> {
         let (mut extents, mut others) = (Vec::new(), Vec::new());
-        old.extents(&self.io, window.clone(), 0, &mut extents).await?;
-        new.extents(&self.io, window.clone(), 0, &mut others).await?;
+        old.extents(&self.io, window.clone(), &mut extents).await?;
+        new.extents(&self.io, window.clone(), &mut others).await?;
         extents.append(&mut others);
-        extents.retain(|extent| extent.kind == ExtentKind::Data);
+        extents.retain(|extent| matches!(extent.kind, ExtentKind::Data | ExtentKind::Compressed));
         extents.sort_by_key(|extent| extent.start);
         // Where neither holds data both read as zeroes.
         let data = in_blocks(extents.iter().map(Extent::range), window.end.next_multiple_of(BLOCK_SIZE));

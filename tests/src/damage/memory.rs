@@ -211,6 +211,10 @@ impl StorageFile for MemoryFile {
         &self.0.path
     }
 
+    fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+
     fn size(&self) -> io::Result<u64> {
         Ok(locked(&self.0.contents).size)
     }

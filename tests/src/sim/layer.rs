@@ -125,7 +125,7 @@ impl Subject for LayerSubject {
             // As large, and other bytes.
             let other: Vec<u8> = base_image(shape.base.sectors()).iter().map(|byte| !byte).collect();
             storage.world().install(&other_base_path(), &other);
-            let base = format.map(|format| BaseSpec { path: base_path(), format });
+            let base = format.map(|format| BaseSpec::new(base_path(), format));
             let size = Some(shape.sectors * SECTOR);
             let options = CreateLayer { size, base, segment_size: shape.segment_size, overwrite: false };
             layer::create(&storage, &io, &disk_path(), &options).await.map_err(|error| error.to_string())
@@ -184,7 +184,7 @@ impl Disk for Layer<SimEngine> {
                 Control::Flatten | Control::Rebase | Control::Commit if base.is_none() => Ok(()),
                 Control::Flatten => self.rebase(&storage, &io, None, &mut go_on).await,
                 Control::Rebase => {
-                    let other = BaseSpec { path: other_base_path(), format: Format::Raw };
+                    let other = BaseSpec::new(other_base_path(), Format::Raw);
                     self.rebase(&storage, &io, Some(&other), &mut go_on).await
                 }
                 Control::Commit => match self.commit_online(&storage, &io, &mut go_on).await {

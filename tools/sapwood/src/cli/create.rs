@@ -87,7 +87,7 @@ impl Create {
                     Some(format) => format,
                     None => probe_base(host, &self.path, &base)?,
                 };
-                CreateDisk::Layer(CreateLayer { base: Some(BaseSpec { path: base, format }), ..layer })
+                CreateDisk::Layer(CreateLayer { base: Some(BaseSpec::new(base, format)), ..layer })
             }
         };
         let said = self.describe(&disk);

@@ -131,7 +131,7 @@ impl Rebase {
             Some(format) => format,
             None => probe_base(host, layer, &path)?,
         };
-        Ok(Some(BaseSpec { path, format }))
+        Ok(Some(BaseSpec::new(path, format)))
     }
 }
 

@@ -122,7 +122,7 @@ impl Served {
             }
             None => probe_base(&self.host, &self.path, &path)?,
         };
-        Ok(Some(BaseSpec { path, format }))
+        Ok(Some(BaseSpec::new(path, format)))
     }
 
     fn move_to(&self, base: Option<BaseSpec>, job: &Arc<Job>) -> anyhow::Result<()> {
