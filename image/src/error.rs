@@ -49,6 +49,9 @@ pub enum ErrorKind {
     /// The base is missing or not what it was.
     #[error("{0}")]
     Base(String),
+    /// A commit of the layer was interrupted, and must be finished first.
+    #[error("{0}")]
+    Unfinished(String),
     /// A wrong argument.
     #[error("{0}")]
     Invalid(String),
@@ -69,6 +72,7 @@ impl ErrorKind {
             Self::Unsupported(_) => "unsupported",
             Self::Locked { .. } => "locked",
             Self::Base(_) => "base",
+            Self::Unfinished(_) => "unfinished",
             Self::Invalid(_) => "invalid",
             Self::Cancelled => "cancelled",
             Self::Device(_) => "device",

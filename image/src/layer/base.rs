@@ -51,11 +51,12 @@ impl Named {
         let Some(base) = record.base.clone() else { return Ok(None) };
         let named = Self { layer: layer.to_owned(), id: record.layer_id, base };
         if record.committing {
-            return Err(named.refuse(format!(
+            let detail = format!(
                 "it was being merged into its base {}: finish that first (sapwood commit {})",
                 named.path().display(),
                 layer.display()
-            )));
+            );
+            return Err(ImageError::new(layer, ErrorKind::Unfinished(detail)));
         }
         Ok(Some(named))
     }

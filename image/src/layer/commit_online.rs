@@ -64,7 +64,7 @@ impl<E: Engine> Layer<E> {
         if below.record.committing {
             let path = self.path().display();
             let detail = format!("an earlier commit failed: stop its server, and run sapwood commit {path}");
-            return Err(ImageError::new(self.path(), ErrorKind::Base(detail)));
+            return Err(ImageError::new(self.path(), ErrorKind::Unfinished(detail)));
         }
         let path = resolve(self.path(), &named.path);
         if let Some(segment_blocks) = chain.segment_blocks() {

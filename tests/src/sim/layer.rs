@@ -41,7 +41,7 @@ impl From<ImageError> for OpenError {
     fn from(error: ImageError) -> Self {
         match error.kind {
             ErrorKind::Locked { .. } => Self::Locked,
-            ErrorKind::Base(text) if text.contains(UNFINISHED) => Self::Unfinished,
+            ErrorKind::Unfinished(_) => Self::Unfinished,
             _ => Self::Failed(error.to_string()),
         }
     }

@@ -199,7 +199,7 @@ fn of_json(value: &Value) -> Option<DiskInfo> {
     let data = &value["format-specific"]["data"];
     let base = path_in("backing-filename").map(|path| {
         let format = value["backing-filename-format"].as_str().and_then(|name| name.parse().ok());
-        BaseSpec { path, format: format.unwrap_or(Format::Raw) }
+        BaseSpec::new(path, format.unwrap_or(Format::Raw))
     });
     let virtual_size = value["virtual-size"].as_u64()?;
     let blocks = |name: &str| data[name].as_u64().map(|bytes| bytes / BLOCK_SIZE);
@@ -218,6 +218,8 @@ fn of_json(value: &Value) -> Option<DiskInfo> {
             clean: value["dirty-flag"] == false,
             map_bytes: 0,
             map_reads: 0,
+            depth: 0,
+            index_bytes: 0,
         })
     };
     Some(DiskInfo {

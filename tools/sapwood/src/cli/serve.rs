@@ -1,6 +1,6 @@
 //! `sapwood serve`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::{self, JoinHandle};
@@ -9,8 +9,10 @@ use anyhow::Context;
 use clap::Args;
 use rustix::fs::Mode;
 use sapwood_blockdev::device::{BlockDevice, Geometry};
-use sapwood_blockdev::io::block_on;
-use sapwood_image::{Disk, Format};
+use sapwood_blockdev::io::{Io, block_on};
+use sapwood_blockdev::storage::HostStorage;
+use sapwood_image::layer::{self, Tuning};
+use sapwood_image::{Disk, ErrorKind, Format, ImageError, OpenDisk};
 use sapwood_vhost::{Options, Server};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
@@ -78,7 +80,7 @@ impl Serve {
         let (io, storage, path) = (host.io()?, host.storage(), self.path.clone());
         let opening = {
             let io = io.clone();
-            async move { Disk::open(&storage, &io, &path, options).await }
+            async move { open(&storage, &io, &path, options).await }
         };
         let disk = block_on(&io, opening)?;
         let maintenance = if self.readonly { None } else { Some(maintain(host, &disk)?) };
@@ -129,6 +131,25 @@ impl Serve {
             if self.queues == 1 { "" } else { "s" },
         )
     }
+}
+
+/// Opens the disk. A commit that a killed server left is finished first: nothing else can be done with
+/// such a layer.
+async fn open(
+    storage: &HostStorage,
+    io: &Io<HostEngine>,
+    path: &Path,
+    options: OpenDisk,
+) -> Result<Arc<Disk<HostEngine>>, ImageError> {
+    let read_only = options.read_only;
+    match Disk::open(storage, io, path, options.clone()).await {
+        Err(ImageError { kind: ErrorKind::Unfinished(_), .. }) if !read_only => {}
+        opened => return opened,
+    }
+    log::warn!("{}: it was being merged into its base: that is finished first", path.display());
+    let committed = layer::commit(storage, io, path, false, Tuning::default(), &mut |_, _| {}).await?;
+    log::info!("{}: it is merged into {}", path.display(), committed.base.display());
+    Disk::open(storage, io, path, options).await
 }
 
 /// A failed assertion ends the process, whatever thread it is in: going on with a state that is

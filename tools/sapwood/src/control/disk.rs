@@ -114,6 +114,16 @@ impl Served {
         Ok(said)
     }
 
+    /// Merges the layer into its base.
+    pub fn commit(&self, job: &Arc<Job>) -> anyhow::Result<Value> {
+        let (layer, storage, job) = (self.layer()?, self.host.storage(), Arc::clone(job));
+        let committed = self.run(|io| async move {
+            let mut report = |done, total| job.report(done, total);
+            layer.commit_online(&storage, &io, &mut report).await
+        })?;
+        Ok(json!({ "base": committed.base, "written-bytes": committed.written }))
+    }
+
     fn base(&self, path: Option<PathBuf>, format: Option<String>) -> anyhow::Result<Option<BaseSpec>> {
         let Some(path) = path else { return Ok(None) };
         let format = match format {

@@ -100,6 +100,7 @@ fn routes() -> Vec<(&'static str, &'static str, MethodRouter<Arc<Shared>>)> {
         ("post", "/v1/disk/resize", post(resize)),
         ("post", "/v1/disk/flatten", post(flatten)),
         ("post", "/v1/disk/rebase", post(rebase)),
+        ("post", "/v1/disk/commit", post(commit)),
         ("get", "/v1/jobs", get(list_jobs)),
         ("get", "/v1/jobs/{id}", get(show_job)),
         ("delete", "/v1/jobs/{id}", delete(cancel_job)),
@@ -163,6 +164,12 @@ async fn rebase(State(shared): Asked, body: Body) -> Answer {
     let asked: Rebase = parse(body)?;
     shared.served.layer()?;
     start(&shared, "rebase", move |served, job| served.rebase(asked, job))
+}
+
+async fn commit(State(shared): Asked, body: Body) -> Answer {
+    let Nothing {} = parse(body)?;
+    shared.served.layer()?;
+    start(&shared, "commit", Served::commit)
 }
 
 async fn list_jobs(State(shared): Asked) -> Response {

@@ -93,6 +93,7 @@ fn it_answers_as_its_document_says() {
     let bodies = [
         ("/v1/disk/resize", json!({ "size": 16 << 20 })),
         ("/v1/disk/rebase", json!({ "base": "other.raw", "format": "raw" })),
+        ("/v1/disk/commit", json!({})),
         ("/v1/disk/flatten", json!({})),
     ];
     let mut asked = 0;

@@ -63,7 +63,9 @@ fn holds(place: &Place, model: &mut Model) {
     let (server, _) = Server::start(place, "--readonly -f raw theirs.raw --queues 2");
     model.verify(&mut connect(place)).expect("the same");
     server.stops();
-    std::fs::remove_file(place.path("copy.raw")).expect("made above");
+    for name in ["copy.raw", "theirs.raw"] {
+        std::fs::remove_file(place.path(name)).expect("made above");
+    }
 }
 
 #[test]
@@ -173,7 +175,7 @@ fn a_raw_disk_grows_under_a_guest() {
 fn the_command_line_knows_where_to_go() {
     let place = place();
     place.sapwood("resize --control control 10Q").fails(64, &["10G"]);
-    for line in ["resize", "flatten", "rebase -b other.raw -F raw", "info"] {
+    for line in ["resize", "flatten", "rebase -b other.raw -F raw", "info", "commit"] {
         let size = if line == "resize" { " 16M" } else { "" };
         place
             .sapwood(&format!("{line} --control control disk.layer{size}"))
@@ -197,8 +199,9 @@ fn the_command_line_knows_where_to_go() {
 
 #[test]
 fn a_job_that_is_cancelled_or_killed_leaves_the_disk() {
-    let posts = [("flatten", json!({})), ("rebase", json!({ "base": "other.raw", "format": "raw" }))];
-    for (round, (path, body)) in (0..).zip(posts.iter().cycle().take(8)) {
+    let rebase = json!({ "base": "other.raw", "format": "raw" });
+    let posts = [("flatten", json!({})), ("rebase", rebase), ("commit", json!({}))];
+    for (round, (path, body)) in (0..).zip(posts.iter().cycle().take(12)) {
         let place = place();
         let server = start(&place);
         let mut frontend = connect(&place);
@@ -208,22 +211,96 @@ fn a_job_that_is_cancelled_or_killed_leaves_the_disk() {
         model.run(&mut frontend, &Run { seed: round, operations: 100, ..Run::default() }).expect("no faults");
         let (status, job) = ask(&place, "POST", &format!("/v1/disk/{path}"), &body.to_string());
         assert_eq!(status, 202, "{job}");
-        if round < 2 {
+        if round < 3 {
             ask(&place, "DELETE", &format!("/v1/jobs/{}", job["id"]), "");
             let state = finish(&place, &job)["state"].clone();
             assert!(state == "cancelled" || state == "done", "{state}");
             let info = place.sapwood("info --output=json --control control").json();
-            assert_eq!(info["backing-filename"] == "mid.layer", state == "cancelled", "{info}");
+            let is_old = info["backing-filename"] == "mid.layer";
+            assert!(is_old == (state == "cancelled") || *path == "commit" && is_old, "{info}");
             assert_eq!(info["job"], Value::Null);
         } else {
             // Another moment every time; whichever it is, the disk is the same.
-            thread::sleep(Duration::from_micros(700 * (round - 2)));
+            thread::sleep(Duration::from_micros(700 * (round - 3)));
         }
         drop((frontend, server));
+        if *path == "commit" {
+            // Only together with its base it is the disk, until it was finished; whoever serves it does that.
+            let map = place.sapwood("map disk.layer");
+            if map.code != 0 {
+                map.fails(1, &["disk.layer", "finish that first (sapwood commit disk.layer)"]);
+            }
+            if round % 2 == 0 {
+                start(&place).stops();
+            } else {
+                place.sapwood("commit disk.layer").text();
+            }
+        }
         holds(&place, &mut model);
         let server = start(&place);
         place.sapwood("flatten --control control").text();
         server.stops();
         holds(&place, &mut model);
     }
+}
+
+#[test]
+fn a_layer_is_merged_into_its_base_under_a_guest() {
+    for base in ["base.raw -F raw", "mid.layer"] {
+        let place = place();
+        place.sapwood(&format!("rebase -u -b {base} disk.layer")).text();
+        let server = start(&place);
+        let mut frontend = connect(&place);
+        let mut model = Model::unknown(SIZE);
+        model.discards_zero = true;
+        model.verify(&mut frontend).expect("it is learned");
+        for round in 0..3 {
+            let answer =
+                meanwhile(&place, &mut frontend, &mut model, 100 * round, "commit --control control").text();
+            assert!(answer.starts_with("Merged disk.layer into "), "{answer}");
+            model.verify(&mut frontend).unwrap_or_else(|error| panic!("{base}, {round}: {error}"));
+        }
+        // Nobody writes any more: the next one leaves nothing.
+        place.sapwood("commit -q --control control").text();
+        assert_eq!(live_bytes(&place, "--control control"), 0);
+        model.verify(&mut frontend).expect("the same");
+        place.sapwood("resize --control control 9M").text();
+        frontend.run(Command::Write(SIZE, &[5; 4096])).expect("room");
+        place.sapwood("commit --control control").text();
+        drop(frontend);
+        server.stops();
+        assert_eq!(live_bytes(&place, "disk.layer"), 0);
+        place.sapwood("resize -q --shrink disk.layer 8M").text();
+        holds(&place, &mut model);
+        if base.ends_with("raw") {
+            assert_eq!(place.bytes("base.raw").len() as u64, SIZE + (1 << 20), "it grew");
+            place.qemu_img("convert -f raw -O raw base.raw theirs.raw").text();
+        } else {
+            place.sapwood("check mid.layer").text();
+            place.sapwood("convert -O raw mid.layer theirs.raw").text();
+        }
+        let (server, _) = Server::start(&place, "--readonly -f raw theirs.raw --queues 2");
+        model.verify(&mut connect(&place)).expect("the base alone is the disk");
+        server.stops();
+    }
+}
+
+fn live_bytes(place: &Place, disk: &str) -> u64 {
+    let info = place.sapwood(&format!("info --output=json {disk}")).json();
+    info["format-specific"]["data"]["live-bytes"].as_u64().expect("of a layer")
+}
+
+#[test]
+fn a_base_that_others_read_is_not_merged_into() {
+    let place = place();
+    place.sapwood("create -b mid.layer other.layer").text();
+    let server = start(&place);
+    let (other, _) = Server::start_at(&place, "other.layer", "other");
+    place.sapwood("commit --control control").fails(1, &["mid.layer", "in use by process"]);
+    other.stops();
+    place.sapwood("commit -q --control control").text();
+    place.sapwood("flatten -q --control control").text();
+    place.sapwood("commit --control control").fails(1, &["disk.layer", "no base"]);
+    server.stops();
+    place.sapwood("info other.layer").fails(1, &["other.layer", "changed"]);
 }

@@ -15,7 +15,12 @@ pub struct Server(Child);
 impl Server {
     /// Starts a server and waits until it says that it is ready.
     pub fn start(place: &Place, arguments: &str) -> (Self, String) {
-        let mut command = place.command(SAPWOOD, &format!("serve {arguments} --socket socket"));
+        Self::start_at(place, arguments, "socket")
+    }
+
+    /// The same at another socket.
+    pub fn start_at(place: &Place, arguments: &str, socket: &str) -> (Self, String) {
+        let mut command = place.command(SAPWOOD, &format!("serve {arguments} --socket {socket}"));
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
         let mut line = String::new();
         let stdout = child.stdout.take().expect("piped");
