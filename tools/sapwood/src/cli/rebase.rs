@@ -11,6 +11,7 @@ use sapwood_image::layer::{self, BaseSpec, Tuning};
 use super::create::probe_base;
 use super::output;
 use super::progress;
+use super::reading::BaseReading;
 use crate::host::Host;
 
 /// Let a layer that nobody uses lie over another base
@@ -38,6 +39,9 @@ pub struct Rebase {
     /// Format of the base; needed unless that is a layer
     #[arg(short = 'F', long, value_name = "FORMAT")]
     backing_format: Option<Format>,
+
+    #[command(flatten)]
+    reading: BaseReading,
 
     /// Neither compare nor copy: only name the base
     #[arg(short, long = "unsafe")]
@@ -92,7 +96,7 @@ impl Rebase {
                     Some(format) => format,
                     None => probe_base(host, &self.path, &path)?,
                 };
-                Ok(Some(BaseSpec::new(path, format)))
+                Ok(Some(self.reading.base(path, format)?))
             }
         }
     }
