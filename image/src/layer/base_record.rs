@@ -3,6 +3,7 @@
 //! Record *n* lies in block 3 + *n* mod 2, and counts when the newest slot names it. So a base is
 //! changed by writing the block that no slot names, a sync, and a checkpoint.
 
+use super::BaseSpec;
 use super::bytes::{array, checksum, get_u32, get_u64, put};
 use super::header::Header;
 use super::layout::{Damage, LayerId, SIZE_MAX, damage, unsupported};
@@ -185,6 +186,17 @@ pub(crate) struct BaseRef {
     /// As the user gave it; a relative path starts at the layer's folder.
     pub(crate) path: String,
     pub(crate) identity: BaseIdentity,
+}
+
+impl BaseRef {
+    /// The base by name, and how it is read.
+    pub(super) fn spec(&self) -> BaseSpec {
+        let options = match &self.identity {
+            BaseIdentity::Qcow2(qcow2) => qcow2.options(),
+            _ => OpenBelow::default(),
+        };
+        BaseSpec { options, ..BaseSpec::new(&self.path, self.identity.format()) }
+    }
 }
 
 /// A base record.

@@ -4,8 +4,9 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use super::LayerInfo;
 use super::base::{Below, hex, resolve};
-use super::base_record::BaseIdentity;
+use super::base_record::{BaseIdentity, BaseRef};
 use super::core::Core;
 use super::driver::Driver;
 use super::header::Header;
@@ -14,7 +15,6 @@ use super::node::Entry;
 use super::queue::LayerQueue;
 use super::record::Run;
 use super::tuning::breaks;
-use super::{BaseSpec, LayerInfo};
 use crate::error::ImageError;
 use sapwood_blockdev::device::{BlockDevice, Command, Geometry, Request};
 use sapwood_blockdev::engine::Engine;
@@ -125,7 +125,7 @@ impl<E: Engine> Layer<E> {
             id: hex(&self.header.layer_id),
             segment_size: core.segments.bytes(),
             base_path: base.map(|base| resolve(&self.path, &base.path)),
-            base: base.map(|base| BaseSpec::new(&base.path, base.identity.format())),
+            base: base.map(BaseRef::spec),
             live_blocks,
             used_bytes: core.segments.used_bytes() + PREAMBLE_BYTES,
             dead_blocks: core.segments.dead_blocks(core.log.head.segment, core.log.head.block),

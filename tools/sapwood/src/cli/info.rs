@@ -98,6 +98,15 @@ fn write_layer(text: &mut String, layer: &LayerInfo) -> std::fmt::Result {
             write!(text, " (actual path: {})", full.display())?;
         }
         writeln!(text, "\nbacking file format: {}", base.format)?;
+        if let Some(snapshot) = &base.options.snapshot {
+            writeln!(text, "backing snapshot: {}", printable(snapshot))?;
+        }
+        writeln!(
+            text,
+            "backing chain: {} {}",
+            layer.depth,
+            if layer.depth == 1 { "image" } else { "images" }
+        )?;
     }
     writeln!(text, "Format specific information:")?;
     writeln!(text, "    id: {}", layer.id)?;
@@ -188,6 +197,10 @@ pub fn json(info: &DiskInfo) -> Value {
         value["backing-filename"] = json!(base.path);
         value["full-backing-filename"] = json!(layer.base_path);
         value["backing-filename-format"] = base.format.name().into();
+        value["backing-chain-length"] = layer.depth.into();
+        if let Some(snapshot) = &base.options.snapshot {
+            value["backing-snapshot"] = json!(snapshot);
+        }
     }
     value
 }

@@ -12,7 +12,7 @@ mod online;
 mod options;
 mod output;
 pub mod progress;
-mod reading;
+pub mod reading;
 mod rebase;
 mod resize;
 pub mod serve;

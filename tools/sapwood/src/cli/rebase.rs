@@ -12,6 +12,7 @@ use super::create::probe_base;
 use super::online::{self, Online, Target};
 use super::output;
 use super::progress;
+use super::reading::BaseReading;
 use crate::control::client::Client;
 use crate::control::wire;
 use crate::host::Host;
@@ -44,6 +45,9 @@ pub struct Rebase {
     /// Format of the base; needed unless that is a layer
     #[arg(short = 'F', long, value_name = "FORMAT")]
     backing_format: Option<Format>,
+
+    #[command(flatten)]
+    reading: BaseReading,
 
     /// Neither compare nor copy: only name the base
     #[arg(short, long = "unsafe")]
@@ -86,7 +90,10 @@ impl Rebase {
         self.check()?;
         let base = Some(PathBuf::from(&self.backing)).filter(|path| !path.as_os_str().is_empty());
         let format = self.backing_format.map(|format| format.name().to_owned());
-        let asked = wire::Rebase { base, format, unsafe_: self.unsafe_ };
+        let BaseReading { snapshot, allow_backing, chain_format } = self.reading.clone();
+        let chain_format = chain_format.map(|format| format.name().to_owned());
+        let asked =
+            wire::Rebase { base, format, snapshot, allow_backing, chain_format, unsafe_: self.unsafe_ };
         let (layer, result) = online::run(client, "/v1/disk/rebase", &asked, self.quiet)?;
         let word = |name: &str| result[name].as_str();
         let over = match (word("base"), word("format")) {
@@ -131,7 +138,7 @@ impl Rebase {
             Some(format) => format,
             None => probe_base(host, layer, &path)?,
         };
-        Ok(Some(BaseSpec::new(path, format)))
+        Ok(Some(self.reading.base(path, format)?))
     }
 }
 

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use super::jobs::Job;
 use super::wire::{Rebase, Resize};
 use crate::cli::create::probe_base;
+use crate::cli::reading::BaseReading;
 use crate::host::{Host, HostEngine};
 
 /// A disk that is being served.
@@ -92,7 +93,8 @@ impl Served {
 
     /// Lets the layer lie over another base.
     pub fn rebase(&self, asked: Rebase, job: &Arc<Job>) -> anyhow::Result<Value> {
-        let base = self.base(asked.base, asked.format)?;
+        let is_unsafe = asked.unsafe_;
+        let base = self.base(asked)?;
         let layer = self.layer()?;
         if base.is_some() && layer.info().base.is_none() {
             // What it does not hold is not told from what is zero there.
@@ -103,7 +105,7 @@ impl Served {
             Some(base) => json!({ "base": base.path, "format": base.format.name() }),
             None => json!({ "base": null }),
         };
-        if !asked.unsafe_ {
+        if !is_unsafe {
             self.move_to(base, job)?;
             return Ok(over);
         }
@@ -124,15 +126,23 @@ impl Served {
         Ok(json!({ "base": committed.base, "written-bytes": committed.written }))
     }
 
-    fn base(&self, path: Option<PathBuf>, format: Option<String>) -> anyhow::Result<Option<BaseSpec>> {
-        let Some(path) = path else { return Ok(None) };
-        let format = match format {
+    fn base(&self, asked: Rebase) -> anyhow::Result<Option<BaseSpec>> {
+        let Some(path) = asked.base else { return Ok(None) };
+        let read = |name: Option<String>| match name {
             Some(name) => {
-                name.parse().map_err(|error| ImageError::invalid(&path, format_args!("{error}")))?
+                let format = name.parse::<Format>();
+                format.map(Some).map_err(|error| ImageError::invalid(&path, format_args!("{error}")))
             }
+            None => Ok(None),
+        };
+        let (format, chain_format) = (read(asked.format)?, read(asked.chain_format)?);
+        let format = match format {
+            Some(format) => format,
             None => probe_base(&self.host, &self.path, &path)?,
         };
-        Ok(Some(BaseSpec::new(path, format)))
+        let reading =
+            BaseReading { snapshot: asked.snapshot, allow_backing: asked.allow_backing, chain_format };
+        Ok(Some(reading.base(path, format)?))
     }
 
     fn move_to(&self, base: Option<BaseSpec>, job: &Arc<Job>) -> anyhow::Result<()> {

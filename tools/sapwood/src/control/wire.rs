@@ -41,6 +41,15 @@ pub struct Rebase {
     pub base: Option<PathBuf>,
     /// Its format; needed unless it is a layer.
     pub format: Option<String>,
+    /// Of a qcow2 base: the snapshot to read.
+    #[serde(default)]
+    pub snapshot: Option<String>,
+    /// Of a qcow2 base: it may name other files.
+    #[serde(default, rename = "allow-backing")]
+    pub allow_backing: bool,
+    /// Of a qcow2 base: the format of backing files that it does not state.
+    #[serde(default, rename = "chain-format")]
+    pub chain_format: Option<String>,
     /// Neither compare nor copy: only name the base.
     #[serde(default, rename = "unsafe")]
     pub unsafe_: bool,
