@@ -2,6 +2,7 @@
 //! bases, resizing, cleaning. Crashes are the simulator's business (crate `sapwood-tests`).
 #![allow(missing_docs, clippy::unwrap_used)]
 
+use std::ops::ControlFlow;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use sapwood_blockdev::io::{Io, block_on};
 use sapwood_blockdev::storage::HostStorage;
 use sapwood_blockdev::units::GuestOffset;
 use sapwood_image::layer::{self, BaseSpec, CreateLayer, Layer, LayerQueue, OpenLayer, Tuning};
-use sapwood_image::{Format, ImageError};
+use sapwood_image::{ErrorKind, Format, ImageError};
 
 type Device = Arc<Layer<BlockingEngine>>;
 
@@ -280,4 +281,52 @@ fn writes_that_arrive_together_share_records() {
     sapwood_blockdev::device::drain(&mut queue, &mut done);
     assert_eq!(done.len(), 32);
     assert!(layer.info().sequence - before <= 2, "32 writes in {} records", layer.info().sequence - before);
+}
+
+/// Cancelled at the first moment at which it can be: the disk reads as before, and nothing is left to be
+/// finished.
+#[test]
+fn a_change_of_base_that_is_cancelled_leaves_the_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let (size, far) = (200 << 20, 150 << 20);
+    for name in ["base", "other"] {
+        std::fs::File::create_new(path(name)).unwrap().set_len(size as u64).unwrap();
+    }
+    let spec = |name: &str| BaseSpec::new(name, Format::Raw);
+    create(&path("disk"), CreateLayer { base: Some(spec("base")), ..CreateLayer::default() }).unwrap();
+    let layer = open(&path("disk"), OpenLayer::default()).unwrap();
+    let mut queue = layer.queue_on(io());
+    for (at, byte) in [(4096, 1), (far, 2)] {
+        let buf = SharedBuf::heap(8192);
+        buf.write_at(0, &[byte; 8192]);
+        run(&mut queue, GuestOffset(at as u64), 8192, Command::Write(buf.into())).unwrap();
+    }
+    let mut change = |commits: bool| {
+        let (io, disk, base) = (io(), Arc::clone(&layer), spec("other"));
+        let mut first = |_, _| ControlFlow::Break(());
+        let ended = block_on(&io.clone(), async move {
+            match commits {
+                true => disk.commit_online(&HostStorage, &io, &mut first).await.map(drop),
+                false => disk.rebase(&HostStorage, &io, Some(&base), &mut first).await,
+            }
+        });
+        assert!(matches!(ended.unwrap_err().kind, ErrorKind::Cancelled));
+        for (at, byte) in [(0, 0), (4096, 1), (far, 2), (far + 8192, 0)] {
+            let buf = SharedBuf::heap(4096);
+            run(&mut queue, GuestOffset(at as u64), 4096, Command::Read(buf.clone().into())).unwrap();
+            let mut bytes = vec![9; 4096];
+            buf.read_at(0, &mut bytes);
+            assert!(bytes == vec![byte; 4096], "at {at}, commit: {commits}");
+        }
+        assert_eq!(layer.info().base.unwrap().path, Path::new("base"));
+    };
+    change(false);
+    change(true);
+    drop(queue);
+    close(layer);
+    // Opened without a word of a commit; the base has what was done until then.
+    close(open(&path("disk"), OpenLayer::default()).unwrap());
+    let base = std::fs::read(path("base")).unwrap();
+    assert_eq!((base[4096], base[far]), (1, 0));
 }

@@ -8,12 +8,18 @@ use sapwood_tests::sim::persist::Persistence;
 use sapwood_tests::sim::plan::{Base, Plan, Shape, Step};
 use sapwood_tests::sim::rng::Rng;
 
-const CUTS: [Option<Persistence>; 3] = [None, Some(Persistence::Sectors(0)), Some(Persistence::Sectors(60))];
+const CUTS: [Option<Persistence>; 5] = [
+    None,
+    Some(Persistence::Sectors(0)),
+    Some(Persistence::Sectors(60)),
+    Some(Persistence::Prefix),
+    Some(Persistence::Suffix),
+];
 
 #[test]
 fn random_histories_keep_the_contract() {
     let subject = LayerSubject::default();
-    for seed in seeds(150) {
+    for seed in seeds(300) {
         let plan = Plan::with_bases(seed, 3);
         if let Err(message) = run(&subject, &plan, None, false).result {
             panic!("{}", report(&subject, &Failure { plan, cut: None, message }, "sim_online"));
@@ -55,7 +61,7 @@ fn cut_all(change: Step, bases: &[Base]) {
 
 #[test]
 fn a_commit_cut_anywhere_keeps_what_guests_write() {
-    cut_all(Step::Commit, &[Base::Raw(100), Base::Layer(140)]);
+    cut_all(Step::Commit, &[Base::Raw(100), Base::Raw(150), Base::Layer(64), Base::Layer(140)]);
 }
 
 #[test]
