@@ -19,7 +19,10 @@ const CUTS: [Option<Persistence>; 5] = [
 #[test]
 fn random_histories_keep_the_contract() {
     let subject = LayerSubject::default();
-    for seed in seeds(300) {
+    // A raw base that could not be grown was marked all the same, and the mark could not be taken off.
+    // After a commit that failed, the layer was given the same base again, which was not durable.
+    let found = [1357, 3015];
+    for seed in found.into_iter().chain(seeds(300)) {
         let plan = Plan::with_bases(seed, 3);
         if let Err(message) = run(&subject, &plan, None, false).result {
             panic!("{}", report(&subject, &Failure { plan, cut: None, message }, "sim_online"));

@@ -50,9 +50,10 @@ use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::storage::{FileIdentity, StorageFile};
 
 use crate::error::ImageError;
-use crate::layer::Tuning;
 use crate::layer::frozen::Seal;
+use crate::layer::{Tuning, check_size};
 use crate::qcow2::image::Image;
+use crate::raw::check_growth;
 use cache::{ClusterCache, TableCache};
 use index::Index;
 use pool::{Permits, Pool};
@@ -170,11 +171,12 @@ impl<E: Engine> Chain<E> {
         indexes.sum()
     }
 
-    /// The size of a segment in blocks, where the image at the top is a layer.
-    pub(crate) fn segment_blocks(&self) -> Option<u32> {
+    /// Refuses a size that the image at the top, which is to be written, cannot be given.
+    pub(crate) fn check_growth(&self, size: u64) -> Result<(), ImageError> {
         match &self.links[0] {
-            Link::Layer(layer) => Some(layer.segment_blocks),
-            _ => None,
+            Link::Layer(layer) => check_size(&layer.path, size.max(layer.size), layer.segment_blocks),
+            Link::Raw { file, size: old, .. } if *old < size => check_growth(file, size),
+            _ => Ok(()),
         }
     }
 

@@ -20,7 +20,7 @@ use super::extents::MapRun;
 use super::node::Entry;
 use super::tuning::{Tuning, breaks};
 use super::waiter::Result as DeviceResult;
-use super::{BaseSpec, OpenLayer, check_size};
+use super::{BaseSpec, OpenLayer};
 use crate::error::{ErrorKind, ImageError};
 use crate::format::Format;
 use crate::raw::RawDevice;
@@ -290,10 +290,9 @@ impl<E: Engine> Driver<E> {
         }
         // Checked as for any use of the layer.
         let opened = self.open_below(storage, below, options).await?;
-        if let Some(chain) = &opened.chain
-            && let Some(segment_blocks) = chain.segment_blocks()
-        {
-            check_size(base_path, size.max(chain.size()), segment_blocks)?;
+        if let Some(chain) = &opened.chain {
+            // What would fail for ever must not be begun.
+            chain.check_growth(size)?;
         }
         drop(opened);
         let mark = async |committing| {

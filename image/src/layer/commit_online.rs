@@ -16,7 +16,6 @@ use std::sync::Arc;
 
 use super::base::{Below, resolve};
 use super::base_record::{BaseIdentity, BaseRef};
-use super::check_size;
 use super::commit::{Committed, Lower};
 use super::device::Layer;
 use super::driver::Driver;
@@ -61,21 +60,29 @@ impl<E: Engine> Layer<E> {
             return Err(ImageError::invalid(self.path(), "it has no base that it could be merged into"));
         };
         self.check_is_written(&named)?;
-        if below.record.committing {
-            let path = self.path().display();
-            let detail = format!("an earlier commit failed: stop its server, and run sapwood commit {path}");
-            return Err(ImageError::new(self.path(), ErrorKind::Unfinished(detail)));
-        }
+        self.check_no_commit_failed(&below)?;
         let path = resolve(self.path(), &named.path);
-        if let Some(segment_blocks) = chain.segment_blocks() {
-            check_size(&path, self.core().size.max(chain.size()), segment_blocks)?;
-        }
+        // What would fail for ever must not be begun.
+        chain.check_growth(self.core().size)?;
         let base = chain.hold_top(io).await?;
         let driver = Driver::new(Arc::clone(self), io.clone());
         let online = Online { driver: driver.clone(), storage, below, base, named: &named, path: &path };
         let result = online.run(progress).await;
         driver.retire().await;
         result.map(|written| Committed { base: path, written })
+    }
+}
+
+impl<E: Engine> Layer<E> {
+    /// Refuses to change what lies below after a commit beside guests that could not be ended: the base is
+    /// read as it was before, and what was done to it since may not be durable.
+    pub(super) fn check_no_commit_failed(&self, below: &Below<E>) -> Result<(), ImageError> {
+        if !below.record.committing || below.chain.is_none() {
+            return Ok(());
+        }
+        let path = self.path().display();
+        let detail = format!("an earlier commit failed: stop its server, and run sapwood commit {path}");
+        Err(ImageError::new(self.path(), ErrorKind::Unfinished(detail)))
     }
 }
 

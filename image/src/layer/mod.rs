@@ -168,7 +168,7 @@ pub(crate) fn open_file<S: Storage>(
 }
 
 /// Refuses sizes that a layer cannot have.
-fn check_size(path: &Path, size: u64, segment_blocks: u32) -> Result<(), ImageError> {
+pub(crate) fn check_size(path: &Path, size: u64, segment_blocks: u32) -> Result<(), ImageError> {
     if size == 0 || !size.is_multiple_of(SECTOR_SIZE) {
         return Err(ImageError::invalid(
             path,

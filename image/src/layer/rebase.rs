@@ -86,6 +86,7 @@ impl<E: Engine> Layer<E> {
         progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
     ) -> Result<(), ImageError> {
         let old = self.below();
+        self.check_no_commit_failed(&old)?;
         let (chain, named) = self.open_new_base(storage, io, base).await?;
         // The record is not used before the switch, which makes another.
         let record = BaseRecord { base: named, ..old.record.clone() };
@@ -122,6 +123,7 @@ impl<E: Engine> Layer<E> {
         base: Option<&BaseSpec>,
     ) -> Result<Option<String>, ImageError> {
         let old = self.below();
+        self.check_no_commit_failed(&old)?;
         let (chain, named) = self.open_new_base(storage, io, base).await?;
         let change = match (&old.record.base, &named) {
             (Some(was), Some(is)) => {
