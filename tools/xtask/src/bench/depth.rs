@@ -19,7 +19,7 @@ use super::server::Server;
 use crate::process;
 
 /// Layers over the lowest image, which is full.
-const DEPTHS: [usize; 4] = [1, 10, 100, 1000];
+const DEPTHS: [usize; 5] = [1, 10, 100, 500, 1000];
 /// Size of the disks.
 const BYTES: u64 = 256 << 20;
 /// Blocks of 4 KiB that each layer holds; a stack of empty ones is measured, too.
@@ -49,12 +49,15 @@ pub fn run(disks: &Disks, sapwood: &Path, turn: Duration) -> Result<Value> {
         let folder = disks.folder().join(format!("depth-{blocks_each}"));
         fs::create_dir(&folder)?;
         make(&folder, sapwood, blocks_each)?;
+        // Thousands of new files would be written out while servers are measured.
+        process::output(&mut Command::new("sync"), COMMAND_LIMIT)?;
         for depth in DEPTHS {
             for contestant in [Contestant::SapwoodLayer, Contestant::Qcow2] {
                 let disk = match contestant {
                     Contestant::SapwoodLayer => folder.join(name(depth)),
                     _ => folder.join(qcow2_name(depth)),
                 };
+                forget(&folder)?;
                 let figure = measure(contestant, sapwood, &disk, &disks.socket(contestant), turn)?;
                 println!(
                     "{depth:<8} {blocks_each:<8} {:<14} {:>12.0} {:>12.1} {:>12}",
@@ -78,11 +81,21 @@ pub fn run(disks: &Disks, sapwood: &Path, turn: Duration) -> Result<Value> {
     Ok(figures.into())
 }
 
+/// Has the page cache forget all files of a folder, which have been synced: a server that starts finds
+/// what it needs on the disk.
+fn forget(folder: &Path) -> Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let file = fs::File::open(entry?.path())?;
+        rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed)?;
+    }
+    Ok(())
+}
+
 struct Figure {
     ready_ms: f64,
-    /// In bytes, after the reads.
+    /// In bytes, after the reads; before them if it ended.
     memory: u64,
-    /// `None` when it answers none of them for half a minute.
+    /// `None` when it ended, or answered none of them for half a minute.
     per_second: Option<f64>,
 }
 
@@ -96,11 +109,12 @@ fn measure(
     let begin = Instant::now();
     let server = Server::of_stack(contestant, sapwood, disk, socket)?;
     let ready_ms = begin.elapsed().as_secs_f64() * 1e3;
+    let at_first = server.memory()?;
     let mut client = Client::connect(socket, &READS, BYTES)?;
     let begin = Instant::now();
     let driven = client.drive(&READS, turn);
     let per_second = driven.ok().map(|operations| operations as f64 / begin.elapsed().as_secs_f64());
-    let memory = server.memory()?;
+    let memory = server.memory().unwrap_or(at_first);
     drop(client);
     match per_second {
         Some(_) => server.stop()?,
