@@ -149,6 +149,12 @@ impl Stack {
         self.depth += 1;
     }
 
+    /// Takes the layer with the next number, which is there already, for the one at the top.
+    pub fn adopt(&mut self, image: Vec<u8>, size: u64) {
+        self.below = Some(Made { image, own: BTreeMap::new(), size });
+        self.depth += 1;
+    }
+
     /// The path of a layer.
     pub fn path(&self, number: usize) -> PathBuf {
         self.folder.join(name(number))

@@ -216,9 +216,10 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
     }
 
     async fn open_layer(&mut self, path: &Path) -> Result<Found, ImageError> {
-        let file = open_file(self.storage, path, OpenOptions::READ, Lock::Shared)?;
+        // Through the page cache, which reads ahead and may know the file from another disk over it.
+        let file = open_file(self.storage, path, OpenOptions::READ.buffered(), Lock::Shared)?;
         let tuning = Tuning { map_cache_bytes: SCAN_CACHE_BYTES, ..self.tuning };
-        let (layer, seal) = Box::pin(Layer::open_frozen(self.io, path, file.clone(), tuning)).await?;
+        let (layer, seal) = Box::pin(Layer::open_frozen(self.io, path, file, tuning)).await?;
         let (record, identity) = (layer.base_record(), layer.frozen_identity());
         if !self.layers.insert(record.layer_id) {
             return Err(ImageError::new(path, ErrorKind::Base("its bases form a loop".to_owned())));
@@ -234,11 +235,14 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
             seal,
             is_paged: runs.is_none(),
         }));
-        drop(layer);
         match runs {
             Some(runs) => {
                 self.index.add(number as u16, &runs);
-                self.pool.keep_new(number, Opened::File(file));
+                // Before the other one is closed, so that the lock is never given up.
+                if self.pool.has_place() {
+                    let file = open_file(self.storage, path, OpenOptions::READ, Lock::Shared)?;
+                    self.pool.keep(number, &Opened::File(file));
+                }
                 self.push(link);
             }
             None => self.push_stage(link),

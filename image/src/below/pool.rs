@@ -104,11 +104,9 @@ impl<E: Engine> Pool<E> {
         self.passing.take().await
     }
 
-    /// Keeps a link open if there is a place: while a chain is opened, what lies above comes first.
-    pub(super) fn keep_new(&mut self, link: usize, opened: Opened<E>) {
-        if self.state().open.len() < self.files_max {
-            self.keep(link, &opened);
-        }
+    /// Whether there is a place without closing anything.
+    pub(super) fn has_place(&self) -> bool {
+        self.state().open.len() < self.files_max
     }
 
     /// Keeps a link open if there is a place, or one that can be had by closing another; says whether

@@ -68,7 +68,8 @@ pub(crate) struct Seal {
 }
 
 impl<E: Engine> Layer<E> {
-    /// Opens a layer from its open and locked file, for reading, and alone.
+    /// Opens a layer from its open and locked file, for reading, and alone. Whoever does that checks its
+    /// identity against what is known of it, the number of its newest checkpoint included.
     pub(crate) async fn open_frozen(
         io: &Io<E>,
         path: &Path,
@@ -79,7 +80,7 @@ impl<E: Engine> Layer<E> {
         let seal = Seal { id: head.header.layer_id, slot: head.slot() };
         let below = Below { record: head.record.clone(), chain: None };
         let options = OpenLayer { read_only: true, tuning };
-        let (layer, _) = Self::open_over(io, path, &options, head, below).await?;
+        let (layer, _) = Self::open_over(io, path, &options, head, below, true).await?;
         Ok((layer, seal))
     }
 

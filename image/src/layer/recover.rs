@@ -70,7 +70,7 @@ impl<E: Engine> Layer<E> {
             OpenBase::Opened => Below::open(storage, io, path, record, &options.tuning).await?,
             OpenBase::Nothing => Below { record, chain: None },
         };
-        let (layer, interrupted) = Self::open_over(io, path, options, head, below).await?;
+        let (layer, interrupted) = Self::open_over(io, path, options, head, below, false).await?;
         if breaks!(options.tuning, RecoveryWithoutSync) {
             layer.core().assume_durable();
         } else if !options.read_only {
@@ -79,7 +79,8 @@ impl<E: Engine> Layer<E> {
         Ok(layer)
     }
 
-    /// Loads a layer whose base is open. Says whether its log holds the end of a next checkpoint, which
+    /// Loads a layer whose base is open; `frozen` says that a layer over it will see whether the newest
+    /// checkpoint is the one that it knows. Says whether its log holds the end of a next checkpoint, which
     /// no slot names.
     pub(super) async fn open_over(
         io: &Io<E>,
@@ -87,12 +88,15 @@ impl<E: Engine> Layer<E> {
         options: &OpenLayer,
         head: Head<E>,
         below: Below<E>,
+        frozen: bool,
     ) -> Result<(Arc<Self>, bool), ImageError> {
         let Head { file, header, newest, .. } = head;
         let reader = Reader { io, file: &file, path };
         let core = load(&reader, &header, &newest, options).await?;
         let layer = Self::new(file.clone(), path, header, below, options.read_only, core);
-        let interrupted = layer.recover(&reader, &newest).await?;
+        // After a clean stop there is no log to follow, unless the slot is not the newest that was written.
+        let is_ended = frozen && newest.slot.clean && !newest.other_damaged;
+        let interrupted = layer.recover(&reader, &newest, is_ended).await?;
         {
             let mut core = layer.core();
             core.checkpointed_at = io.now();
@@ -260,14 +264,19 @@ async fn load<E: Engine>(
 }
 
 impl<E: Engine> Layer<E> {
-    /// Replays the log after the newest checkpoint. Says whether it holds the end of a next
+    /// Replays the log after the newest checkpoint, unless it is known to have ended there. Says whether it holds the end of a next
     /// checkpoint, which no slot names.
-    async fn recover(self: &Arc<Self>, reader: &Reader<'_, E>, newest: &Newest) -> Result<bool, ImageError> {
+    async fn recover(
+        self: &Arc<Self>,
+        reader: &Reader<'_, E>,
+        newest: &Newest,
+        is_ended: bool,
+    ) -> Result<bool, ImageError> {
         let (slot, tuning) = (&newest.slot, self.core().tuning);
         let reach = reach(reader, self.core().segments.count());
         let mut replay = Replay::new(reader, self.header(), &tuning, slot.log);
         let mut found_end = false;
-        while let Some(record) = replay.next().await? {
+        while let Some(record) = if is_ended { None } else { replay.next().await? } {
             let is_next = |run: &Run| matches!(run, Run::CheckpointEnd { generation, .. } if *generation == slot.generation + 1);
             found_end |= record.runs.iter().any(|(run, _)| is_next(run));
             if u64::from(record.end.next_segment) >= reach {

@@ -5,6 +5,7 @@
 //! What a server does in the background until its next turn is on its own account.
 
 mod case;
+mod depth;
 mod disks;
 mod load;
 mod report;
@@ -31,13 +32,17 @@ const ROUNDS: usize = 3;
 /// After a turn that wrote: background work settles before the next server's turn.
 const SETTLE: Duration = Duration::from_millis(100);
 
+/// What `--only` calls the comparison of stacks, which is made only when it is asked for.
+const DEPTH: &str = "depth";
+
 /// Options of the bench.
 #[derive(Args)]
 pub struct Bench {
     /// How long each turn of a server takes at most, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     seconds: f64,
-    /// Run only the cases whose names begin so; may be given again
+    /// Run only the cases whose names begin so; may be given again. "depth" compares stacks of up to 1,000
+    /// images, which takes some minutes and is not done without being asked for
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
     /// Where the disks are made, for example /dev/shm; by default below target/
@@ -54,7 +59,8 @@ pub struct Bench {
 /// A program failed, or a server answered with an error.
 pub fn run(workspace: &Workspace, options: &Bench) -> Result<bool> {
     ensure!(options.seconds > 0.0 && options.seconds <= 60.0, "a turn takes up to 60 seconds");
-    let cases = select(&options.only)?;
+    let (depth, only): (Vec<String>, _) = options.only.iter().cloned().partition(|name| name == DEPTH);
+    let cases = if depth.is_empty() || !only.is_empty() { select(&only)? } else { Vec::new() };
     if let Some(missing) =
         ["qemu-storage-daemon", "qemu-img"].into_iter().find(|p| process::find(p).is_none())
     {
@@ -71,7 +77,12 @@ pub fn run(workspace: &Workspace, options: &Bench) -> Result<bool> {
     };
     println!("{}", environment(&folder));
     let mut report = Report::default();
-    report::print_head();
+    if !depth.is_empty() {
+        report.depth = depth::run(&bench.disks, &bench.program, bench.turn)?;
+    }
+    if !cases.is_empty() {
+        report::print_head();
+    }
     for case in &cases {
         let rows = bench.case(case).with_context(|| case.name)?;
         report.add(case, rows);
