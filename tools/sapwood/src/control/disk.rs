@@ -93,7 +93,7 @@ impl Served {
 
     /// Lets the layer lie over another base.
     pub fn rebase(&self, asked: Rebase, job: &Arc<Job>) -> anyhow::Result<Value> {
-        let is_unsafe = asked.unsafe_;
+        let names_only = asked.unsafe_;
         let base = self.base(asked)?;
         let layer = self.layer()?;
         if base.is_some() && layer.info().base.is_none() {
@@ -105,7 +105,7 @@ impl Served {
             Some(base) => json!({ "base": base.path, "format": base.format.name() }),
             None => json!({ "base": null }),
         };
-        if !is_unsafe {
+        if !names_only {
             self.move_to(base, job)?;
             return Ok(over);
         }

@@ -1,11 +1,14 @@
 //! Commands to a running server, while a vhost-user client uses the disk and a model says what it
 //! must hold.
 
-use std::io::Read;
-use std::os::unix::net::UnixStream;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::process::Stdio;
+use std::sync::mpsc::channel;
 use std::thread;
 use std::time::Duration;
 
+use rustix::process::{Pid, Signal, kill_process};
 use sapwood_tests::frontend::{Command, Frontend, Options};
 use sapwood_tests::model::{Model, Run};
 use serde_json::{Value, json};
@@ -14,7 +17,7 @@ use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, Vhos
 use vhost::vhost_user::{Frontend as Messages, VhostUserFrontend};
 
 use crate::control::{ask, finish};
-use crate::harness::{Answer, Place};
+use crate::harness::{Answer, Place, SAPWOOD};
 use crate::serve::Server;
 
 const SIZE: u64 = 8 << 20;
@@ -308,4 +311,82 @@ fn a_base_that_others_read_is_not_merged_into() {
     place.sapwood("commit --control control").fails(1, &["disk.layer", "no base"]);
     server.stops();
     place.sapwood("info other.layer").fails(1, &["other.layer", "changed"]);
+}
+
+/// Answers at the control socket as `answer` says of the first line of each request, until that says
+/// nothing.
+fn pretend(
+    place: &Place,
+    answer: impl Fn(&str) -> Option<Vec<u8>> + Send + 'static,
+) -> thread::JoinHandle<()> {
+    let listener = UnixListener::bind(place.path("control")).expect("a free name");
+    thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.expect("a connection");
+            let mut head = String::new();
+            BufReader::new(&stream).read_line(&mut head).expect("a request");
+            let Some(bytes) = answer(head.trim()) else { return };
+            // The client may have had enough.
+            let _ = stream.write_all(&bytes);
+        }
+    })
+}
+
+fn response(body: &Value) -> Vec<u8> {
+    let body = body.to_string();
+    format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\n\r\n{body}", body.len()).into_bytes()
+}
+
+#[test]
+fn the_first_interrupt_cancels_the_job() {
+    let place = Place::new();
+    let job = |state: &str| {
+        let job = json!({ "id": 7, "kind": "flatten", "state": state, "done-bytes": 1, "total-bytes": 2 });
+        Some(response(&job))
+    };
+    let (asked, is_asked) = channel();
+    let server = pretend(&place, move |request| {
+        let path = request.strip_suffix(" HTTP/1.1").expect("HTTP");
+        match path {
+            "GET /v1/disk" => Some(response(&json!({ "filename": "disk.layer" }))),
+            "POST /v1/disk/flatten" => job("running"),
+            "GET /v1/jobs/7" => {
+                // Nobody listens after the first.
+                let _ = asked.send(());
+                job("running")
+            }
+            "DELETE /v1/jobs/7" => job("cancelled"),
+            other => panic!("{other}"),
+        }
+    });
+    let mut command = place.command(SAPWOOD, "flatten --control control");
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+    is_asked.recv().expect("it looks at the job");
+    kill_process(Pid::from_child(&child), Signal::INT).expect("it runs");
+    Answer::of(child.wait_with_output().expect("it ends")).fails(1, &["sapwood: cancelled"]);
+    drop(server);
+}
+
+#[test]
+fn a_server_of_another_kind_is_an_error() {
+    let endless = [b"HTTP/1.1 200 OK\r\n\r\n".to_vec(), vec![b' '; 4 << 20]].concat();
+    let long_head = [b"HTTP/1.1 200 OK\r\nX: ".to_vec(), vec![b'x'; 4 << 20]].concat();
+    let answers = [
+        b"".to_vec(),
+        b"SSH-2.0-OpenSSH\r\n".to_vec(),
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n[1".to_vec(),
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]".to_vec(),
+        b"HTTP/1.1 404 No\r\nContent-Length: 2\r\n\r\n{}".to_vec(),
+        endless,
+        long_head,
+    ];
+    for bytes in answers {
+        let place = Place::new();
+        let shown = String::from_utf8_lossy(&bytes[..bytes.len().min(60)]).into_owned();
+        let _server = pretend(&place, move |_| Some(bytes.clone()));
+        for line in ["info --control control", "flatten --control control", "resize --control control +1M"] {
+            let answer = place.sapwood(line);
+            assert!(answer.code == 1 && !answer.stderr.contains("panicked"), "{shown}: {answer:?}");
+        }
+    }
 }
