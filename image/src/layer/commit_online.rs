@@ -71,9 +71,7 @@ impl<E: Engine> Layer<E> {
         driver.retire().await;
         result.map(|written| Committed { base: path, written })
     }
-}
 
-impl<E: Engine> Layer<E> {
     /// Refuses to change what lies below after a commit beside guests that could not be ended: the base is
     /// read as it was before, and what was done to it since may not be durable.
     pub(super) fn check_no_commit_failed(&self, below: &Below<E>) -> Result<(), ImageError> {
@@ -109,9 +107,9 @@ impl<S: Storage, E: Engine<File = S::File>> Online<'_, S, E> {
             self.shed(&self.below, size, progress).await?;
         }
         self.finish(lower).await?;
+        self.outlast_readers().await;
         let written = copied?;
         self.shed(&layer.below(), size, progress).await?;
-        self.outlast_readers().await;
         Ok(written)
     }
 
