@@ -169,6 +169,27 @@ fn a_stack_of_any_layers_reads_as_a_flat_disk() {
     }
 }
 
+#[test]
+fn a_smaller_image_cuts_what_lies_below_it() {
+    for (index_bytes, seen) in [(64 << 20, 2560), (0, 2560), (64 << 20, 2048), (0, 0), (64 << 20, 512)] {
+        let folder = tempfile::tempdir().unwrap();
+        let mut stack = Stack::new(folder.path());
+        let end = 10 * BLOCK + seen;
+        for (size, fill) in [(14 * BLOCK, Some(5)), (end, None), (12 * BLOCK, None), (13 * BLOCK, None)] {
+            let mut maker = Maker::new(stack.depth, size as u64, SEGMENT);
+            fill.into_iter().for_each(|fill| maker.write(0, &[fill; 14]));
+            stack.push(maker.end(true));
+        }
+        let tuning = Tuning { index_bytes, ..Tuning::default() };
+        let mut bench = Bench::open_tuned(&CountingLab::default(), &stack.path(3), true, tuning).unwrap();
+        let mut disk = vec![0; 13 * BLOCK];
+        disk[..end].fill(5);
+        verify(&mut bench, &disk, &mut Rng::new(1), &format!("{index_bytes}, {seen}"));
+        let extents = bench.extents(0..disk.len() as u64).unwrap();
+        assert_eq!(extents.iter().map(|extent| extent.depth).collect::<Vec<_>>(), [3, 1, 0]);
+    }
+}
+
 /// Blocks of the disk of a deep stack: 1 GiB.
 const DEEP_BLOCKS: u64 = 1 << 18;
 

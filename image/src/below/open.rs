@@ -176,7 +176,7 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
                 let identity = BaseIdentity::Raw { size, mtime_ns: identity.mtime_ns };
                 Ok(Found { identity, files: vec![link.path.clone()], next: None })
             }
-            Format::Layer => self.open_layer(&link.path).await,
+            Format::Layer => self.open_layer(&link.path, link.named.is_some()).await,
             Format::Qcow2 => self.open_qcow2(link).await,
         }
     }
@@ -215,11 +215,11 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
         all.saturating_sub(self.runs + self.index.len_max()) / 2
     }
 
-    async fn open_layer(&mut self, path: &Path) -> Result<Found, ImageError> {
+    async fn open_layer(&mut self, path: &Path, is_known: bool) -> Result<Found, ImageError> {
         // Through the page cache, which reads ahead and may know the file from another disk over it.
         let file = open_file(self.storage, path, OpenOptions::READ.buffered(), Lock::Shared)?;
         let tuning = Tuning { map_cache_bytes: SCAN_CACHE_BYTES, ..self.tuning };
-        let (layer, seal) = Box::pin(Layer::open_frozen(self.io, path, file, tuning)).await?;
+        let (layer, seal) = Box::pin(Layer::open_frozen(self.io, path, file, tuning, is_known)).await?;
         let (record, identity) = (layer.base_record(), layer.frozen_identity());
         if !self.layers.insert(record.layer_id) {
             return Err(ImageError::new(path, ErrorKind::Base("its bases form a loop".to_owned())));

@@ -361,7 +361,7 @@ impl<E: Engine> Chain<E> {
         if !link.is_paged {
             return Ok(Opened::File(file));
         }
-        let opening = Layer::open_frozen(io, &link.path, file, self.paged_tuning);
+        let opening = Layer::open_frozen(io, &link.path, file, self.paged_tuning, true);
         Ok(Opened::Layer(Box::pin(opening).await?.0))
     }
 

@@ -191,3 +191,42 @@ impl Drop for Permit {
         state.1.drain(..).for_each(Waker::wake);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use sapwood_blockdev::engine::BlockingEngine;
+    use sapwood_blockdev::storage::{HostStorage, OpenOptions, Storage};
+
+    use super::*;
+
+    #[test]
+    fn a_file_in_use_is_not_closed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str| HostStorage.open(&folder.path().join(name), OpenOptions::CREATE).unwrap();
+        // Two of three are for those who pass by.
+        let pool: Pool<BlockingEngine> = Pool::new(3, 8);
+        assert!(pool.has_place());
+        assert!(pool.keep(0, &Opened::File(file("a"))));
+        assert!(!pool.has_place());
+        let used = pool.get(0).unwrap();
+        assert!(!pool.keep(7, &Opened::File(file("b"))));
+        assert!(pool.get(0).is_some() && pool.get(7).is_none());
+        drop(used);
+        assert!(pool.keep(7, &Opened::File(file("c"))));
+        assert!(pool.get(0).is_none() && pool.get(7).is_some());
+    }
+
+    #[test]
+    fn what_was_not_used_for_the_longest_time_is_closed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: usize| {
+            HostStorage.open(&folder.path().join(name.to_string()), OpenOptions::CREATE).unwrap()
+        };
+        let pool: Pool<BlockingEngine> = Pool::new(6, 8);
+        (0..3).for_each(|link| assert!(pool.keep(link, &Opened::File(file(link)))));
+        drop(pool.get(0));
+        assert!(pool.keep(3, &Opened::File(file(3))));
+        let open: Vec<usize> = (0..4).filter(|link| pool.get(*link).is_some()).collect();
+        assert_eq!(open, [0, 2, 3]);
+    }
+}

@@ -299,3 +299,63 @@ impl BaseRecord {
         Ok(Some(BaseRef { path, identity }))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::base::describe_change;
+    use super::*;
+
+    const HEADER: Header = Header { layer_id: [7; 16], segment_blocks: 1024 };
+
+    fn record(count: usize, snapshot: Option<&str>) -> BaseRecord {
+        let files: Vec<_> =
+            (0..count as u64).map(|i| FileIdentity { size: 512 * i, mtime_ns: 1000 + i }).collect();
+        let options = OpenBelow {
+            allow_backing: true,
+            backing_format: Some(Format::Raw),
+            snapshot: snapshot.map(str::to_owned),
+        };
+        let identity = BaseIdentity::Qcow2(Qcow2Identity::new(1 << 30, &files, &options));
+        let base = Some(BaseRef { path: "b".repeat(BASE_PATH_MAX), identity });
+        BaseRecord { layer_id: HEADER.layer_id, sequence: 5, committing: false, base }
+    }
+
+    #[test]
+    fn qcow2_bases_survive_encoding() {
+        let long = "s".repeat(SNAPSHOT_MAX);
+        for (count, snapshot) in [(1, None), (FILES_LISTED, Some(long.as_str())), (202, Some("one"))] {
+            let record = record(count, snapshot);
+            let b = record.encode();
+            assert_eq!(BaseRecord::decode(&b, &HEADER, 5).as_ref(), Ok(&record));
+            for (at, value, field) in [
+                (B_FILES, 0, "base.files"),
+                (B_FILES, FILES_MAX + 1, "base.files"),
+                (B_BACKING_FORMAT, FORMAT_LAYER, "base.backing_format"),
+                (B_SNAPSHOT_LEN, SNAPSHOT_MAX as u32 + 1, "base.snapshot_len"),
+            ] {
+                let mut b = b.clone();
+                put(&mut b, at, &value.to_le_bytes());
+                let sum = checksum(&[&b[..B_CHECKSUM]]);
+                put(&mut b, B_CHECKSUM, &sum.to_le_bytes());
+                assert_eq!(BaseRecord::decode(&b, &HEADER, 5).unwrap_err().field, field);
+            }
+        }
+    }
+
+    #[test]
+    fn a_change_of_any_file_is_told() {
+        let was = record(202, None).base.unwrap().identity;
+        assert_eq!(describe_change(&was, &was, &[]), None);
+        let BaseIdentity::Qcow2(qcow2) = &was else { unreachable!() };
+        let tell = |change: &dyn Fn(&mut Qcow2Identity)| {
+            let mut is = qcow2.clone();
+            change(&mut is);
+            describe_change(&was, &BaseIdentity::Qcow2(is), &["top".into(), "low".into()]).unwrap()
+        };
+        assert!(tell(&|is| is.listed[1].size = 9).contains("low had 512 bytes and has 9"));
+        assert!(tell(&|is| is.listed[0].mtime_ns = 9).contains("top was modified"));
+        assert!(tell(&|is| is.count = 3).contains("202 files and has 3"));
+        assert!(tell(&|is| is.sum ^= 1).contains("deep in its chain"));
+        assert!(tell(&|is| is.snapshot = Some("x".to_owned())).contains("snapshot was none and is x"));
+    }
+}

@@ -68,19 +68,20 @@ pub(crate) struct Seal {
 }
 
 impl<E: Engine> Layer<E> {
-    /// Opens a layer from its open and locked file, for reading, and alone. Whoever does that checks its
-    /// identity against what is known of it, the number of its newest checkpoint included.
+    /// Opens a layer from its open and locked file, for reading, and alone. `is_known` says that
+    /// its identity, the number of its newest checkpoint included, is compared with what is known of it.
     pub(crate) async fn open_frozen(
         io: &Io<E>,
         path: &Path,
         file: E::File,
         tuning: Tuning,
+        is_known: bool,
     ) -> Result<(Arc<Self>, Seal), ImageError> {
         let head = Head::of(io, path, file).await?;
         let seal = Seal { id: head.header.layer_id, slot: head.slot() };
         let below = Below { record: head.record.clone(), chain: None };
         let options = OpenLayer { read_only: true, tuning };
-        let (layer, _) = Self::open_over(io, path, &options, head, below, true).await?;
+        let (layer, _) = Self::open_over(io, path, &options, head, below, is_known).await?;
         Ok((layer, seal))
     }
 

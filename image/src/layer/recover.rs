@@ -79,8 +79,8 @@ impl<E: Engine> Layer<E> {
         Ok(layer)
     }
 
-    /// Loads a layer whose base is open; `frozen` says that a layer over it will see whether the newest
-    /// checkpoint is the one that it knows. Says whether its log holds the end of a next checkpoint, which
+    /// Loads a layer whose base is open; `is_known` says that the caller knows the number of
+    /// its newest checkpoint and compares it. Says whether its log holds the end of a next checkpoint, which
     /// no slot names.
     pub(super) async fn open_over(
         io: &Io<E>,
@@ -88,14 +88,14 @@ impl<E: Engine> Layer<E> {
         options: &OpenLayer,
         head: Head<E>,
         below: Below<E>,
-        frozen: bool,
+        is_known: bool,
     ) -> Result<(Arc<Self>, bool), ImageError> {
         let Head { file, header, newest, .. } = head;
         let reader = Reader { io, file: &file, path };
         let core = load(&reader, &header, &newest, options).await?;
         let layer = Self::new(file.clone(), path, header, below, options.read_only, core);
         // After a clean stop there is no log to follow, unless the slot is not the newest that was written.
-        let is_ended = frozen && newest.slot.clean && !newest.other_damaged;
+        let is_ended = is_known && newest.slot.clean && !newest.other_damaged;
         let interrupted = layer.recover(&reader, &newest, is_ended).await?;
         {
             let mut core = layer.core();
