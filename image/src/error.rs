@@ -49,12 +49,35 @@ pub enum ErrorKind {
     /// The base is missing or not what it was.
     #[error("{0}")]
     Base(String),
+    /// A commit of the layer was interrupted, and must be finished first.
+    #[error("{0}")]
+    Unfinished(String),
     /// A wrong argument.
     #[error("{0}")]
     Invalid(String),
+    /// Somebody asked for it to stop.
+    #[error("cancelled")]
+    Cancelled,
     /// The device below reported a failure.
     #[error("{0}")]
     Device(#[from] DeviceError),
+}
+
+impl ErrorKind {
+    /// Its name, for programs.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Io { .. } => "io",
+            Self::Corrupt { .. } => "corrupt",
+            Self::Unsupported(_) => "unsupported",
+            Self::Locked { .. } => "locked",
+            Self::Base(_) => "base",
+            Self::Unfinished(_) => "unfinished",
+            Self::Invalid(_) => "invalid",
+            Self::Cancelled => "cancelled",
+            Self::Device(_) => "device",
+        }
+    }
 }
 
 impl ImageError {

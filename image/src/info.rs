@@ -55,37 +55,52 @@ pub async fn info<S: Storage, E: Engine<File = S::File>>(
             guess => guess.format(path)?,
         },
     };
-    let file = storage.open(path, OpenOptions::READ).map_err(|e| ImageError::io(path, "open", e))?;
-    let mut actual_size = file.allocated().map_err(|e| ImageError::io(path, "measure", e))?;
-    let (is_device, gives_space_back) = (file.is_device(), file.gives_space_back());
-    let is_direct = file.alignment() != Alignment::NONE;
-    drop(file);
-    let said = DiskInfo {
-        path: path.to_owned(),
-        format,
-        virtual_size: 0,
-        actual_size,
-        is_device,
-        is_direct,
-        gives_space_back,
-        layer: None,
-        qcow2: None,
-    };
     if format == Format::Qcow2 {
         // Not opened as a disk: what it names stays closed.
         let found = qcow2::info(storage, io, path).await?;
+        let said = of_file(storage, path, format)?;
         return Ok(DiskInfo { virtual_size: found.size, qcow2: Some(found), ..said });
     }
     let options = OpenDisk { format: Some(format), read_only: true, ..OpenDisk::default() };
     let disk = Disk::open(storage, io, path, options).await?;
-    let layer = match &*disk {
+    let said = info_of(storage, path, &disk);
+    disk.close(io).await?;
+    said
+}
+
+/// Describes a disk that is open, from `path`; of a qcow2 image only what all formats have.
+///
+/// # Errors
+/// When the file cannot be asked.
+pub fn info_of<S: Storage, E: Engine<File = S::File>>(
+    storage: &S,
+    path: &Path,
+    disk: &Disk<E>,
+) -> Result<DiskInfo, ImageError> {
+    let said = of_file(storage, path, disk.format())?;
+    let layer = match disk {
         Disk::Raw(_) | Disk::Qcow2(_) => None,
         Disk::Layer(layer) => Some(layer.info()),
     };
-    if let Some(layer) = layer.as_ref().filter(|_| is_device) {
-        actual_size = layer.used_bytes;
-    }
-    let virtual_size = disk.geometry().size;
-    disk.close(io).await?;
-    Ok(DiskInfo { virtual_size, actual_size, layer, ..said })
+    let actual_size = match &layer {
+        Some(layer) if said.is_device => layer.used_bytes,
+        _ => said.actual_size,
+    };
+    Ok(DiskInfo { virtual_size: disk.geometry().size, actual_size, layer, ..said })
+}
+
+/// What there is to say about the file alone.
+fn of_file<S: Storage>(storage: &S, path: &Path, format: Format) -> Result<DiskInfo, ImageError> {
+    let file = storage.open(path, OpenOptions::READ).map_err(|e| ImageError::io(path, "open", e))?;
+    Ok(DiskInfo {
+        path: path.to_owned(),
+        format,
+        virtual_size: 0,
+        actual_size: file.allocated().map_err(|e| ImageError::io(path, "measure", e))?,
+        is_device: file.is_device(),
+        is_direct: file.alignment() != Alignment::NONE,
+        gives_space_back: file.gives_space_back(),
+        layer: None,
+        qcow2: None,
+    })
 }

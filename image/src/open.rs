@@ -25,8 +25,8 @@ pub struct OpenDisk {
     pub format: Option<Format>,
     /// Open for reading only; other readers may have it open too.
     pub read_only: bool,
-    /// Memory for nodes of a layer's map, in bytes; `None`: what [`Tuning`] says.
-    pub map_cache_bytes: Option<u64>,
+    /// Bounds of a layer's memory, space and background work.
+    pub tuning: Tuning,
     /// How to read formats that are only read.
     pub below: OpenBelow,
 }
@@ -98,8 +98,7 @@ impl<E: Engine> Disk<E> {
         Ok(Arc::new(match format {
             Format::Raw => Self::Raw(RawDevice::open(storage, path, read_only)?),
             Format::Layer => {
-                let mut tuning = Tuning::default();
-                tuning.map_cache_bytes = options.map_cache_bytes.unwrap_or(tuning.map_cache_bytes);
+                let tuning = options.tuning;
                 Self::Layer(Layer::open(storage, io, path, &OpenLayer { read_only, tuning }).await?)
             }
             Format::Qcow2 => Self::Qcow2(Qcow2::open(storage, io, path, &options.below).await?),

@@ -2,6 +2,7 @@
 //! bases, resizing, cleaning. Crashes are the simulator's business (crate `sapwood-tests`).
 #![allow(missing_docs, clippy::unwrap_used)]
 
+use std::ops::ControlFlow;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use sapwood_blockdev::io::{Io, block_on};
 use sapwood_blockdev::storage::HostStorage;
 use sapwood_blockdev::units::GuestOffset;
 use sapwood_image::layer::{self, BaseSpec, CreateLayer, Layer, LayerQueue, OpenLayer, Tuning};
-use sapwood_image::{Format, ImageError};
+use sapwood_image::{ErrorKind, Format, ImageError};
 
 type Device = Arc<Layer<BlockingEngine>>;
 
@@ -163,7 +164,7 @@ fn random_work_matches_a_model_over_every_base() {
                 let contents: Vec<u8> = (0..(2 << 20) + 700).map(|_| rng.next() as u8).collect();
                 std::fs::write(dir.path().join("base"), &contents).unwrap();
                 model[..contents.len()].copy_from_slice(&contents);
-                Some(BaseSpec { path: "base".into(), format: Format::Raw })
+                Some(BaseSpec::new("base", Format::Raw))
             }
             _ => {
                 let below = dir.path().join("below");
@@ -172,7 +173,7 @@ fn random_work_matches_a_model_over_every_base() {
                 (0..100).for_each(|_| disk.random_step(&mut rng));
                 let contents = disk.close();
                 model[..contents.len()].copy_from_slice(&contents);
-                Some(BaseSpec { path: "below".into(), format: Format::Layer })
+                Some(BaseSpec::new("below", Format::Layer))
             }
         };
         create(
@@ -221,7 +222,7 @@ fn a_dropped_layer_is_recovered() {
 fn sizes_change_and_cut_bytes_stay_gone() {
     let (dir, path) = scratch();
     std::fs::write(dir.path().join("base"), vec![7; 1 << 20]).unwrap();
-    let base = Some(BaseSpec { path: "base".into(), format: Format::Raw });
+    let base = Some(BaseSpec::new("base", Format::Raw));
     create(&path, CreateLayer { size: Some(300 * 512), base, ..CreateLayer::default() }).unwrap();
     let mut disk = Disk::open(&path, vec![7; 300 * 512]);
     for size in [301, 100, 99, 2048, 3000, 1, 3000] {
@@ -252,7 +253,7 @@ fn a_changed_base_is_refused() {
     let (dir, path) = scratch();
     let base = dir.path().join("base");
     std::fs::write(&base, vec![1; 8192]).unwrap();
-    let spec = Some(BaseSpec { path: "base".into(), format: Format::Raw });
+    let spec = Some(BaseSpec::new("base", Format::Raw));
     create(&path, CreateLayer { base: spec, ..CreateLayer::default() }).unwrap();
     std::thread::sleep(std::time::Duration::from_millis(20));
     std::fs::write(&base, vec![2; 8192]).unwrap();
@@ -280,4 +281,52 @@ fn writes_that_arrive_together_share_records() {
     sapwood_blockdev::device::drain(&mut queue, &mut done);
     assert_eq!(done.len(), 32);
     assert!(layer.info().sequence - before <= 2, "32 writes in {} records", layer.info().sequence - before);
+}
+
+/// Cancelled at the first moment at which it can be: the disk reads as before, and nothing is left to be
+/// finished.
+#[test]
+fn a_change_of_base_that_is_cancelled_leaves_the_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let (size, far) = (200 << 20, 150 << 20);
+    for name in ["base", "other"] {
+        std::fs::File::create_new(path(name)).unwrap().set_len(size as u64).unwrap();
+    }
+    let spec = |name: &str| BaseSpec::new(name, Format::Raw);
+    create(&path("disk"), CreateLayer { base: Some(spec("base")), ..CreateLayer::default() }).unwrap();
+    let layer = open(&path("disk"), OpenLayer::default()).unwrap();
+    let mut queue = layer.queue_on(io());
+    for (at, byte) in [(4096, 1), (far, 2)] {
+        let buf = SharedBuf::heap(8192);
+        buf.write_at(0, &[byte; 8192]);
+        run(&mut queue, GuestOffset(at as u64), 8192, Command::Write(buf.into())).unwrap();
+    }
+    let mut change = |commits: bool| {
+        let (io, disk, base) = (io(), Arc::clone(&layer), spec("other"));
+        let mut first = |_, _| ControlFlow::Break(());
+        let ended = block_on(&io.clone(), async move {
+            match commits {
+                true => disk.commit_online(&HostStorage, &io, &mut first).await.map(drop),
+                false => disk.rebase(&HostStorage, &io, Some(&base), &mut first).await,
+            }
+        });
+        assert!(matches!(ended.unwrap_err().kind, ErrorKind::Cancelled));
+        for (at, byte) in [(0, 0), (4096, 1), (far, 2), (far + 8192, 0)] {
+            let buf = SharedBuf::heap(4096);
+            run(&mut queue, GuestOffset(at as u64), 4096, Command::Read(buf.clone().into())).unwrap();
+            let mut bytes = vec![9; 4096];
+            buf.read_at(0, &mut bytes);
+            assert!(bytes == vec![byte; 4096], "at {at}, commit: {commits}");
+        }
+        assert_eq!(layer.info().base.unwrap().path, Path::new("base"));
+    };
+    change(false);
+    change(true);
+    drop(queue);
+    close(layer);
+    // Opened without a word of a commit; the base has what was done until then.
+    close(open(&path("disk"), OpenLayer::default()).unwrap());
+    let base = std::fs::read(path("base")).unwrap();
+    assert_eq!((base[4096], base[far]), (1, 0));
 }

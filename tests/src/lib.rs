@@ -11,4 +11,5 @@ pub mod model;
 pub mod mounts;
 pub mod qcow2;
 pub mod sim;
+pub mod stack;
 pub mod synthetic;

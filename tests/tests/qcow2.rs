@@ -11,10 +11,11 @@ use sapwood_blockdev::engine::{BlockingEngine, UringEngine};
 use sapwood_blockdev::io::{Io, block_on};
 use sapwood_blockdev::storage::{HostStorage, Lock, OpenOptions, Storage, StorageFile};
 use sapwood_image::compare::compare;
+use sapwood_image::layer::{self, BaseSpec, CreateLayer, Tuning};
 use sapwood_image::probe::{Guess, probe};
 use sapwood_image::qcow2::{self, Qcow2, Qcow2Info};
 use sapwood_image::{ErrorKind, Extent, ExtentKind, Format, OpenBelow, OpenDisk, Side};
-use sapwood_tests::damage::lab::{HostLab, wait};
+use sapwood_tests::damage::lab::{Bench, HostLab, Lab, check as layer_check, create, wait};
 use sapwood_tests::qcow2::craft::{Craft, Kind, field, put64, specimen};
 use sapwood_tests::qcow2::qemu::{Made, Qemu};
 use sapwood_tests::qcow2::reader::{Reader, expect_at_random, trusting};
@@ -46,6 +47,49 @@ fn agree(qemu: &Qemu, what: &str, image: &str, options: &OpenBelow, expected: &[
     reader.expect(what, expected);
     let covered: u64 = reader.extents().unwrap().iter().map(|extent| extent.len).sum();
     assert_eq!(covered, expected.len() as u64, "{what}");
+    drop(reader);
+    agree_below_a_layer(qemu, what, image, options, expected);
+}
+
+/// Lays a layer over the image, and compares what it reads, before and after random changes.
+fn agree_below_a_layer(qemu: &Qemu, what: &str, image: &str, options: &OpenBelow, expected: &[u8]) {
+    let what = format!("below a layer: {what}");
+    let (path, mut rng, mut disk) = (qemu.path("over.layer"), Rng::new(2), expected.to_vec());
+    let base = BaseSpec { options: options.clone(), ..BaseSpec::new(image, Format::Qcow2) };
+    create(&HostLab, &path, &CreateLayer { base: Some(base), ..CreateLayer::default() }).unwrap();
+    for round in 0..3 {
+        let mut bench = Bench::open(&HostLab, &path, false).unwrap();
+        let mut queue = bench.layer.queue_on(Io::new(HostLab.engine()));
+        expect_at_random(&mut queue, &what, &disk, &mut rng, ROUNDS);
+        drop(queue);
+        for start in (0..disk.len()).step_by(1 << 20) {
+            let end = disk.len().min(start + (1 << 20));
+            assert!(bench.read(start as u64, end - start).unwrap() == disk[start..end], "{what}: at {start}");
+        }
+        for extent in bench.extents(0..disk.len() as u64).unwrap() {
+            if matches!(extent.kind, ExtentKind::Zero | ExtentKind::Absent) {
+                let bytes = &disk[extent.start as usize..][..extent.len as usize];
+                assert!(bytes.iter().all(|byte| *byte == 0), "{what}: {extent:?}");
+            }
+        }
+        for _ in 0..if round == 2 { 0 } else { 10 } {
+            let start = rng.below(disk.len() as u64 / 512) as usize * 512;
+            let end = disk.len().min(start + 512 * rng.between(1, 40) as usize);
+            rng.fill(&mut disk[start..end]);
+            bench.write(start as u64, &disk[start..end]).unwrap();
+        }
+        bench.close().unwrap();
+        if round == 1 {
+            // Without a base it holds all of it.
+            let path = path.clone();
+            wait(&HostLab, async move |storage, io| {
+                layer::rebase(&storage, &io, &path, None, Tuning::default(), &mut |_, _| {}).await
+            })
+            .unwrap();
+        }
+    }
+    assert_eq!(layer_check(&HostLab, &path).unwrap().errors, Vec::<String>::new(), "{what}");
+    std::fs::remove_file(path).unwrap();
 }
 
 fn agree_with_qemu(qemu: &Qemu, what: &str, image: &str) {

@@ -2,6 +2,7 @@
 //! the same again finishes it.
 
 use std::future::Future;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -189,7 +190,7 @@ fn prepare(process: &Process, start: Start) -> Vec<u8> {
     let (old, new) = (pattern(20 * BLOCK + 700, 0x40), pattern(50 * BLOCK, 0x80));
     process.world.install(&path("old"), &old);
     process.world.install(&path("new"), &new);
-    let spec = |name: &str, format| BaseSpec { path: path(name), format };
+    let spec = |name: &str, format| BaseSpec::new(path(name), format);
     let mut mid = sized(old, 30 * BLOCK);
     process.create("mid", mid.len(), Some(spec("old", Format::Raw)));
     process.change("mid", &[(2 * BLOCK, 3 * BLOCK, Some(2)), (10 * BLOCK, 2 * BLOCK, None)], &mut mid);
@@ -219,7 +220,7 @@ fn act(process: &Process, change: Change, tuning: Tuning) -> impl Future<Output 
     async move {
         match change {
             Change::Rebase(base) => {
-                let base = base.map(|(name, format)| BaseSpec { path: path(name), format });
+                let base = base.map(|(name, format)| BaseSpec::new(path(name), format));
                 layer::rebase(&storage, &io, &path("top"), base.as_ref(), tuning, &mut |_, _| {}).await
             }
             Change::Commit { delete } => {
@@ -452,7 +453,7 @@ fn flatten_under_writes(seed: u64, tuning: Tuning) -> bool {
     let flattened = std::rc::Rc::new(std::cell::Cell::new(None));
     let (result, inner, task_io) = (std::rc::Rc::clone(&flattened), Arc::clone(&layer), io.clone());
     io.spawn(async move {
-        result.set(Some(inner.rebase(&storage, &task_io, None, &mut |_, _| {}).await));
+        result.set(Some(inner.rebase(&storage, &task_io, None, &mut |_, _| ControlFlow::Continue(())).await));
     });
     let (mut rng, mut done, mut tag) = (Rng::new(seed), Vec::new(), 0);
     for _ in 0..EVENTS_MAX {

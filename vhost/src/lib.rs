@@ -29,4 +29,4 @@ pub mod server;
 mod spin;
 mod worker;
 
-pub use server::{Options, Server, ServerError};
+pub use server::{Options, Server, ServerError, SocketFile};

@@ -20,6 +20,9 @@ impl StorageFile for File {
     fn path(&self) -> &Path {
         Path::new("file")
     }
+    fn is_shared(&self) -> bool {
+        false
+    }
     fn size(&self) -> io::Result<u64> {
         Ok(0)
     }
@@ -33,6 +36,9 @@ impl StorageFile for File {
         Alignment::NONE
     }
     fn lock(&self, _: Lock) -> Result<(), LockError> {
+        Ok(())
+    }
+    fn unlock(&self) -> io::Result<()> {
         Ok(())
     }
 }

@@ -292,6 +292,10 @@ impl StorageFile for HostFile {
         self.0.is_device
     }
 
+    fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+
     fn size(&self) -> io::Result<u64> {
         if self.0.is_device {
             // A device's st_size is 0. Nothing here uses the file position that this moves.
@@ -387,5 +391,10 @@ impl StorageFile for HostFile {
             }
             return Err(LockError::Held(name));
         }
+    }
+
+    fn unlock(&self) -> io::Result<()> {
+        self.0.is_locked.store(false, Ordering::Relaxed);
+        Ok(rustix::fs::flock(&self.0.fd, FlockOperation::NonBlockingUnlock)?)
     }
 }

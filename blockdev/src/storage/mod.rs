@@ -124,6 +124,9 @@ pub trait StorageFile: Clone + Send + Sync + fmt::Debug + 'static {
         false
     }
 
+    /// Whether there are other clones, for example with operations in flight.
+    fn is_shared(&self) -> bool;
+
     /// Size in bytes now; of the device, for a block device.
     ///
     /// # Errors
@@ -169,4 +172,11 @@ pub trait StorageFile: Clone + Send + Sync + fmt::Debug + 'static {
     /// # Errors
     /// [`LockError::Held`] with the holder's name when somebody else holds it.
     fn lock(&self, lock: Lock) -> Result<(), LockError>;
+
+    /// Gives the lock up, for another open file description of the same program to take it. Somebody
+    /// else can be faster: whoever takes it must look at the file again.
+    ///
+    /// # Errors
+    /// What flock(2) says.
+    fn unlock(&self) -> io::Result<()>;
 }

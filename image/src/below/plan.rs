@@ -9,11 +9,16 @@ use sapwood_blockdev::device::DeviceError;
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::StorageFile;
-use sapwood_blockdev::units::FileOffset;
+use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
 
 use super::cache::{PAGE_BYTES, Page};
-use super::{Below, Link};
-use crate::error::ImageError;
+use super::index::{Answer, Index};
+use super::pool::{Opened, Permit};
+use super::{Chain, LayerLink, Link, Stage};
+use crate::error::{ErrorKind, ImageError};
+use crate::layer::Layer;
+use crate::layer::frozen::Holds;
+use crate::layer::paging::{Pins, device_error};
 use crate::qcow2::{Mapping, image};
 
 /// A stretch of a disk whose bytes are in one place.
@@ -30,12 +35,15 @@ pub struct Piece<F> {
 pub enum Source<F> {
     /// Nowhere: they are zeroes.
     Zero,
-    /// In a file, as they are, from this offset; what lies past its end reads as zeroes.
+    /// In a file, as they are.
     File {
         /// The file.
         file: F,
         /// Where in it.
         offset: FileOffset,
+        /// What lies past the end of the file reads as zeroes. A layer that ends before a block that
+        /// its map names is damaged.
+        may_end: bool,
     },
     /// In a compressed cluster.
     Compressed(Compressed),
@@ -57,24 +65,63 @@ pub struct Compressed {
 /// Why planning stopped.
 #[derive(Debug)]
 pub enum Stop {
-    /// A page of a table is not in memory: [`Below::load`] it and go on at `at`.
-    Miss {
-        /// The first byte that is not planned yet.
-        at: u64,
-        /// The number of the image in the chain.
-        link: usize,
-        /// The number of the page in its file.
-        page: u64,
-    },
+    /// Something is not in memory: [`Chain::load`] it and go on.
+    Miss(Miss),
     /// The tables of an image are damaged.
     Damage(ImageError),
 }
 
-/// Pages that were just loaded: they count even when the cache has no room for them.
-#[derive(Default)]
-pub struct Held {
+/// What is not in memory.
+#[derive(Debug)]
+pub struct Miss {
+    position: Position,
+    /// The number of the image in the chain.
+    link: usize,
+    part: Part,
+}
+
+/// A part of an image.
+#[derive(Debug)]
+enum Part {
+    /// The page of its file with this number.
+    Page(u64),
+    /// The file: it is closed.
+    File,
+    /// The nodes of a layer's map for these blocks.
+    Nodes(Range<u64>),
+}
+
+/// How far looking a byte up has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Position {
     at: u64,
+    /// The number of the stage that is asked, after all above it have said that it is not there.
+    stage: usize,
+    /// For how many bytes they say so.
+    len: u64,
+}
+
+/// What was just loaded: it counts even when the caches have no room for it, and looking up goes on
+/// with it where it stopped. Not kept for longer than that.
+pub struct Held<E: Engine> {
+    position: Position,
     pages: Vec<((usize, u64), Page)>,
+    opened: Option<(usize, Opened<E>)>,
+    pins: Vec<Pins<E>>,
+    /// Goes with a file that is open beside the pool.
+    permit: Option<Permit>,
+}
+
+impl<E: Engine> Default for Held<E> {
+    fn default() -> Self {
+        Self {
+            position: Position::default(),
+            pages: Vec::new(),
+            opened: None,
+            pins: Vec::new(),
+            permit: None,
+        }
+    }
 }
 
 /// Where in a chain bytes are: the number of the image that answers, and the place in it.
@@ -82,75 +129,146 @@ pub(super) struct Found {
     pub(super) link: usize,
     pub(super) mapping: Mapping,
     pub(super) len: u64,
+    /// The stage that answered.
+    stage: usize,
 }
 
-impl<E: Engine> Below<E> {
+impl<E: Engine> Chain<E> {
     /// Appends to `pieces` where the bytes of `range` are, which must lie inside the disk, in order and
     /// without gaps. When it stops, the pieces up to there have been appended.
     ///
     /// # Errors
     /// Something is not in memory, or damaged.
-    pub fn plan(&self, range: Range<u64>, held: &Held, pieces: &mut Vec<Piece<E::File>>) -> Result<(), Stop> {
+    pub fn plan(
+        &self,
+        range: Range<u64>,
+        held: &Held<E>,
+        pieces: &mut Vec<Piece<E::File>>,
+    ) -> Result<(), Stop> {
         let mut at = range.start;
         while at < range.end {
             let found = self.find(at, range.end, held)?;
             let next = at..at + found.len;
+            let source = self.source(&next, &found, held)?;
             at = next.end;
-            let source = self.source(&next, &found);
             push(pieces, Piece { range: next, source });
         }
         Ok(())
     }
 
     /// Where the byte `at` is, through the chain, and for how many bytes that goes on.
-    pub(super) fn find(&self, at: u64, end: u64, held: &Held) -> Result<Found, Stop> {
-        let mut len = end - at;
-        for (number, link) in self.links.iter().enumerate() {
+    pub(super) fn find(&self, at: u64, end: u64, held: &Held<E>) -> Result<Found, Stop> {
+        let mut position = match held.position {
+            held if held.at == at && held.len > 0 => held,
+            _ => Position { at, stage: 0, len: u64::MAX },
+        };
+        position.len = position.len.min(end - at);
+        while let Some(stage) = self.stages.get(position.stage) {
             // What an image lacks at its end reads as zeroes above, whatever lies below it.
-            if at >= link.size() {
-                return Ok(Found { link: number.saturating_sub(1), mapping: Mapping::Unallocated, len });
+            let limit = self.limits[stage.first()];
+            if at >= limit {
+                return Ok(self.nothing(&position));
             }
-            len = len.min(link.size() - at);
-            let image = match link {
-                Link::Raw { .. } => return Ok(Found { link: number, mapping: Mapping::Data(at), len }),
-                Link::Qcow2(image) => image,
+            position.len = position.len.min(limit - at);
+            let found = match stage {
+                Stage::Index { index, .. } => self.find_in_index(index, &mut position),
+                Stage::Link(link) => self.find_in(*link, &mut position, held)?,
             };
-            let page = |page| held.page((number, page)).or_else(|| self.tables.get(&(number, page)));
-            let (mapping, known) = image.find(at, at + len, page).map_err(|stop| match stop {
-                image::Stop::Miss(page) => Stop::Miss { at, link: number, page },
-                image::Stop::Flaw(flaw) => Stop::Damage(flaw.of(image.path())),
-            })?;
-            len = known;
-            if mapping != Mapping::Unallocated {
-                return Ok(Found { link: number, mapping, len });
+            if let Some(found) = found {
+                return Ok(found);
             }
+            position.stage += 1;
         }
-        Ok(Found { link: self.links.len() - 1, mapping: Mapping::Unallocated, len })
+        Ok(self.nothing(&position))
     }
 
-    fn source(&self, range: &Range<u64>, found: &Found) -> Source<E::File> {
-        let offset = match found.mapping {
-            Mapping::Unallocated | Mapping::Zero => return Source::Zero,
-            Mapping::Data(offset) => offset,
-            Mapping::Compressed { offset, len } => {
-                let skip = self.cluster_size(found.link).map_or(0, |size| range.start % size) as usize;
-                return Source::Compressed(Compressed { link: found.link, offset, len, skip });
+    /// No image says anything about where looking up has come to.
+    fn nothing(&self, position: &Position) -> Found {
+        let seen = self.limits.partition_point(|limit| *limit > position.at);
+        let link = seen.saturating_sub(1);
+        Found { link, mapping: Mapping::Unallocated, len: position.len, stage: position.stage }
+    }
+
+    fn find_in_index(&self, index: &Index, position: &mut Position) -> Option<Found> {
+        let Position { at, stage, .. } = *position;
+        let inside = at % BLOCK_SIZE;
+        let bytes = |blocks: u64| blocks.saturating_mul(BLOCK_SIZE).saturating_sub(inside);
+        match index.find(at / BLOCK_SIZE) {
+            Answer::Nothing { blocks } => {
+                position.len = position.len.min(bytes(blocks));
+                None
+            }
+            Answer::Layer { link, holds, blocks } => {
+                position.len = position.len.min(bytes(blocks));
+                let limit = self.limits[link];
+                if at >= limit {
+                    return Some(self.nothing(position));
+                }
+                let mapping = mapping(holds, inside);
+                Some(Found { link, mapping, len: position.len.min(limit - at), stage })
+            }
+        }
+    }
+
+    /// Asks one link; `None` when it says nothing about the byte.
+    fn find_in(&self, link: usize, position: &mut Position, held: &Held<E>) -> Result<Option<Found>, Stop> {
+        let Position { at, stage, len } = *position;
+        let miss = |part| Stop::Miss(Miss { position: Position { at, stage, len }, link, part });
+        let (mapping, known) = match &self.links[link] {
+            Link::Raw { .. } => (Mapping::Data(at), len),
+            Link::Qcow2(image) => {
+                let page = |page| held.page((link, page)).or_else(|| self.tables.get(&(link, page)));
+                image.find(at, at + len, page).map_err(|stop| match stop {
+                    image::Stop::Miss(page) => miss(Part::Page(page)),
+                    image::Stop::Flaw(flaw) => Stop::Damage(flaw.of(image.path())),
+                })?
+            }
+            Link::Layer(_) => {
+                let blocks = at / BLOCK_SIZE..(at + len).div_ceil(BLOCK_SIZE);
+                let opened = held.opened(link).or_else(|| self.pool.get(link));
+                let Some(Opened::Layer(layer)) = opened else { return Err(miss(Part::File)) };
+                let Some(run) = layer.first_run(blocks.clone()) else {
+                    return Err(miss(Part::Nodes(blocks.start..blocks.start + 1)));
+                };
+                let known = ((run.start + run.count) * BLOCK_SIZE - at).min(len);
+                (mapping(run.holds, at % BLOCK_SIZE), known)
             }
         };
-        match self.data_of(found.link) {
-            Some((file, len)) if offset < len => {
-                Source::File { file: file.clone(), offset: FileOffset(offset) }
-            }
-            // As QEMU does. Nothing that is not in the file needs to be read.
-            _ => Source::Zero,
-        }
+        position.len = known;
+        let is_here = mapping != Mapping::Unallocated;
+        Ok(is_here.then_some(Found { link, mapping, len: known, stage }))
     }
 
-    /// The file in which an image of the chain has its data, and the file's length.
-    pub(super) fn data_of(&self, link: usize) -> Option<(&E::File, u64)> {
-        self.links.get(link).map(|link| match link {
-            Link::Raw { file, identity, .. } => (file, identity.size),
-            Link::Qcow2(image) => image.data(),
+    fn source(&self, range: &Range<u64>, found: &Found, held: &Held<E>) -> Result<Source<E::File>, Stop> {
+        let link = found.link;
+        let offset = match found.mapping {
+            Mapping::Unallocated | Mapping::Zero => return Ok(Source::Zero),
+            Mapping::Data(offset) => offset,
+            Mapping::Compressed { offset, len } => {
+                let skip = self.cluster_size(link).map_or(0, |size| range.start % size) as usize;
+                return Ok(Source::Compressed(Compressed { link, offset, len, skip }));
+            }
+        };
+        let (file, len) = match &self.links[link] {
+            Link::Raw { file, identity, .. } => (file.clone(), identity.size),
+            Link::Qcow2(image) => {
+                let (file, len) = image.data();
+                (file.clone(), len)
+            }
+            Link::Layer(_) => {
+                let Some(opened) = held.opened(link).or_else(|| self.pool.get(link)) else {
+                    let position =
+                        Position { at: range.start, stage: found.stage, len: range.end - range.start };
+                    return Err(Stop::Miss(Miss { position, link, part: Part::File }));
+                };
+                let file = opened.file();
+                return Ok(Source::File { file, offset: FileOffset(offset), may_end: false });
+            }
+        };
+        // As QEMU does. Nothing that is not in the file needs to be read.
+        Ok(match offset < len {
+            true => Source::File { file, offset: FileOffset(offset), may_end: true },
+            false => Source::Zero,
         })
     }
 
@@ -162,30 +280,89 @@ impl<E: Engine> Below<E> {
     }
 
     /// Brings what planning stopped for into memory, and into `held` until planning has come further.
+    /// What was planned before must have been read, so that not too many files are open.
     ///
     /// # Errors
-    /// The file cannot be read; or it was not a page that was missing, but damage, which is logged.
-    pub async fn load(&self, io: &Io<E>, stop: Stop, held: &mut Held) -> Result<(), DeviceError> {
-        let (at, number, page) = match stop {
-            Stop::Miss { at, link, page } => (at, link, page),
+    /// The file cannot be read, or is not what it was; or nothing was missing, but there is damage. That
+    /// is logged.
+    pub async fn load(&self, io: &Io<E>, stop: Stop, held: &mut Held<E>) -> Result<(), DeviceError> {
+        let Miss { position, link, part } = match stop {
+            Stop::Miss(miss) => miss,
             Stop::Damage(error) => return Err(self.complain(&error)),
         };
-        let Some(Link::Qcow2(image)) = self.links.get(number) else { return Err(DeviceError::Corrupt) };
-        let file = image.file.clone();
-        let key = (number, page);
+        if (position.at, position.stage) != (held.position.at, held.position.stage) {
+            *held = Held::default();
+        }
+        held.position = position;
+        match (part, &self.links[link]) {
+            (Part::Page(page), Link::Qcow2(image)) => {
+                let loaded = self.load_page(io, (link, page), image.file.clone()).await?;
+                held.pages.push(((link, page), loaded));
+            }
+            (Part::File, Link::Layer(layer)) => {
+                // Given back first, since others may wait for it, too.
+                (held.opened, held.permit) = (None, None);
+                let permit = self.pool.permit().await;
+                let opened = match self.pool.get(link) {
+                    Some(opened) => opened,
+                    None => self.open_again(io, layer).await.map_err(|error| self.complain(&error))?,
+                };
+                held.permit = (!self.pool.keep(link, &opened)).then_some(permit);
+                held.opened = Some((link, opened));
+            }
+            (Part::Nodes(blocks), _) => {
+                let opened = held.opened(link).or_else(|| self.pool.get(link));
+                let Some(Opened::Layer(layer)) = opened else { return Ok(()) };
+                let pins = layer.pin(io, &blocks).await.map_err(|error| {
+                    self.complain(&error);
+                    device_error(&error)
+                })?;
+                held.pins.push(pins);
+                held.opened.get_or_insert((link, Opened::Layer(layer)));
+            }
+            _ => return Err(DeviceError::Corrupt),
+        }
+        Ok(())
+    }
+
+    async fn load_page(&self, io: &Io<E>, key: (usize, u64), file: E::File) -> Result<Page, DeviceError> {
         let brought = self.tables.get_or_insert_async(&key, async {
             let buf = AlignedBuf::zeroed(PAGE_BYTES);
-            let offset = FileOffset(page * PAGE_BYTES as u64);
+            let offset = FileOffset(key.1 * PAGE_BYTES as u64);
             let memory = io.run(Op::read(file, offset, buf)).await.zero_filled()?;
             Ok::<_, DeviceError>(Arc::new(memory.into_buf()))
         });
-        let brought = brought.await?;
-        if at != held.at {
-            held.pages.clear();
+        brought.await
+    }
+
+    /// Opens the file of a layer again, which must be what it was.
+    /// Keeps the image at the top open until the answer is dropped, for whoever is going to write it.
+    pub(crate) async fn hold_top(&self, io: &Io<E>) -> Result<Opened<E>, ImageError> {
+        let refuse =
+            |detail: &str| Err(ImageError::new(self.path(), ErrorKind::Unsupported(detail.to_owned())));
+        let link = match &self.links[0] {
+            Link::Raw { file, .. } => return Ok(Opened::File(file.clone())),
+            Link::Qcow2(_) => return refuse("qcow2 images are read, not written"),
+            Link::Layer(link) => link,
+        };
+        if let Some(opened) = self.pool.get(0) {
+            return Ok(opened);
         }
-        held.at = at;
-        held.pages.push((key, brought));
-        Ok(())
+        let opened = self.open_again(io, link).await?;
+        match self.pool.keep(0, &opened) {
+            true => Ok(opened),
+            false => refuse("too many files of the chain are open"),
+        }
+    }
+
+    async fn open_again(&self, io: &Io<E>, link: &LayerLink) -> Result<Opened<E>, ImageError> {
+        let file = (self.reopen)(&link.path)?;
+        Layer::check_seal(io, &link.path, file.clone(), &link.seal).await?;
+        if !link.is_paged {
+            return Ok(Opened::File(file));
+        }
+        let opening = Layer::open_frozen(io, &link.path, file, self.paged_tuning, true);
+        Ok(Opened::Layer(Box::pin(opening).await?.0))
     }
 
     /// Logs damage, the first time.
@@ -193,25 +370,38 @@ impl<E: Engine> Below<E> {
         if !self.complained.swap(true, Ordering::Relaxed) {
             log::error!("{error}; what else is found damaged while this disk is open is not logged");
         }
-        DeviceError::Corrupt
+        device_error(error)
     }
 }
 
-impl Held {
+fn mapping(holds: Holds, inside: u64) -> Mapping {
+    match holds {
+        Holds::Nothing => Mapping::Unallocated,
+        Holds::Zero => Mapping::Zero,
+        Holds::Place(place) => Mapping::Data(Holds::offset(place) + inside),
+    }
+}
+
+impl<E: Engine> Held<E> {
     fn page(&self, key: (usize, u64)) -> Option<Page> {
         self.pages.iter().find(|(held, _)| *held == key).map(|(_, page)| Arc::clone(page))
+    }
+
+    fn opened(&self, link: usize) -> Option<Opened<E>> {
+        self.opened.as_ref().filter(|(held, _)| *held == link).map(|(_, opened)| opened.clone())
     }
 }
 
 /// Appends a piece, joined to the one before where the file goes on.
-fn push<F: StorageFile>(pieces: &mut Vec<Piece<F>>, next: Piece<F>) {
+pub(crate) fn push<F: StorageFile>(pieces: &mut Vec<Piece<F>>, next: Piece<F>) {
     if let Some(last) = pieces.last_mut() {
         let len = last.range.end - last.range.start;
         let joins = match (&last.source, &next.source) {
             (Source::Zero, Source::Zero) => true,
-            (Source::File { file: a, offset: at }, Source::File { file: b, offset }) => {
-                at.plus(len) == *offset && a.path() == b.path()
-            }
+            (
+                Source::File { file: a, offset: at, may_end: may_a },
+                Source::File { file: b, offset, may_end },
+            ) => at.plus(len) == *offset && may_a == may_end && a.path() == b.path(),
             _ => false,
         };
         if joins && last.range.end == next.range.start {

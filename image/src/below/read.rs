@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use futures_util::future::join_all;
 use sapwood_blockdev::buffer::{AlignedBuf, Memory};
 use sapwood_blockdev::device::DeviceError;
 use sapwood_blockdev::engine::{Engine, Op};
@@ -11,7 +12,7 @@ use sapwood_blockdev::storage::StorageFile;
 use sapwood_blockdev::units::FileOffset;
 
 use super::cache::Cluster;
-use super::{Below, Compressed, Held, Link, Piece, Source};
+use super::{Chain, Compressed, Held, Link, Piece, Source};
 use crate::error::ImageError;
 use crate::qcow2::compress::decompress;
 use crate::side::cut;
@@ -19,8 +20,9 @@ use crate::side::cut;
 /// Bytes bounced at a time.
 const BOUNCE_LEN: u64 = 1 << 20;
 
-impl<E: Engine> Below<E> {
-    /// As [`Below::plan`], bringing what is missing.
+impl<E: Engine> Chain<E> {
+    /// As [`Chain::plan`], bringing what is missing; of a chain without layers, whose files are all
+    /// open.
     ///
     /// # Errors
     /// A file cannot be read, or is damaged.
@@ -40,6 +42,41 @@ impl<E: Engine> Below<E> {
         }
     }
 
+    /// Reads from byte `start` of the disk, which must not end before `memory` does, into shared memory
+    /// of any alignment. What is planned is read before anything else is opened.
+    pub(crate) async fn read(&self, io: &Io<E>, start: u64, memory: &Memory) -> Result<(), DeviceError> {
+        let (mut held, mut pieces, mut at) = (Held::default(), Vec::new(), start);
+        let end = start + memory.len() as u64;
+        while at < end {
+            let stop = self.plan(at..end, &held, &mut pieces).err();
+            let reads = pieces.drain(..).map(|Piece { range, source }| {
+                at = range.end;
+                let (from, len) = ((range.start - start) as usize, (range.end - range.start) as usize);
+                self.read_bounded(io, source, memory.share(from, len))
+            });
+            let reads: Vec<_> = reads.collect();
+            join_all(reads).await.into_iter().collect::<Result<(), _>>()?;
+            if let Some(stop) = stop {
+                self.load(io, stop, &mut held).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// As [`Chain::read_piece`], with a bound for what is decompressed at a time.
+    async fn read_bounded(
+        &self,
+        io: &Io<E>,
+        source: Source<E::File>,
+        memory: Memory,
+    ) -> Result<(), DeviceError> {
+        let _permit = match source {
+            Source::Compressed(_) => Some(self.decompressing.take().await),
+            _ => None,
+        };
+        self.read_piece(io, source, memory).await
+    }
+
     /// Reads a piece into memory of the same length, of any alignment.
     ///
     /// # Errors
@@ -52,7 +89,7 @@ impl<E: Engine> Below<E> {
     ) -> Result<(), DeviceError> {
         match source {
             Source::Zero => memory.zero_at(0, memory.len()),
-            Source::File { file, offset } => bounce(io, file, offset, &mut memory).await?,
+            Source::File { file, offset, may_end } => read_file(io, file, offset, may_end, memory).await?,
             Source::Compressed(part) => {
                 let cluster = self.cluster(io, part).await?;
                 let bytes = cluster.get(part.skip..part.skip + memory.len());
@@ -80,7 +117,7 @@ impl<E: Engine> Below<E> {
         }
         let key = (part.link, part.offset);
         let brought = self.clusters.get_or_insert_async(&key, async {
-            let (bytes, range) = read_aligned(io, &image.file, part.offset, part.len as usize).await?;
+            let (bytes, range) = read_aligned(io, &image.file, part.offset, part.len as usize, true).await?;
             let cluster = decompress(image.compression(), &bytes[range], image.cluster_size() as usize);
             cluster.map(Arc::from).map_err(|detail| {
                 self.complain(&ImageError::corrupt(image.path(), "compressed cluster", part.offset, detail))
@@ -90,33 +127,54 @@ impl<E: Engine> Below<E> {
     }
 }
 
-/// Reads into memory that the kernel cannot fill directly.
-async fn bounce<E: Engine>(
+/// Reads a file into memory, directly where that can be.
+pub(crate) async fn read_file<E: Engine>(
     io: &Io<E>,
     file: E::File,
     offset: FileOffset,
-    memory: &mut Memory,
+    may_end: bool,
+    mut memory: Memory,
 ) -> Result<(), DeviceError> {
+    if reaches(&file, offset, &memory) {
+        let wanted = memory.len();
+        let outcome = io.run(Op::read(file, offset, memory)).await;
+        return match outcome.result {
+            Ok(read) if read < wanted && !may_end => Err(DeviceError::Corrupt),
+            _ => outcome.zero_filled().map(drop).map_err(DeviceError::from),
+        };
+    }
     for piece in cut(offset.0..offset.0 + memory.len() as u64, BOUNCE_LEN) {
-        let (bytes, range) = read_aligned(io, &file, piece.start, (piece.end - piece.start) as usize).await?;
+        let len = (piece.end - piece.start) as usize;
+        let (bytes, range) = read_aligned(io, &file, piece.start, len, may_end).await?;
         memory.write_at((piece.start - offset.0) as usize, &bytes[range]);
     }
     Ok(())
 }
 
+/// Whether a file can be read from `offset` straight into `memory`.
+pub(crate) fn reaches<F: StorageFile>(file: &F, offset: FileOffset, memory: &Memory) -> bool {
+    let alignment = file.alignment();
+    (offset.0 | memory.len() as u64).is_multiple_of(alignment.offset as u64)
+        && memory.is_aligned(alignment.memory)
+}
+
 /// Reads `len` bytes of a file, aligned as the file needs it: the bytes, and where among them those
-/// are that were asked for. What lies past the end of the file is zero.
+/// are that were asked for. What lies past the end of the file is zero, where it may end there.
 async fn read_aligned<E: Engine>(
     io: &Io<E>,
     file: &E::File,
     offset: u64,
     len: usize,
+    may_end: bool,
 ) -> Result<(AlignedBuf, Range<usize>), DeviceError> {
     let alignment = file.alignment().offset as u64;
     let start = offset / alignment * alignment;
     let end = (offset + len as u64).next_multiple_of(alignment);
     let buf = AlignedBuf::zeroed((end - start) as usize);
-    let memory = io.run(Op::read(file.clone(), FileOffset(start), buf)).await.zero_filled()?;
+    let outcome = io.run(Op::read(file.clone(), FileOffset(start), buf)).await;
     let skip = (offset - start) as usize;
-    Ok((memory.into_buf(), skip..skip + len))
+    if !may_end && outcome.result.is_ok_and(|read| read < skip + len) {
+        return Err(DeviceError::Corrupt);
+    }
+    Ok((outcome.zero_filled()?.into_buf(), skip..skip + len))
 }

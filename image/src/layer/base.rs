@@ -1,43 +1,32 @@
-//! What lies below a layer: nothing, a raw image or another layer. None of them may change while
-//! the layer counts on it.
+//! What lies below a layer: nothing, or a chain of images ([`crate::below`]) that begins with its base.
+//! None of them may change while the layer counts on it.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::base_record::{BASE_PATH_MAX, BaseIdentity, BaseRecord, BaseRef};
-use super::device::Layer;
-use super::layout::LayerId;
-use super::{BaseSpec, OpenLayer, open_file};
+use super::BaseSpec;
+use super::base_record::{BASE_PATH_MAX, BaseIdentity, BaseRecord, BaseRef, Qcow2Identity, SNAPSHOT_MAX};
+use super::layout::{LayerId, SIZE_MAX};
+use super::tuning::Tuning;
+use crate::below::{Chain, NextLink};
 use crate::error::{ErrorKind, ImageError};
 use crate::format::Format;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
-use sapwood_blockdev::storage::{Lock, OpenOptions, Storage, StorageFile};
-use sapwood_blockdev::units::SECTOR_SIZE;
-
-/// Bases below one another, at most: opening and reading go down the chain, some KiB of stack each.
-const DEPTH_MAX: usize = 100;
-
-/// An opened base.
-pub(super) enum Base<E: Engine> {
-    /// A raw image; `size` is what the guest sees of it, in bytes.
-    Raw { file: E::File, size: u64 },
-    /// A layer, opened for reading.
-    Layer(Arc<Layer<E>>),
-}
+use sapwood_blockdev::storage::{FileIdentity, Storage};
 
 /// What lies below a layer, as recorded and as opened.
-pub(super) struct Below<E: Engine> {
-    pub(super) record: BaseRecord,
+pub(crate) struct Below<E: Engine> {
+    pub(crate) record: BaseRecord,
     /// `None` also where the layer was opened without its base.
-    pub(super) base: Option<Base<E>>,
+    pub(crate) chain: Option<Arc<Chain<E>>>,
 }
 
 /// What opening a layer does about its base.
 #[derive(Clone, Copy)]
-pub(super) enum OpenBase<'a> {
-    /// It is opened, too. These layers lie above, topmost first.
-    Chain(&'a [LayerId]),
+pub(super) enum OpenBase {
+    /// It is opened, too.
+    Opened,
     /// It is left alone: only what the layer itself holds may be read.
     Nothing,
 }
@@ -47,133 +36,150 @@ pub(super) fn resolve(layer: &Path, stored: &str) -> PathBuf {
     layer.parent().unwrap_or(Path::new("")).join(stored)
 }
 
-/// Size of a raw image as a guest sees it: whole sectors, the last one padded with zeroes.
-fn raw_size(bytes: u64) -> u64 {
-    bytes.next_multiple_of(SECTOR_SIZE)
+/// What a layer says of its base, to whoever opens that.
+#[derive(Clone, Debug)]
+pub(crate) struct Named {
+    /// The layer's path and id.
+    pub(crate) layer: PathBuf,
+    pub(crate) id: LayerId,
+    pub(crate) base: BaseRef,
 }
 
-impl<E: Engine> Base<E> {
-    /// Opens a base for reading and tells its identity. `above` are the layers over it, topmost
-    /// first.
-    pub(super) async fn open<S: Storage<File = E::File>>(
-        storage: &S,
-        io: &Io<E>,
-        path: &Path,
-        format: Format,
-        above: &[LayerId],
-    ) -> Result<(Self, BaseIdentity), ImageError> {
-        if above.len() > DEPTH_MAX {
-            return Err(ImageError::new(
-                path,
-                ErrorKind::Base(format!("more than {DEPTH_MAX} bases in a chain")),
-            ));
+impl Named {
+    /// What the layer at `layer` names in its base record, if it may be opened.
+    pub(crate) fn of(layer: &Path, record: &BaseRecord) -> Result<Option<Self>, ImageError> {
+        let Some(base) = record.base.clone() else { return Ok(None) };
+        let named = Self { layer: layer.to_owned(), id: record.layer_id, base };
+        if record.committing {
+            let detail = format!(
+                "it was being merged into its base {}: finish that first (sapwood commit {})",
+                named.path().display(),
+                layer.display()
+            );
+            return Err(ImageError::new(layer, ErrorKind::Unfinished(detail)));
         }
-        match format {
-            Format::Raw => {
-                let file = open_file(storage, path, OpenOptions::READ, Lock::Shared)?;
-                let identity = file.identity().map_err(|e| ImageError::io(path, "identify", e))?;
-                let size = raw_size(identity.size);
-                Ok((Self::Raw { file, size }, BaseIdentity::Raw { size, mtime_ns: identity.mtime_ns }))
-            }
-            Format::Layer => {
-                let options = OpenLayer { read_only: true, ..OpenLayer::default() };
-                let chain = OpenBase::Chain(above);
-                let layer = Box::pin(Layer::open_with(storage, io, path, &options, chain)).await?;
-                let identity = layer.identity();
-                Ok((Self::Layer(layer), identity))
-            }
-            Format::Qcow2 => {
-                let detail = "a qcow2 image cannot lie below a layer yet".to_owned();
-                Err(ImageError::new(path, ErrorKind::Unsupported(detail)))
-            }
+        Ok(Some(named))
+    }
+
+    /// Where the base is.
+    pub(crate) fn path(&self) -> PathBuf {
+        resolve(&self.layer, &self.base.path)
+    }
+
+    pub(crate) fn format(&self) -> Format {
+        self.base.identity.format()
+    }
+
+    /// What the files of a qcow2 chain were.
+    pub(crate) fn qcow2(&self) -> Option<&Qcow2Identity> {
+        match &self.base.identity {
+            BaseIdentity::Qcow2(qcow2) => Some(qcow2),
+            _ => None,
         }
     }
 
-    /// Opens a base that the layer at `layer` is to have, and says how to record it.
-    pub(super) async fn open_named<S: Storage<File = E::File>>(
+    pub(crate) fn refuse(&self, text: String) -> ImageError {
+        ImageError::new(&self.layer, ErrorKind::Base(text))
+    }
+
+    /// What it means that the base, or something below it, cannot be opened.
+    pub(crate) fn unusable(&self, error: &ImageError) -> ImageError {
+        let moved = matches!(&error.kind, ErrorKind::Io { source, .. }
+            if source.kind() == std::io::ErrorKind::NotFound && error.path == self.path());
+        let hint = if moved { self.advice("if it was moved, say where to") } else { String::new() };
+        self.refuse(format!("its base cannot be used: {error}{hint}"))
+    }
+
+    /// Refuses a base that is not what it was.
+    pub(crate) fn check(&self, found: &BaseIdentity, files: &[PathBuf]) -> Result<(), ImageError> {
+        describe_change(&self.base.identity, found, files).map_or(Ok(()), |change| Err(self.changed(&change)))
+    }
+
+    /// The error about a base that has changed.
+    pub(crate) fn changed(&self, change: &str) -> ImageError {
+        self.refuse(format!(
+            "its base {} has changed since it was recorded ({change}): what the layer does not hold itself would \
+             read wrong; bring the old base back{}",
+            self.path().display(),
+            self.advice("if this one still holds the same, say so")
+        ))
+    }
+
+    /// How the layer is made to take another base as it is.
+    fn advice(&self, when: &str) -> String {
+        let format = self.format();
+        format!("; {when}: sapwood rebase -u -b BASE -F {format} {}", self.layer.display())
+    }
+}
+
+impl<E: Engine> Below<E> {
+    /// Opens what `record` names below the layer at `layer`, and refuses it when it is not what it
+    /// was.
+    pub(super) async fn open<S: Storage<File = E::File>>(
+        storage: &S,
+        io: &Io<E>,
+        layer: &Path,
+        record: BaseRecord,
+        tuning: &Tuning,
+    ) -> Result<Self, ImageError> {
+        let Some(named) = Named::of(layer, &record)? else { return Ok(Self { record, chain: None }) };
+        let first = NextLink::named(named);
+        let (chain, _) = Chain::open_below(storage, io, first, None, tuning).await?;
+        Ok(Self { record, chain: Some(Arc::new(chain)) })
+    }
+
+    /// Opens a base that the layer at `layer` is to have, and says how to record it. `above` is that
+    /// layer's id, if it has one yet.
+    pub(super) async fn open_base<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
         layer: &Path,
         spec: &BaseSpec,
-        above: &[LayerId],
-    ) -> Result<(Self, BaseRef), ImageError> {
+        above: Option<LayerId>,
+        tuning: &Tuning,
+    ) -> Result<(Arc<Chain<E>>, BaseRef), ImageError> {
         let stored =
             spec.path.to_str().filter(|p| !p.is_empty() && p.len() <= BASE_PATH_MAX).ok_or_else(|| {
                 let detail = format_args!("the base's path must be UTF-8 of 1 to {BASE_PATH_MAX} bytes");
                 ImageError::invalid(layer, detail)
             })?;
         let path = resolve(layer, stored);
-        let (base, identity) = Self::open(storage, io, &path, spec.format, above).await?;
-        if let BaseIdentity::Raw { mtime_ns: 0, .. } = identity {
+        check_options(&path, spec)?;
+        let first =
+            NextLink { path: path.clone(), format: spec.format, options: spec.options.clone(), named: None };
+        let (chain, identity) = Chain::open_below(storage, io, first, above, tuning).await?;
+        if identity.size() > SIZE_MAX {
+            return Err(ImageError::invalid(path, "a base has at most 64 TiB"));
+        }
+        if chain.files().iter().any(|(_, file)| file.mtime_ns == 0) {
             log::warn!(
                 "{}: a block device has no modification time: only a change of its size will be noticed, so \
                  make sure that nothing writes it while layers are over it (blockdev --setro)",
                 path.display()
             );
         }
-        Ok((base, BaseRef { path: stored.to_owned(), identity }))
-    }
-
-    /// Size in bytes as a guest sees it.
-    pub(super) fn size(&self) -> u64 {
-        match self {
-            Self::Raw { size, .. } => *size,
-            Self::Layer(layer) => layer.core().size,
-        }
+        Ok((Arc::new(chain), BaseRef { path: stored.to_owned(), identity }))
     }
 }
 
-impl<E: Engine> Below<E> {
-    /// Opens what `record` names below the layer at `layer`, and refuses it when it is not what it
-    /// was. `above` are the layers over this one, topmost first.
-    pub(super) async fn open<S: Storage<File = E::File>>(
-        storage: &S,
-        io: &Io<E>,
-        layer: &Path,
-        record: BaseRecord,
-        above: &[LayerId],
-    ) -> Result<Self, ImageError> {
-        let refuse = |text| ImageError::new(layer, ErrorKind::Base(text));
-        if above.contains(&record.layer_id) {
-            return Err(refuse("its bases form a loop".to_owned()));
-        }
-        let Some(recorded) = &record.base else { return Ok(Self { record, base: None }) };
-        let path = resolve(layer, &recorded.path);
-        if record.committing {
-            return Err(refuse(format!(
-                "it was being merged into its base {}: finish that first (sapwood commit {})",
-                path.display(),
-                layer.display()
-            )));
-        }
-        let chain = [above, &[record.layer_id]].concat();
-        let format = recorded.identity.format();
-        let (base, found) = Base::open(storage, io, &path, format, &chain).await.map_err(|error| {
-            let moved = matches!(&error.kind, ErrorKind::Io { source, .. }
-                if source.kind() == std::io::ErrorKind::NotFound && error.path == path);
-            let hint =
-                if moved { advice("if it was moved, say where to", layer, format) } else { String::new() };
-            refuse(format!("its base cannot be used: {error}{hint}"))
-        })?;
-        match describe_change(&recorded.identity, &found) {
-            None => Ok(Self { record, base: Some(base) }),
-            Some(change) => Err(refuse(format!(
-                "its base {} has changed since it was recorded ({change}): what the layer does not hold itself \
-                 would read wrong; bring the old base back{}",
-                path.display(),
-                advice("if this one still holds the same, say so", layer, format)
-            ))),
-        }
+/// Refuses what a base record has no room for.
+fn check_options(path: &Path, spec: &BaseSpec) -> Result<(), ImageError> {
+    if spec.format != Format::Qcow2 && spec.options.snapshot.is_some() {
+        let detail = "only qcow2 images have snapshots inside".to_owned();
+        return Err(ImageError::new(path, ErrorKind::Unsupported(detail)));
     }
+    if spec.options.snapshot.as_ref().is_some_and(|name| name.is_empty() || name.len() > SNAPSHOT_MAX) {
+        let detail = format_args!("the snapshot's name must have 1 to {SNAPSHOT_MAX} bytes");
+        return Err(ImageError::invalid(path, detail));
+    }
+    if spec.options.backing_format == Some(Format::Layer) {
+        return Err(ImageError::invalid(path, "only raw and qcow2 can lie below qcow2"));
+    }
+    Ok(())
 }
 
-/// How a layer is made to take another base as it is.
-fn advice(when: &str, layer: &Path, format: Format) -> String {
-    format!("; {when}: sapwood rebase -u -b BASE -F {format} {}", layer.display())
-}
-
-/// In which way a base is not what it was.
-pub(super) fn describe_change(was: &BaseIdentity, is: &BaseIdentity) -> Option<String> {
+/// In which way a base is not what it was. `files` are the paths of what was found.
+pub(super) fn describe_change(was: &BaseIdentity, is: &BaseIdentity, files: &[PathBuf]) -> Option<String> {
     let mut changes = Vec::new();
     if was.format() != is.format() {
         changes.push(format!("its format was {} and is {}", was.format(), is.format()));
@@ -191,9 +197,39 @@ pub(super) fn describe_change(was: &BaseIdentity, is: &BaseIdentity) -> Option<S
         (BaseIdentity::Layer { generation: a, .. }, BaseIdentity::Layer { generation: b, .. }) if a != b => {
             changes.push(format!("it was opened for writing since: generation {a} became {b}"));
         }
+        (BaseIdentity::Qcow2(a), BaseIdentity::Qcow2(b)) => changes.extend(describe_qcow2(a, b, files)),
         _ => {}
     }
     (!changes.is_empty()).then(|| changes.join(", "))
+}
+
+fn describe_qcow2(was: &Qcow2Identity, is: &Qcow2Identity, files: &[PathBuf]) -> Option<String> {
+    let file = describe_files(was, &is.listed, files);
+    file.or_else(|| {
+        let counts = format!("its chain had {} files and has {}", was.count, is.count);
+        (was.count != is.count).then_some(counts)
+    })
+    .or_else(|| (was.sum != is.sum).then(|| "a file deep in its chain was modified".to_owned()))
+    .or_else(|| {
+        let (a, b) = (&was.snapshot, &is.snapshot);
+        let name = |snapshot: &Option<String>| snapshot.clone().unwrap_or_else(|| "none".to_owned());
+        (a != b).then(|| format!("its snapshot was {} and is {}", name(a), name(b)))
+    })
+}
+
+/// The first of the `found` files of a qcow2 chain, from the top, that is not what it was.
+pub(crate) fn describe_files(
+    was: &Qcow2Identity,
+    found: &[FileIdentity],
+    paths: &[PathBuf],
+) -> Option<String> {
+    let changed = was.listed.iter().zip(found).position(|(was, is)| was != is)?;
+    let (was, is) = (was.listed[changed], found[changed]);
+    let path = paths.get(changed).map_or_else(|| "a file".to_owned(), |path| path.display().to_string());
+    Some(match was.size == is.size {
+        true => format!("{path} was modified: last at {}, now at {}", date(was.mtime_ns), date(is.mtime_ns)),
+        false => format!("{path} had {} bytes and has {}", was.size, is.size),
+    })
 }
 
 /// A moment in nanoseconds since 1970, in the form of RFC 3339.

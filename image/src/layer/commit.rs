@@ -6,13 +6,13 @@
 //! old and the new one, and only together with the layer it is the disk: nobody may write it, and
 //! doing the same again finishes it.
 
-use std::ops::Range;
+use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use futures_util::future::join_all;
 
-use super::base::{Base, Below, OpenBase, describe_change, resolve};
+use super::base::{Below, OpenBase, describe_change, resolve};
 use super::base_record::{BaseIdentity, BaseRef};
 use super::device::Layer;
 use super::driver::Driver;
@@ -20,7 +20,7 @@ use super::extents::MapRun;
 use super::node::Entry;
 use super::tuning::{Tuning, breaks};
 use super::waiter::Result as DeviceResult;
-use super::{OpenLayer, check_size};
+use super::{BaseSpec, OpenLayer};
 use crate::error::{ErrorKind, ImageError};
 use crate::format::Format;
 use crate::raw::RawDevice;
@@ -29,7 +29,7 @@ use crate::site;
 use sapwood_blockdev::device::{BlockDevice, Command, Request};
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
-use sapwood_blockdev::storage::{Storage, StorageFile};
+use sapwood_blockdev::storage::{FileIdentity, Storage, StorageFile};
 use sapwood_blockdev::units::{BLOCK_SIZE, GuestOffset};
 
 /// What a commit did.
@@ -80,42 +80,73 @@ async fn remove<E: Engine>(io: &Io<E>, file: &E::File, path: &Path) -> Result<()
 }
 
 /// A base opened for writing.
-enum Lower<E: Engine> {
+pub(super) enum Lower<E: Engine> {
     Raw(Arc<RawDevice<E>>),
     Layer(Driver<E>),
 }
 
 impl<E: Engine> Lower<E> {
-    /// Opens a base and makes it at least `size` bytes large.
-    async fn open<S: Storage<File = E::File>>(
+    /// Opens a base.
+    pub(super) async fn open<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
         path: &Path,
         format: Format,
         options: &OpenLayer,
-        size: u64,
     ) -> Result<Self, ImageError> {
-        let lower = match format {
-            Format::Raw => Self::Raw(RawDevice::open(storage, path, false)?),
+        match format {
+            Format::Raw => Ok(Self::Raw(RawDevice::open(storage, path, false)?)),
             Format::Layer => {
                 let layer = Layer::open(storage, io, path, options).await?;
-                io.spawn(Arc::clone(&layer).maintain(io.clone()));
-                Self::Layer(Driver::new(layer, io.clone()))
+                Ok(Self::Layer(Driver::new(layer, io.clone())))
             }
-            Format::Qcow2 => {
-                return Err(ImageError::new(path, sapwood_blockdev::device::DeviceError::ReadOnly));
-            }
-        };
-        match lower.grow(io, size).await {
-            Ok(()) => Ok(lower),
-            Err(error) => {
-                lower.close(io).await.ok();
-                Err(error)
-            }
+            Format::Qcow2 => Err(ImageError::new(path, sapwood_blockdev::device::DeviceError::ReadOnly)),
         }
     }
 
-    async fn grow(&self, io: &Io<E>, size: u64) -> Result<(), ImageError> {
+    /// Has a layer do its background work.
+    fn maintain(&self, io: &Io<E>) {
+        if let Self::Layer(driver) = self {
+            io.spawn(Arc::clone(&driver.layer).maintain(io.clone()));
+        }
+    }
+
+    /// Has a layer, which was just opened and is not maintained, use nothing again that it uses now,
+    /// until it is closed: somebody reads it as it is now.
+    pub(super) fn keep_places(&self) {
+        if let Self::Layer(driver) = self {
+            // An epoch that is never left.
+            driver.layer.core().segments.enter();
+        }
+    }
+
+    /// Whether the base, which was just opened, was `before` what was recorded.
+    pub(super) fn is_what_was(&self, before: &BaseIdentity) -> Result<bool, ImageError> {
+        Ok(match (self, before, self.identity()?) {
+            (Self::Raw(_), before, found) => *before == found,
+            (
+                Self::Layer(driver),
+                BaseIdentity::Layer { id, generation, .. },
+                BaseIdentity::Layer { id: same, generation: next, .. },
+            ) => *id == same && next == generation + 1 && driver.layer.core().was_clean,
+            _ => false,
+        })
+    }
+
+    /// What tells the base, as it is now, from others.
+    pub(super) fn identity(&self) -> Result<BaseIdentity, ImageError> {
+        match self {
+            Self::Raw(raw) => {
+                let FileIdentity { mtime_ns, .. } =
+                    raw.identity().map_err(|e| ImageError::io(raw.path(), "identify", e))?;
+                Ok(BaseIdentity::Raw { size: raw.geometry().size, mtime_ns })
+            }
+            Self::Layer(driver) => Ok(driver.layer.identity()),
+        }
+    }
+
+    /// Makes the base at least `size` bytes large.
+    pub(super) async fn grow(&self, io: &Io<E>, size: u64) -> Result<(), ImageError> {
         match self {
             Self::Raw(raw) if raw.geometry().size < size => raw.resize(io, size).await,
             Self::Layer(driver) if driver.layer.geometry().size < size => driver.layer.resize(io, size).await,
@@ -132,8 +163,18 @@ impl<E: Engine> Lower<E> {
         }
     }
 
+    /// Makes a checkpoint of a layer when it is time for one. Nobody else does.
+    async fn checkpoint_if_due(&self) -> DeviceResult {
+        match self {
+            Self::Layer(driver) if driver.layer.core().is_checkpoint_due() => {
+                driver.checkpoint(None, false).await
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Makes everything durable and closes it.
-    async fn close(self, io: &Io<E>) -> Result<(), ImageError> {
+    pub(super) async fn close(&self, io: &Io<E>) -> Result<(), ImageError> {
         match self {
             Self::Raw(raw) => raw.close(io).await,
             Self::Layer(driver) => {
@@ -157,22 +198,42 @@ impl<E: Engine> Layer<E> {
         let Some(base) = &below.record.base else {
             return Err(ImageError::invalid(self.path(), "it has no base that it could be merged into"));
         };
+        self.check_is_written(base)?;
         let base_path = resolve(self.path(), &base.path);
         let driver = Driver::new(Arc::clone(self), io.clone());
         let result = async {
             let lower = driver.open_lower(storage, &below, base, &base_path, options).await?;
-            let merged = driver.merge_into(&lower, &base_path, progress).await;
+            let mut report = |done, all| {
+                progress(done, all);
+                ControlFlow::Continue(())
+            };
+            let merged = driver.merge_into(&lower, &base_path, &mut report).await;
             let closed = lower.close(io).await;
+            // With its lock.
+            drop(lower);
             let written = merged?;
             closed?;
             if !delete {
-                driver.empty_over(storage, base, &base_path).await?;
+                driver.empty_over(storage, base).await?;
             }
             Ok(written)
         }
         .await;
         driver.retire().await;
         result.map(|written| Committed { base: base_path, written })
+    }
+
+    /// Refuses bases of formats that are only read.
+    pub(super) fn check_is_written(&self, base: &BaseRef) -> Result<(), ImageError> {
+        if base.identity.format() == Format::Qcow2 {
+            let detail = format!(
+                "its base {} is a qcow2 image, which is read and never written: make a new image with sapwood \
+                 convert, or let the layer hold all of its disk with sapwood flatten",
+                resolve(self.path(), &base.path).display()
+            );
+            return Err(ImageError::new(self.path(), ErrorKind::Unsupported(detail)));
+        }
+        Ok(())
     }
 
     /// Refuses to go on with another layer than the commit was begun with. Whatever else tells a base
@@ -184,11 +245,13 @@ impl<E: Engine> Layer<E> {
         base: &BaseRef,
         path: &Path,
     ) -> Result<(), ImageError> {
-        let above = [self.header().layer_id];
-        let (_, found) = Base::<E>::open(storage, io, path, base.identity.format(), &above).await?;
+        let spec = BaseSpec::new(&base.path, base.identity.format());
+        let (above, tuning) = (self.header().layer_id, self.core().tuning);
+        let opened = Below::<E>::open_base(storage, io, self.path(), &spec, Some(above), &tuning);
+        let found = opened.await?.1.identity;
         match (&base.identity, &found) {
             (BaseIdentity::Layer { id: a, .. }, BaseIdentity::Layer { id: b, .. }) if a != b => {
-                let change = describe_change(&base.identity, &found).unwrap_or_default();
+                let change = describe_change(&base.identity, &found, &[]).unwrap_or_default();
                 let detail =
                     format!("{} is not the base that it was being merged into: {change}", path.display());
                 Err(ImageError::new(self.path(), ErrorKind::Base(detail)))
@@ -210,14 +273,26 @@ impl<E: Engine> Driver<E> {
     ) -> Result<Lower<E>, ImageError> {
         let layer = &self.layer;
         let size = layer.geometry().size;
+        let open = async || {
+            let lower = Lower::open(storage, &self.io, base_path, base.identity.format(), options).await?;
+            lower.maintain(&self.io);
+            match lower.grow(&self.io, size).await {
+                Ok(()) => Ok(lower),
+                Err(error) => {
+                    lower.close(&self.io).await.ok();
+                    Err(error)
+                }
+            }
+        };
         if below.record.committing {
             layer.check_same_layer(storage, &self.io, base, base_path).await?;
-            return Lower::open(storage, &self.io, base_path, base.identity.format(), options, size).await;
+            return open().await;
         }
         // Checked as for any use of the layer.
-        let opened = Below::open(storage, &self.io, layer.path(), below.record.clone(), &[]).await?;
-        if let Some(Base::Layer(lower)) = &opened.base {
-            check_size(base_path, size.max(lower.geometry().size), lower.header().segment_blocks)?;
+        let opened = self.open_below(storage, below, options).await?;
+        if let Some(chain) = &opened.chain {
+            // What would fail for ever must not be begun.
+            chain.check_growth(size)?;
         }
         drop(opened);
         let mark = async |committing| {
@@ -227,9 +302,9 @@ impl<E: Engine> Driver<E> {
         if !breaks!(options.tuning, CommitWithoutMark) {
             mark(true).await?;
         }
-        let lower = Lower::open(storage, &self.io, base_path, base.identity.format(), options, size).await;
+        let lower = open().await;
         if lower.is_err() {
-            let found = Below::<E>::open(storage, &self.io, layer.path(), below.record.clone(), &[]).await;
+            let found = self.open_below(storage, below, options).await;
             // Nothing of the base was changed, so the layer is what it was.
             if found.is_ok() {
                 mark(false).await?;
@@ -238,12 +313,23 @@ impl<E: Engine> Driver<E> {
         lower
     }
 
+    /// Opens what lies below the layer, to see whether it is what it was.
+    async fn open_below<S: Storage<File = E::File>>(
+        &self,
+        storage: &S,
+        below: &Below<E>,
+        options: &OpenLayer,
+    ) -> Result<Below<E>, ImageError> {
+        let record = below.record.clone();
+        Below::open(storage, &self.io, self.layer.path(), record, &options.tuning).await
+    }
+
     /// Writes what the layer holds into its base. The bytes of data written.
-    async fn merge_into(
+    pub(super) async fn merge_into(
         &self,
         lower: &Lower<E>,
         lower_path: &Path,
-        progress: &mut dyn FnMut(u64, u64),
+        progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
     ) -> Result<u64, ImageError> {
         let size = self.layer.geometry().size;
         let mut written = 0;
@@ -253,8 +339,11 @@ impl<E: Engine> Driver<E> {
                     batch.iter().map(|(range, is_data)| self.move_down(lower, range.clone(), *is_data));
                 let moved: DeviceResult<Vec<u64>> = join_all(moves).await.into_iter().collect();
                 written += moved.map_err(|e| ImageError::new(lower_path, e))?.iter().sum::<u64>();
+                lower.checkpoint_if_due().await.map_err(|e| ImageError::new(lower_path, e))?;
             }
-            progress(window.end, size);
+            if progress(window.end, size).is_break() {
+                return Err(ImageError::new(self.layer.path(), ErrorKind::Cancelled));
+            }
         }
         Ok(written)
     }
@@ -289,17 +378,16 @@ impl<E: Engine> Driver<E> {
         &self,
         storage: &S,
         base: &BaseRef,
-        base_path: &Path,
     ) -> Result<(), ImageError> {
         let layer = &self.layer;
-        let above = [layer.header().layer_id];
-        let format = base.identity.format();
-        let (opened, identity) = Base::open(storage, &self.io, base_path, format, &above).await?;
+        let spec = BaseSpec::new(&base.path, base.identity.format());
+        let (above, tuning) = (layer.header().layer_id, layer.core().tuning);
+        let opened = Below::open_base(storage, &self.io, layer.path(), &spec, Some(above), &tuning);
+        let (chain, named) = opened.await?;
         let blocks = 0..layer.geometry().size.div_ceil(BLOCK_SIZE);
         let emptied = self.set_uniform(blocks, Entry::ABSENT).await;
-        let named = BaseRef { path: base.path.clone(), identity };
         let switched = match emptied {
-            Ok(()) => self.switch_base(Some(opened), Some(named), false).await,
+            Ok(()) => self.switch_base(Some(chain), Some(named), false).await,
             Err(error) => Err(error),
         };
         switched.map_err(|error| ImageError::new(layer.path(), error))

@@ -32,7 +32,7 @@ enum Need {
 }
 
 impl Core {
-    fn is_writer_at(&self, blocks: &Range<u64>) -> bool {
+    pub(super) fn is_writer_at(&self, blocks: &Range<u64>) -> bool {
         self.log.is_writing(blocks) || self.is_merging(blocks)
     }
 

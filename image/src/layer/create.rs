@@ -6,14 +6,14 @@
 
 use std::path::{Path, PathBuf};
 
-use super::base::Base;
+use super::base::Below;
 use super::base_record::{BaseRecord, base_offset};
 use super::header::Header;
 use super::layout::{PREAMBLE_BYTES, SEGMENT_BLOCKS_MAX, SEGMENT_BLOCKS_MIN};
 use super::position::{Lane, LogPosition};
 use super::slot::{Slot, slot_offset};
 use super::traffic::Traffic;
-use super::{CreateLayer, check_size};
+use super::{CreateLayer, Tuning, check_size};
 use crate::error::ImageError;
 use crate::site;
 use sapwood_blockdev::Errno;
@@ -37,7 +37,7 @@ pub async fn create<S: Storage, E: Engine<File = S::File>>(
 ) -> Result<(), ImageError> {
     let segment_blocks = segment_blocks(path, options.segment_size)?;
     let base = match &options.base {
-        Some(spec) => Some(Base::<E>::open_named(storage, io, path, spec, &[]).await?.1),
+        Some(spec) => Some(Below::<E>::open_base(storage, io, path, spec, None, &Tuning::default()).await?.1),
         None => None,
     };
     let size = options.size.or(base.as_ref().map(|base| base.identity.size()));

@@ -4,8 +4,9 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use super::LayerInfo;
 use super::base::{Below, hex, resolve};
-use super::base_record::BaseIdentity;
+use super::base_record::{BaseIdentity, BaseRef};
 use super::core::Core;
 use super::driver::Driver;
 use super::header::Header;
@@ -14,11 +15,11 @@ use super::node::Entry;
 use super::queue::LayerQueue;
 use super::record::Run;
 use super::tuning::breaks;
-use super::{BaseSpec, LayerInfo};
 use crate::error::ImageError;
 use sapwood_blockdev::device::{BlockDevice, Command, Geometry, Request};
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
+use sapwood_blockdev::storage::StorageFile;
 use sapwood_blockdev::units::{BLOCK_SIZE, GuestOffset, SECTOR_SIZE};
 
 /// Largest part of a record, in blocks: what is left over at the end of a segment stays below it.
@@ -58,6 +59,11 @@ impl<E: Engine> Layer<E> {
 
     pub(super) fn file(&self) -> E::File {
         self.file.clone()
+    }
+
+    /// Whether operations use the file now, or others do.
+    pub(crate) fn is_file_shared(&self) -> bool {
+        self.file.is_shared()
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -119,8 +125,7 @@ impl<E: Engine> Layer<E> {
             id: hex(&self.header.layer_id),
             segment_size: core.segments.bytes(),
             base_path: base.map(|base| resolve(&self.path, &base.path)),
-            base: base
-                .map(|base| BaseSpec { path: PathBuf::from(&base.path), format: base.identity.format() }),
+            base: base.map(BaseRef::spec),
             live_blocks,
             used_bytes: core.segments.used_bytes() + PREAMBLE_BYTES,
             allowed_bytes: core.allowed_bytes(),
@@ -135,6 +140,8 @@ impl<E: Engine> Layer<E> {
             map_cache_bytes: core.tuning.map_cache_bytes,
             map_bytes: core.map.bytes(),
             map_reads: core.node_reads,
+            depth: below.chain.as_ref().map_or(0, |chain| chain.depth()),
+            index_bytes: below.chain.as_ref().map_or(0, |chain| chain.index_bytes()),
         }
     }
 

@@ -4,14 +4,13 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::base::{Base, Below};
+use super::base::Below;
 use super::core::Core;
 use super::device::Layer;
 use super::map::by_branch;
 use super::node::Entry;
 use crate::error::ImageError;
 use crate::extent::{Extent, ExtentKind};
-use crate::raw;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::units::BLOCK_SIZE;
@@ -31,24 +30,13 @@ impl<E: Engine> Layer<E> {
     /// # Errors
     /// When the map cannot be read, or a raw base cannot say where its holes are.
     pub async fn extents(self: &Arc<Self>, io: &Io<E>, range: Range<u64>) -> Result<Vec<Extent>, ImageError> {
-        let mut extents = Vec::new();
-        self.extents_at_depth(io, range, 0, &mut extents).await?;
-        Ok(extents)
-    }
-
-    async fn extents_at_depth(
-        self: &Arc<Self>,
-        io: &Io<E>,
-        range: Range<u64>,
-        depth: u32,
-        out: &mut Vec<Extent>,
-    ) -> Result<(), ImageError> {
+        let mut out = Vec::new();
         let size = self.core().size;
         let range = range.start.min(size)..range.end.min(size);
         if range.is_empty() {
-            return Ok(());
+            return Ok(out);
         }
-        let file: Arc<Path> = self.path().into();
+        let (file, below): (Arc<Path>, _) = (self.path().into(), self.below());
         let blocks = range.start / BLOCK_SIZE..range.end.div_ceil(BLOCK_SIZE);
         for MapRun { start, count, entry } in self.runs(io, blocks).await? {
             let first = start * BLOCK_SIZE;
@@ -57,15 +45,15 @@ impl<E: Engine> Layer<E> {
                 Some(place) => (ExtentKind::Data, Some(Core::file_offset(place).0 + part.start - first)),
                 None if entry == Entry::ZERO => (ExtentKind::Zero, None),
                 None => {
-                    Box::pin(self.below().extents(io, part, depth, out)).await?;
+                    below.extents(io, part, &mut out).await?;
                     continue;
                 }
             };
             let len = part.end - part.start;
             let file = Some(Arc::clone(&file));
-            Extent::push_to(out, Extent { start: part.start, len, kind, depth, offset, file });
+            Extent::push_to(&mut out, Extent { start: part.start, len, kind, depth: 0, offset, file });
         }
-        Ok(())
+        Ok(out)
     }
 
     /// What the map of this layer alone says of blocks. Memory is needed for all of them.
@@ -94,32 +82,20 @@ impl<E: Engine> Layer<E> {
 }
 
 impl<E: Engine> Below<E> {
-    /// What lies below a layer at `depth`, in `range`.
+    /// What lies below the layer in `range`.
     pub(super) async fn extents(
         &self,
         io: &Io<E>,
         range: Range<u64>,
-        depth: u32,
         out: &mut Vec<Extent>,
     ) -> Result<(), ImageError> {
-        let end = match &self.base {
-            None => range.start,
-            Some(Base::Raw { file, size }) => {
-                let inside = range.start.min(*size)..range.end.min(*size);
-                for extent in raw::map::extents(file, inside.clone())? {
-                    Extent::push_to(out, Extent { depth: depth + 1, ..extent });
-                }
-                inside.end.max(range.start)
-            }
-            Some(Base::Layer(layer)) => {
-                let inside_end = layer.core().size.clamp(range.start, range.end);
-                layer.extents_at_depth(io, range.start..inside_end, depth + 1, out).await?;
-                inside_end
-            }
-        };
-        if end < range.end {
-            let (start, len) = (end, range.end - end);
-            let absent = Extent { start, len, kind: ExtentKind::Absent, depth, offset: None, file: None };
+        let inside = self.inside(&range);
+        if let Some(chain) = &self.chain {
+            chain.extents_below(io, inside.clone(), 1, out).await?;
+        }
+        if inside.end < range.end {
+            let (start, len) = (inside.end, range.end - inside.end);
+            let absent = Extent { start, len, kind: ExtentKind::Absent, depth: 0, offset: None, file: None };
             Extent::push_to(out, absent);
         }
         Ok(())

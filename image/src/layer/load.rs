@@ -26,6 +26,10 @@ const WINDOW_NODES: usize = 32;
 const GAP_BYTES: u64 = 8 << 10;
 /// Reads in flight at once.
 const READS_MAX: usize = 32;
+/// Most bytes of other nodes read at once.
+const SPAN_BYTES: u64 = 1 << 20;
+/// Bytes between two of these that are read rather than left out.
+const SPAN_GAP_BYTES: u64 = 64 << 10;
 
 /// A file being read before the layer is open.
 pub(super) struct Reader<'a, E: Engine> {
@@ -125,6 +129,40 @@ impl<E: Engine> Reader<'_, E> {
         if !segments.load_usage(group, node, &table) {
             let detail = "it speaks of segments behind the end of the file";
             return Err(ImageError::corrupt(self.path, "usage.live", offset, detail));
+        }
+        Ok(())
+    }
+
+    /// Reads stored nodes and hands each to `f` with its index and reference.
+    pub(super) async fn read_nodes(
+        &self,
+        mut nodes: Vec<(u32, NodeRef)>,
+        mut f: impl FnMut(u32, NodeRef, &[u8]) -> Result<(), ImageError>,
+    ) -> Result<(), ImageError> {
+        nodes.sort_unstable_by_key(|(_, node)| node.0);
+        let span = |node: NodeRef| {
+            let (offset, len) = node.stored().expect("stored nodes only");
+            (offset, offset + len as u64)
+        };
+        let mut rest = &nodes[..];
+        while let Some(&(_, first)) = rest.first() {
+            let start = span(first).0 / BLOCK_SIZE * BLOCK_SIZE;
+            let mut reached = start;
+            let is_near = |(_, node): &&(u32, NodeRef)| {
+                let (from, to) = span(*node);
+                let near = from <= reached + SPAN_GAP_BYTES && to <= start + SPAN_BYTES;
+                reached = reached.max(to);
+                near
+            };
+            let count = rest.iter().take_while(is_near).count();
+            let (window, others) = rest.split_at(count.max(1));
+            let end = window.iter().map(|(_, node)| span(*node).1).max().unwrap_or(start);
+            let bytes = self.read_span(start, end).await?;
+            for &(index, node) in window {
+                let (from, to) = span(node);
+                f(index, node, &bytes[(from - start) as usize..(to - start) as usize])?;
+            }
+            rest = others;
         }
         Ok(())
     }

@@ -42,6 +42,11 @@ impl Core {
         self.log.bytes_since_checkpoint >= self.checkpoint_bytes() && self.is_checkpoint_wanted()
     }
 
+    /// Whether a checkpoint is due for its size, whatever the time.
+    pub(super) fn is_checkpoint_due(&self) -> bool {
+        self.is_log_long() || self.is_map_dirty()
+    }
+
     /// What is due at `now`.
     fn due(&self, now: Time) -> Due {
         if self.latched.is_some() {
@@ -50,8 +55,7 @@ impl Core {
         let old = now >= self.checkpointed_at + self.tuning.checkpoint_interval;
         Due {
             sync: self.unsynced_since().is_some_and(|since| now >= since + self.tuning.sync_interval),
-            checkpoint: self.is_log_long()
-                || self.is_map_dirty()
+            checkpoint: self.is_checkpoint_due()
                 || (old && self.is_checkpoint_wanted())
                 || self.is_freeing_due(now),
         }

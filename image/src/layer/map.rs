@@ -243,6 +243,11 @@ impl Map {
         self.branches.last_key_value().map_or(0, |(last, _)| last + 1).max(self.roots.len() as u32)
     }
 
+    /// A leaf that is in memory, or the node to load first.
+    pub(super) fn leaf(&self, leaf: u32) -> Result<Leaf, NodeKey> {
+        self.with_leaf(leaf, Leaf::clone)
+    }
+
     /// Whether a leaf can be pinned without loading anything. A leaf in the cache is not enough: the
     /// branch above it may have been dropped.
     pub(super) fn can_pin(&self, leaf: u32) -> bool {

@@ -14,26 +14,28 @@ use super::log::Part;
 use super::map::{BRANCH_BLOCKS, by_branch};
 use super::node::Entry;
 use super::paging::Pins;
-use super::read::{Source, complain, read_source};
+use super::read::complain;
 use super::record::Run;
 use super::tuning::breaks;
 use super::waiter::{Result, Waiter};
+use crate::below::read_file;
 use sapwood_blockdev::buffer::{AlignedBuf, Memory};
 use sapwood_blockdev::device::{Command, Request};
 use sapwood_blockdev::engine::Engine;
-use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, BlockSpan};
+use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, BlockSpan, FileOffset};
 
-/// Reads into memory that the kernel cannot fill directly, and tells `waiter`.
+/// Reads a file into memory that the kernel cannot fill directly, and tells `waiter`.
 pub(super) fn read_bounced<E: Engine>(
     driver: &Driver<E>,
-    source: Source<E::File>,
-    mut memory: Memory,
+    file: E::File,
+    offset: FileOffset,
+    may_end: bool,
+    memory: Memory,
     waiter: Waiter,
 ) {
     let task = driver.clone();
     driver.io.spawn(async move {
-        let result = read_source(&task.io, source, memory.len()).await;
-        let result = result.map(|bytes| memory.write_at(0, &bytes));
+        let result = read_file(&task.io, file, offset, may_end, memory).await;
         task.layer.core().end(waiter, result, 0);
     });
 }

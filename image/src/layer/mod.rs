@@ -9,16 +9,17 @@
 //! `map`, `segments` and `log` the state in memory; `core` joins them under one lock and says
 //! what to do next; `driver` does it; `paging` loads nodes of the map; `queue`, `read` and `merge` serve guests; `checkpoint`,
 //! `clean` and `maintain` work in the background; `create`, `recover` and `check` begin and judge;
-//! `copy_up`, `switch`, `rebase` and `commit` change what lies below.
+//! `copy_up`, `shed`, `switch`, `rebase`, `commit` and `commit_online` change what lies below.
 
 mod age;
-mod base;
-mod base_record;
+pub(crate) mod base;
+pub(crate) mod base_record;
 mod bytes;
 mod check;
 mod checkpoint;
 mod clean;
 mod commit;
+mod commit_online;
 mod copy_up;
 mod core;
 mod create;
@@ -27,6 +28,7 @@ mod device;
 pub mod doors;
 mod driver;
 mod extents;
+pub(crate) mod frozen;
 mod header;
 mod lanes;
 mod layout;
@@ -40,7 +42,7 @@ mod merge;
 pub mod mutation;
 mod node;
 mod pace;
-mod paging;
+pub(crate) mod paging;
 mod ports;
 mod position;
 mod queue;
@@ -51,6 +53,7 @@ mod recover;
 mod replay;
 mod reserve;
 mod segments;
+mod shed;
 mod slot;
 mod switch;
 #[cfg(feature = "synthetic")]
@@ -61,6 +64,7 @@ mod waiter;
 
 use std::path::{Path, PathBuf};
 
+use crate::below::OpenBelow;
 use crate::error::ImageError;
 use crate::format::Format;
 use sapwood_blockdev::storage::{Lock, OpenOptions, Storage};
@@ -87,6 +91,15 @@ pub struct BaseSpec {
     pub path: PathBuf,
     /// Its format.
     pub format: Format,
+    /// How a qcow2 image is read.
+    pub options: OpenBelow,
+}
+
+impl BaseSpec {
+    /// A base that is read without leave to open what it names.
+    pub fn new(path: impl Into<PathBuf>, format: Format) -> Self {
+        Self { path: path.into(), format, options: OpenBelow::default() }
+    }
 }
 
 /// What a new layer is to be.
@@ -159,10 +172,14 @@ pub struct LayerInfo {
     pub map_bytes: u64,
     /// Reads of the map's nodes since it was opened.
     pub map_reads: u64,
+    /// Images below it that are open to it.
+    pub depth: usize,
+    /// Memory that the index over the layers among them takes, in bytes.
+    pub index_bytes: usize,
 }
 
 /// Opens a file and takes the lock on that very open file description, before anything is read.
-fn open_file<S: Storage>(
+pub(crate) fn open_file<S: Storage>(
     storage: &S,
     path: &Path,
     options: OpenOptions,
@@ -174,7 +191,7 @@ fn open_file<S: Storage>(
 }
 
 /// Refuses sizes that a layer cannot have.
-fn check_size(path: &Path, size: u64, segment_blocks: u32) -> Result<(), ImageError> {
+pub(crate) fn check_size(path: &Path, size: u64, segment_blocks: u32) -> Result<(), ImageError> {
     if size == 0 || !size.is_multiple_of(SECTOR_SIZE) {
         return Err(ImageError::invalid(
             path,

@@ -65,6 +65,12 @@ pub enum Mutation {
     CopyUpOverWriter,
     /// A commit changes the base before the layer says so.
     CommitWithoutMark,
+    /// A layer lets go of what a guest writes meanwhile.
+    ShedOverWriter,
+    /// A layer lets go of what its base holds before that is durable there.
+    ShedBeforeBaseSync,
+    /// A commit is said to be over before the base is durable.
+    UnmarkBeforeBaseSync,
 }
 
 impl Mutation {

@@ -20,7 +20,7 @@ const N_CHECKSUM: usize = 12;
 pub(super) const NODE_HEADER: usize = 16;
 /// Nodes start at multiples of this many bytes.
 pub(super) const NODE_ALIGNMENT: usize = 8;
-const RUN_BYTES: usize = 8;
+pub(super) const RUN_BYTES: usize = 8;
 
 /// What the map says of one guest block.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -61,7 +61,7 @@ impl Streams {
 }
 
 /// Leaves kept in memory while this exists.
-pub(super) struct Pins<E: Engine> {
+pub(crate) struct Pins<E: Engine> {
     layer: Arc<Layer<E>>,
     leaves: Range<u32>,
 }
@@ -129,7 +129,7 @@ impl<E: Engine> Layer<E> {
     ///
     /// # Errors
     /// When a node cannot be read or is damaged.
-    pub(super) async fn pin(
+    pub(crate) async fn pin(
         self: &Arc<Self>,
         io: &Io<E>,
         blocks: &Range<u64>,
@@ -227,7 +227,7 @@ impl<E: Engine> Layer<E> {
         self.decode(&reader, key, offset, &bytes)
     }
 
-    fn decode(
+    pub(super) fn decode(
         &self,
         reader: &Reader<'_, E>,
         key: NodeKey,
@@ -313,7 +313,7 @@ impl Core {
 }
 
 /// How an error that names a file ends a request.
-pub(super) fn device_error(error: &ImageError) -> DeviceError {
+pub(crate) fn device_error(error: &ImageError) -> DeviceError {
     match &error.kind {
         ErrorKind::Io { source, .. } => DeviceError::Io(Errno::from_io_error(source).unwrap_or(Errno::IO)),
         ErrorKind::Device(error) => *error,

@@ -13,9 +13,9 @@ use super::driver::Driver;
 use super::log::Part;
 use super::map::BRANCH_BLOCKS;
 use super::merge;
-use super::read::{ReadPart, Source};
 use super::record::Run;
 use super::waiter::{Result, Waiter};
+use crate::below::{Piece, Source, reaches};
 use sapwood_blockdev::buffer::Memory;
 use sapwood_blockdev::device::{Command, DeviceError, DeviceQueue, Done, Request};
 use sapwood_blockdev::engine::{Engine, Op, Time};
@@ -41,7 +41,7 @@ pub struct LayerQueue<E: Engine> {
     /// Writes held back while too much waits for the log.
     held: VecDeque<Request>,
     /// Scratch, kept for its capacity.
-    parts: Vec<ReadPart<E::File>>,
+    parts: Vec<Piece<E::File>>,
     staged: Vec<Part>,
     finished: Vec<(u64, Outcome)>,
     inbox: Vec<(usize, Result)>,
@@ -121,23 +121,22 @@ impl<E: Engine> LayerQueue<E> {
         let key = self.insert(tag, 0);
         let mut parts = std::mem::take(&mut self.parts);
         let len = memory.len();
-        let Ok(epoch) = self.driver.layer.plan(start..start + len as u64, &mut parts) else {
+        let Some(epoch) = self.driver.layer.plan(start..start + len as u64, &mut parts) else {
             self.parts = parts;
             self.pending[key].remaining = 1;
             return merge::read(&self.driver, start, memory, self.waiter(key));
         };
         let mut remaining = 0;
-        for part in parts.drain(..) {
-            let at = (part.range.start - start) as usize;
-            let part_len = (part.range.end - part.range.start) as usize;
-            let Some(source) = part.source else {
+        for Piece { range, source } in parts.drain(..) {
+            let (at, part_len) = ((range.start - start) as usize, (range.end - range.start) as usize);
+            if matches!(source, Source::Zero) {
                 memory.zero_at(at, part_len);
                 continue;
-            };
+            }
             remaining += 1;
             let whole = part_len == len;
             let target = if whole { std::mem::take(&mut memory) } else { memory.share(at, part_len) };
-            self.read_part(key, source, target);
+            self.read_part(key, range.start, source, target);
         }
         self.parts = parts;
         let pending = &mut self.pending[key];
@@ -148,12 +147,16 @@ impl<E: Engine> LayerQueue<E> {
         }
     }
 
-    fn read_part(&mut self, key: usize, source: Source<E::File>, memory: Memory) {
-        if source.reaches(&memory) {
-            let token = (key as u64) << 1 | u64::from(source.may_end);
-            self.driver.io.start(token, Op::read(source.file, source.offset, memory));
-        } else {
-            merge::read_bounced(&self.driver, source, memory, self.waiter(key));
+    fn read_part(&mut self, key: usize, start: u64, source: Source<E::File>, memory: Memory) {
+        match source {
+            Source::File { file, offset, may_end } if reaches(&file, offset, &memory) => {
+                let token = (key as u64) << 1 | u64::from(may_end);
+                self.driver.io.start(token, Op::read(file, offset, memory));
+            }
+            Source::File { file, offset, may_end } => {
+                merge::read_bounced(&self.driver, file, offset, may_end, memory, self.waiter(key));
+            }
+            _ => merge::read(&self.driver, start, memory, self.waiter(key)),
         }
     }
 

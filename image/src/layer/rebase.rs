@@ -4,17 +4,19 @@
 //! copied up; then the base is switched (see `switch`). Interrupted before the switch, the layer
 //! holds more blocks of its own than it needs, over the old base.
 
+use std::ops::ControlFlow;
 use std::path::Path;
 use std::sync::Arc;
 
 use futures_util::future::join_all;
 
-use super::base::{Base, Below, OpenBase, describe_change};
+use super::base::{Below, OpenBase, describe_change};
 use super::base_record::{BaseRecord, BaseRef};
 use super::device::Layer;
 use super::driver::Driver;
 use super::tuning::Tuning;
 use super::{BaseSpec, OpenLayer};
+use crate::below::Chain;
 use crate::error::{ErrorKind, ImageError};
 use crate::extent::{Extent, ExtentKind};
 use crate::side::{BATCH, CHUNK_LEN, WINDOW_LEN, cut, in_blocks};
@@ -39,7 +41,11 @@ pub async fn rebase<S: Storage, E: Engine<File = S::File>>(
 ) -> Result<(), ImageError> {
     let layer = Layer::open(storage, io, path, &OpenLayer { read_only: false, tuning }).await?;
     io.spawn(Arc::clone(&layer).maintain(io.clone()));
-    let rebased = layer.rebase(storage, io, base, progress).await;
+    let mut report = |done, all| {
+        progress(done, all);
+        ControlFlow::Continue(())
+    };
+    let rebased = layer.rebase(storage, io, base, &mut report).await;
     let closed = layer.close(io).await;
     rebased.and(closed)
 }
@@ -67,7 +73,8 @@ pub async fn repoint<S: Storage, E: Engine<File = S::File>>(
 
 impl<E: Engine> Layer<E> {
     /// As [`rebase`], of an open layer, beside its queues: a block that a guest writes meanwhile is the
-    /// guest's. A layer without a base must have no requests in flight.
+    /// guest's. A layer without a base must have no requests in flight. Where `progress` breaks off, the
+    /// layer stays over the old base.
     ///
     /// # Errors
     /// As [`rebase`].
@@ -76,41 +83,54 @@ impl<E: Engine> Layer<E> {
         storage: &S,
         io: &Io<E>,
         base: Option<&BaseSpec>,
-        progress: &mut dyn FnMut(u64, u64),
+        progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
     ) -> Result<(), ImageError> {
         let old = self.below();
-        let (base, named) = self.open_new_base(storage, io, base).await?;
+        self.check_no_commit_failed(&old)?;
+        let (chain, named) = self.open_new_base(storage, io, base).await?;
         // The record is not used before the switch, which makes another.
         let record = BaseRecord { base: named, ..old.record.clone() };
-        let new = Below { record, base };
+        let new = Below { record, chain };
         let size = self.core().size;
         let driver = Driver::new(Arc::clone(self), io.clone());
         let mut result = Ok(());
         for window in cut(0..size, WINDOW_LEN) {
             result = driver.copy_up_window(window.clone(), &old, &new).await;
+            if result.is_ok() && progress(window.end, size).is_break() {
+                result = Err(ImageError::new(self.path(), ErrorKind::Cancelled));
+            }
             if result.is_err() {
                 break;
             }
-            progress(window.end, size);
         }
         if result.is_ok() {
-            let switched = driver.switch_base(new.base, new.record.base, false).await;
+            let switched = driver.switch_base(new.chain, new.record.base, false).await;
             result = switched.map_err(|error| ImageError::new(self.path(), error));
         }
         driver.retire().await;
         result
     }
 
-    async fn repoint<S: Storage<File = E::File>>(
+    /// As [`repoint`], of an open layer, beside its queues: what guests read changes where the bases
+    /// differ. A layer without a base must have no requests in flight.
+    ///
+    /// # Errors
+    /// As [`repoint`].
+    pub async fn repoint<S: Storage<File = E::File>>(
         self: &Arc<Self>,
         storage: &S,
         io: &Io<E>,
         base: Option<&BaseSpec>,
     ) -> Result<Option<String>, ImageError> {
         let old = self.below();
-        let (base, named) = self.open_new_base(storage, io, base).await?;
+        self.check_no_commit_failed(&old)?;
+        let (chain, named) = self.open_new_base(storage, io, base).await?;
         let change = match (&old.record.base, &named) {
-            (Some(was), Some(is)) => describe_change(&was.identity, &is.identity),
+            (Some(was), Some(is)) => {
+                let files = chain.as_ref().map(|chain| chain.files()).unwrap_or_default();
+                let paths: Vec<_> = files.into_iter().map(|(path, _)| path).collect();
+                describe_change(&was.identity, &is.identity, &paths)
+            }
             (None, Some(_)) => Some("it had no base".to_owned()),
             (Some(_), None) => Some("it has no base any more".to_owned()),
             (None, None) => None,
@@ -121,7 +141,7 @@ impl<E: Engine> Layer<E> {
             return Err(ImageError::new(self.path(), ErrorKind::Base(detail.to_owned())));
         }
         let driver = Driver::new(Arc::clone(self), io.clone());
-        let switched = driver.switch_base(base, named, committing).await;
+        let switched = driver.switch_base(chain, named, committing).await;
         driver.retire().await;
         switched.map(|()| change).map_err(|error| ImageError::new(self.path(), error))
     }
@@ -131,11 +151,12 @@ impl<E: Engine> Layer<E> {
         storage: &S,
         io: &Io<E>,
         base: Option<&BaseSpec>,
-    ) -> Result<(Option<Base<E>>, Option<BaseRef>), ImageError> {
+    ) -> Result<(Option<Arc<Chain<E>>>, Option<BaseRef>), ImageError> {
         let Some(spec) = base else { return Ok((None, None)) };
-        let above = [self.header().layer_id];
-        let (base, named) = Base::open_named(storage, io, self.path(), spec, &above).await?;
-        Ok((Some(base), Some(named)))
+        let (above, tuning) = (self.header().layer_id, self.core().tuning);
+        let opened = Below::open_base(storage, io, self.path(), spec, Some(above), &tuning);
+        let (chain, named) = opened.await?;
+        Ok((Some(chain), Some(named)))
     }
 }
 
@@ -148,10 +169,10 @@ impl<E: Engine> Driver<E> {
         new: &Below<E>,
     ) -> Result<(), ImageError> {
         let (mut extents, mut others) = (Vec::new(), Vec::new());
-        old.extents(&self.io, window.clone(), 0, &mut extents).await?;
-        new.extents(&self.io, window.clone(), 0, &mut others).await?;
+        old.extents(&self.io, window.clone(), &mut extents).await?;
+        new.extents(&self.io, window.clone(), &mut others).await?;
         extents.append(&mut others);
-        extents.retain(|extent| extent.kind == ExtentKind::Data);
+        extents.retain(|extent| matches!(extent.kind, ExtentKind::Data | ExtentKind::Compressed));
         extents.sort_by_key(|extent| extent.start);
         // Where neither holds data both read as zeroes.
         let data = in_blocks(extents.iter().map(Extent::range), window.end.next_multiple_of(BLOCK_SIZE));

@@ -55,7 +55,7 @@ impl<E: Engine> Layer<E> {
         path: &Path,
         options: &OpenLayer,
     ) -> Result<Arc<Self>, ImageError> {
-        Self::open_with(storage, io, path, options, OpenBase::Chain(&[])).await
+        Self::open_with(storage, io, path, options, OpenBase::Opened).await
     }
 
     pub(super) async fn open_with<S: Storage<File = E::File>>(
@@ -63,33 +63,41 @@ impl<E: Engine> Layer<E> {
         io: &Io<E>,
         path: &Path,
         options: &OpenLayer,
-        bases: OpenBase<'_>,
+        bases: OpenBase,
     ) -> Result<Arc<Self>, ImageError> {
-        // In boxes, so that little of the stack is in use while the base, and what lies below that,
-        // is opened.
-        let head = Box::pin(Head::read(storage, io, path, options)).await?;
+        let head = Head::read(storage, io, path, options).await?;
         let record = head.record.clone();
         let below = match bases {
-            OpenBase::Chain(above) => Box::pin(Below::open(storage, io, path, record, above)).await?,
-            OpenBase::Nothing => Below { record, base: None },
+            OpenBase::Opened => Below::open(storage, io, path, record, &options.tuning).await?,
+            OpenBase::Nothing => Below { record, chain: None },
         };
-        Box::pin(Self::open_over(storage, io, path, options, head, below)).await
+        let (layer, interrupted) = Self::open_over(io, path, options, head, below, false).await?;
+        if breaks!(options.tuning, RecoveryWithoutSync) {
+            layer.core().assume_durable();
+        } else if !options.read_only {
+            layer.begin_session(storage, io, interrupted).await?;
+        }
+        Ok(layer)
     }
 
-    /// Opens a layer whose base is open.
-    async fn open_over<S: Storage<File = E::File>>(
-        storage: &S,
+    /// Loads a layer whose base is open; `is_known` says that the caller knows the number of
+    /// its newest checkpoint and compares it. Says whether its log holds the end of a next checkpoint, which
+    /// no slot names.
+    pub(super) async fn open_over(
         io: &Io<E>,
         path: &Path,
         options: &OpenLayer,
         head: Head<E>,
         below: Below<E>,
-    ) -> Result<Arc<Self>, ImageError> {
+        is_known: bool,
+    ) -> Result<(Arc<Self>, bool), ImageError> {
         let Head { file, header, newest, .. } = head;
         let reader = Reader { io, file: &file, path };
         let core = load(&reader, &header, &newest, options).await?;
         let layer = Self::new(file.clone(), path, header, below, options.read_only, core);
-        let interrupted = layer.recover(&reader, &newest).await?;
+        // After a clean stop there is no log to follow, unless the slot is not the newest that was written.
+        let is_ended = is_known && newest.slot.clean && !newest.other_damaged;
+        let interrupted = layer.recover(&reader, &newest, is_ended).await?;
         {
             let mut core = layer.core();
             core.checkpointed_at = io.now();
@@ -100,12 +108,7 @@ impl<E: Engine> Layer<E> {
             let sync = io.run(Op::Sync { file: file.clone() }).await;
             sync.result.map_err(|errno| ImageError::errno(path, "sync", errno))?;
         }
-        if breaks!(options.tuning, RecoveryWithoutSync) {
-            layer.core().assume_durable();
-        } else if !options.read_only {
-            layer.begin_session(storage, io, interrupted).await?;
-        }
-        Ok(layer)
+        Ok((layer, interrupted))
     }
 
     /// Makes a checkpoint after which records carry a new nonce. With `interrupted`, the log of the
@@ -133,11 +136,11 @@ impl<E: Engine> Layer<E> {
 }
 
 /// What the first blocks of a locked file say.
-struct Head<E: Engine> {
+pub(super) struct Head<E: Engine> {
     file: E::File,
-    header: Header,
+    pub(super) header: Header,
     newest: Newest,
-    record: BaseRecord,
+    pub(super) record: BaseRecord,
 }
 
 impl<E: Engine> Head<E> {
@@ -160,12 +163,22 @@ impl<E: Engine> Head<E> {
             }
             other => other?,
         };
+        Self::of(io, path, file).await
+    }
+
+    /// What the first blocks of an open file say.
+    pub(super) async fn of(io: &Io<E>, path: &Path, file: E::File) -> Result<Self, ImageError> {
         let reader = Reader { io, file: &file, path };
         let start = reader.read(0, HEAD_BYTES).await?;
         let header = Header::decode(&start).map_err(|damage| reader.error(0, damage))?;
         let newest = choose_slot(&reader, &header, &start)?;
         let record = base_record(&reader, &header, &newest.slot, &start)?;
         Ok(Self { file, header, newest, record })
+    }
+
+    /// The newest checkpoint.
+    pub(super) fn slot(&self) -> Slot {
+        self.newest.slot
     }
 }
 
@@ -257,14 +270,19 @@ async fn load<E: Engine>(
 }
 
 impl<E: Engine> Layer<E> {
-    /// Replays the log after the newest checkpoint. Says whether it holds the end of a next
+    /// Replays the log after the newest checkpoint, unless it is known to have ended there. Says whether it holds the end of a next
     /// checkpoint, which no slot names.
-    async fn recover(self: &Arc<Self>, reader: &Reader<'_, E>, newest: &Newest) -> Result<bool, ImageError> {
+    async fn recover(
+        self: &Arc<Self>,
+        reader: &Reader<'_, E>,
+        newest: &Newest,
+        is_ended: bool,
+    ) -> Result<bool, ImageError> {
         let (slot, tuning) = (&newest.slot, self.core().tuning);
         let reach = reach(reader, self.core().segments.count());
         let mut replay = Replay::new(reader, self.header(), &tuning, slot.log);
         let mut found_end = false;
-        while let Some(record) = replay.next().await? {
+        while let Some(record) = if is_ended { None } else { replay.next().await? } {
             let is_next = |run: &Run| matches!(run, Run::CheckpointEnd { generation, .. } if *generation == slot.generation + 1);
             found_end |= record.runs.iter().any(|(run, _)| is_next(run));
             let lane = record.end.lane;

@@ -481,6 +481,16 @@ impl Segments {
         self.readers.enter()
     }
 
+    /// Starts a new epoch; returns the one that ended.
+    pub(super) fn end_epoch(&mut self) -> u64 {
+        self.readers.advance()
+    }
+
+    /// Whether no read is in flight any more that began in an epoch, or before it.
+    pub(super) fn has_outlasted(&self, epoch: u64) -> bool {
+        epoch < self.readers.oldest()
+    }
+
     /// Ends a read.
     pub(super) fn leave(&mut self, epoch: u64) {
         self.readers.leave(epoch);

@@ -7,21 +7,22 @@
 
 use std::sync::Arc;
 
-use super::base::{Base, Below};
+use super::base::Below;
 use super::base_record::{BaseRecord, BaseRef, base_offset};
 use super::driver::Driver;
 use super::tuning::breaks;
 use super::waiter::Result;
+use crate::below::Chain;
 use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::engine::{Engine, Op};
 
 impl<E: Engine> Driver<E> {
-    /// Lets the layer lie over `base`, recorded as `named`. Where the layer itself holds nothing,
+    /// Lets the layer lie over `chain`, recorded as `named`. Where the layer itself holds nothing,
     /// the disk must read the same as before. After a failure the layer lies over the old base or
     /// the new one.
     pub(super) async fn switch_base(
         &self,
-        base: Option<Base<E>>,
+        chain: Option<Arc<Chain<E>>>,
         named: Option<BaseRef>,
         committing: bool,
     ) -> Result {
@@ -41,7 +42,7 @@ impl<E: Engine> Driver<E> {
         self.io.run(Op::write(self.layer.file(), base_offset(sequence), bytes)).await.result?;
         self.sync_file().await?;
         // Zeroes are left out of the map only while no slot names a base that would show through.
-        let below = Arc::new(Below { record, base });
+        let below = Arc::new(Below { record, chain });
         if below.record.base.is_some() {
             self.layer.set_below(Arc::clone(&below));
         }

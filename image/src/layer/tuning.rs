@@ -25,6 +25,11 @@ pub struct Tuning {
     /// Memory for nodes of the map that can be dropped, in bytes, and at most as much again (1 MiB at
     /// least) for those that a checkpoint has yet to store.
     pub map_cache_bytes: u64,
+    /// Memory for one index over the maps of the layers below, in bytes; as much again for nodes of those
+    /// maps that do not fit into it.
+    pub index_bytes: u64,
+    /// Files of layers below that are open at a time.
+    pub files_max: usize,
     /// The rule that this layer breaks.
     #[cfg(feature = "mutations")]
     pub mutation: Option<Mutation>,
@@ -40,6 +45,8 @@ impl Default for Tuning {
             space_slack: None,
             lanes_from_segments: 64,
             map_cache_bytes: 64 << 20,
+            index_bytes: 64 << 20,
+            files_max: 128,
             #[cfg(feature = "mutations")]
             mutation: None,
         }

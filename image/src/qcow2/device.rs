@@ -11,33 +11,33 @@ use sapwood_blockdev::storage::Storage;
 use sapwood_blockdev::units::BLOCK_SIZE;
 
 use super::queue::Qcow2Queue;
-use crate::below::{Below, OpenBelow};
+use crate::below::{Chain, OpenBelow};
 use crate::error::ImageError;
 use crate::extent::Extent;
 use crate::format::Format;
 
 /// A qcow2 image, open for reading, with all that lies below it.
 pub struct Qcow2<E: Engine> {
-    below: Below<E>,
+    below: Chain<E>,
 }
 
 impl<E: Engine> Qcow2<E> {
     /// Opens an image; it is shared with other readers.
     ///
     /// # Errors
-    /// Those of [`Below::open`].
+    /// Those of [`Chain::open`].
     pub async fn open<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
         path: &Path,
         options: &OpenBelow,
     ) -> Result<Arc<Self>, ImageError> {
-        let below = Below::open(storage, io, path, Format::Qcow2, options).await?;
+        let below = Chain::open(storage, io, path, Format::Qcow2, options).await?;
         Ok(Arc::new(Self { below }))
     }
 
     /// The chain of images.
-    pub fn below(&self) -> &Below<E> {
+    pub fn below(&self) -> &Chain<E> {
         &self.below
     }
 
@@ -49,7 +49,7 @@ impl<E: Engine> Qcow2<E> {
     /// What a range of the disk holds.
     ///
     /// # Errors
-    /// Those of [`Below::extents`].
+    /// Those of [`Chain::extents`].
     pub async fn extents(&self, io: &Io<E>, range: Range<u64>) -> Result<Vec<Extent>, ImageError> {
         self.below.extents(io, range).await
     }

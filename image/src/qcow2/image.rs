@@ -161,9 +161,9 @@ impl<E: Engine> Image<E> {
         self.data.as_ref().map_or((&self.file, self.identity.size), |(file, identity)| (file, identity.size))
     }
 
-    /// What makes the files of this image recognisable.
-    pub(crate) fn identities(&self) -> impl Iterator<Item = FileIdentity> {
-        std::iter::once(self.identity).chain(self.data.as_ref().map(|(_, identity)| *identity))
+    /// The external data file, if there is one, and what makes it recognisable.
+    pub(crate) fn external_data(&self) -> Option<&(E::File, FileIdentity)> {
+        self.data.as_ref()
     }
 
     /// Where the byte `at` of the disk is, and for how many bytes that goes on, at most to `end`.

@@ -15,12 +15,11 @@ use sapwood_blockdev::buffer::Memory;
 use sapwood_blockdev::device::{Command, DeviceError, DeviceQueue, Done, Request};
 use sapwood_blockdev::engine::{Engine, Op, Time};
 use sapwood_blockdev::io::{Io, Outcome};
-use sapwood_blockdev::storage::StorageFile;
 use sapwood_blockdev::units::SECTOR_SIZE;
 use slab::Slab;
 
 use super::device::Qcow2;
-use crate::below::{Compressed, Held, Piece, Source};
+use crate::below::{Compressed, Held, Piece, Source, reaches};
 
 /// Bytes that parts being decompressed may take on one queue; one may always go on.
 const DECOMPRESSING_MAX: usize = 16 << 20;
@@ -127,7 +126,7 @@ impl<E: Engine> Qcow2Queue<E> {
             let part = if part_len == len { std::mem::take(&mut memory) } else { memory.share(at, part_len) };
             match source {
                 Source::Compressed(compressed) => self.compressed.push_back((key, compressed, part)),
-                Source::File { file, offset } if is_direct(&file, offset.0, &part) => {
+                Source::File { file, offset, .. } if reaches(&file, offset, &part) => {
                     self.io.start(key as u64, Op::read(file, offset, part));
                 }
                 source => self.read_slowly(key, source, part, 0),
@@ -223,11 +222,4 @@ impl<E: Engine> DeviceQueue for Qcow2Queue<E> {
     fn with_engine<R>(&mut self, f: impl FnOnce(&mut E) -> R) -> R {
         self.io.with_engine(f)
     }
-}
-
-/// Whether the storage can move these bytes to this memory as they are.
-fn is_direct<F: StorageFile>(file: &F, offset: u64, memory: &Memory) -> bool {
-    let alignment = file.alignment();
-    (offset | memory.len() as u64).is_multiple_of(alignment.offset as u64)
-        && memory.is_aligned(alignment.memory)
 }

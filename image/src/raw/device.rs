@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use sapwood_blockdev::device::{BlockDevice, DeviceError, Geometry, Request};
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
-use sapwood_blockdev::storage::{Alignment, Lock, OpenOptions, Storage, StorageFile};
+use sapwood_blockdev::storage::{Alignment, FileIdentity, Lock, OpenOptions, Storage, StorageFile};
 use sapwood_blockdev::units::{BLOCK_SIZE, SECTOR_SIZE};
 
 use super::map;
@@ -45,8 +45,7 @@ impl<E: Engine> RawDevice<E> {
         let open = |options| storage.open(path, options).map_err(|e| ImageError::open(path, e));
         let mut file = open(options)?;
         // Direct I/O could reach the cut last piece of such a file only by growing the file.
-        let odd = size_of(&file)? % file.alignment().offset as u64 != 0;
-        if odd && file.alignment().offset as u64 > SECTOR_SIZE {
+        if is_odd(&file)? {
             file = open(options.buffered())?;
         }
         lock(&file, if read_only { Lock::Shared } else { Lock::Exclusive })?;
@@ -90,20 +89,16 @@ impl<E: Engine> RawDevice<E> {
         if self.read_only {
             return Err(ImageError::new(path, DeviceError::ReadOnly));
         }
-        if self.file.is_device() {
-            return Err(ImageError::invalid(path, "a raw disk on a block device has the device's size"));
-        }
-        let unit = SECTOR_SIZE.max(self.alignment.offset as u64);
-        if !size.is_multiple_of(unit) {
-            return Err(ImageError::invalid(
-                path,
-                format_args!("the size must be a multiple of {unit} bytes"),
-            ));
-        }
+        check_new_size(&self.file, self.alignment, size)?;
         let truncate = Op::Truncate { file: self.file.clone(), size };
         io.run(truncate).await.result.map_err(|e| ImageError::errno(path, "resize", e))?;
         self.size.store(size, Ordering::Release);
         self.sync(io, Op::Sync { file: self.file.clone() }).await
+    }
+
+    /// What makes the file recognisable now.
+    pub(crate) fn identity(&self) -> std::io::Result<FileIdentity> {
+        self.file.identity()
     }
 
     /// Carries out a request other than a flush for the only user of the device.
@@ -186,6 +181,31 @@ impl<E: Engine> BlockDevice for RawDevice<E> {
     fn set_write_cache(&self, enabled: bool) {
         self.write_cache.store(enabled, Ordering::Release);
     }
+}
+
+/// Whether a file ends inside what direct I/O can address.
+fn is_odd<F: StorageFile>(file: &F) -> Result<bool, ImageError> {
+    let unit = file.alignment().offset as u64;
+    Ok(unit > SECTOR_SIZE && size_of(file)? % unit != 0)
+}
+
+/// Refuses a size that the raw disk in `file`, opened for direct I/O by somebody else, cannot be given.
+pub(crate) fn check_growth<F: StorageFile>(file: &F, size: u64) -> Result<(), ImageError> {
+    let alignment = if is_odd(file)? { Alignment::NONE } else { file.alignment() };
+    check_new_size(file, alignment, size)
+}
+
+fn check_new_size<F: StorageFile>(file: &F, alignment: Alignment, size: u64) -> Result<(), ImageError> {
+    if file.is_device() {
+        let detail = "a raw disk on a block device has the device's size";
+        return Err(ImageError::invalid(file.path(), detail));
+    }
+    let unit = SECTOR_SIZE.max(alignment.offset as u64);
+    if !size.is_multiple_of(unit) {
+        let detail = format_args!("the size must be a multiple of {unit} bytes");
+        return Err(ImageError::invalid(file.path(), detail));
+    }
+    Ok(())
 }
 
 /// The size of a disk in a file of `file_size` bytes.

@@ -19,4 +19,5 @@ mod slow;
 
 pub use create::{CreateRaw, create};
 pub use device::RawDevice;
+pub(crate) use device::check_growth;
 pub use queue::RawQueue;

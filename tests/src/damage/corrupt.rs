@@ -139,15 +139,20 @@ pub fn raw_base(b: &mut Image, path: &str, size: u64) {
     });
 }
 
-/// A base that is a layer of this name, which is `identity`.
-pub fn layer_base(b: &mut Image, path: &str, identity: &Image) {
-    raw_base(b, path, u64_at(identity, newest(identity) + slot::SIZE));
+/// A base that is a layer of this name, which is `identity` and whose disk has this size.
+pub fn layer_base(b: &mut Image, path: &str, identity: &Image, size: u64) {
+    raw_base(b, path, size);
     change_base(b, |base| {
         put_u32(base, base::FORMAT, 2);
         put(base, base::BASE_ID, &identity[header::LAYER_ID..header::LAYER_ID + 16]);
         let generation = u64_at(identity, newest(identity) + slot::GENERATION);
         put_u64(base, base::GENERATION, generation);
     });
+}
+
+/// No base.
+pub fn no_base(b: &mut Image) {
+    change_base(b, |base| put_u32(base, base::FORMAT, 0));
 }
 
 /// Another identity.

@@ -97,6 +97,14 @@ impl<L: Lab> Bench<L> {
     /// Those of [`Layer::open`].
     pub fn open(lab: &L, path: &Path, read_only: bool) -> Result<Self, ImageError> {
         let tuning = Tuning { space_slack: Some(256 << 10), ..Tuning::default() };
+        Self::open_tuned(lab, path, read_only, tuning)
+    }
+
+    /// Opens a layer.
+    ///
+    /// # Errors
+    /// Those of [`Layer::open`].
+    pub fn open_tuned(lab: &L, path: &Path, read_only: bool, tuning: Tuning) -> Result<Self, ImageError> {
         let (path, options) = (path.to_owned(), OpenLayer { read_only, tuning });
         let layer = wait(lab, async move |storage, io| Layer::open(&storage, &io, &path, &options).await)?;
         let queue = layer.queue_on(Io::new(lab.engine()));

@@ -211,6 +211,10 @@ impl StorageFile for MemoryFile {
         &self.0.path
     }
 
+    fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+
     fn size(&self) -> io::Result<u64> {
         Ok(locked(&self.0.contents).size)
     }
@@ -240,16 +244,27 @@ impl StorageFile for MemoryFile {
         }
         Ok(())
     }
+
+    fn unlock(&self) -> io::Result<()> {
+        self.0.unlock();
+        Ok(())
+    }
 }
 
-impl Drop for Description {
-    fn drop(&mut self) {
+impl Description {
+    fn unlock(&self) {
         let mut contents = locked(&self.contents);
-        match *locked(&self.lock) {
+        match locked(&self.lock).take() {
             Some(Lock::Shared) => contents.shared -= 1,
             Some(Lock::Exclusive) => contents.exclusive = false,
             None => {}
         }
+    }
+}
+
+impl Drop for Description {
+    fn drop(&mut self) {
+        self.unlock();
     }
 }
 

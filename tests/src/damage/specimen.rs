@@ -116,7 +116,7 @@ pub fn written() -> Specimen {
 
 /// Written and closed; over the raw file "base".
 pub fn over_base() -> Specimen {
-    let mut maker = Maker::new(Some(BaseSpec { path: "base".into(), format: Format::Raw }));
+    let mut maker = Maker::new(Some(BaseSpec::new("base", Format::Raw)));
     maker.fill();
     maker.bench.command(0, 8 * BLOCK as u64, Command::Discard).expect("a discard");
     maker.disk[..8 * BLOCK].fill(0);

@@ -156,6 +156,9 @@ impl<S: Subject> History<S> {
             }
             Step::Forge { queue, at, from } => self.forge(queue, at, from)?,
             Step::Resize { sectors } => self.resize(sectors)?,
+            Step::Flatten => self.change_base(Control::Flatten)?,
+            Step::Rebase => self.change_base(Control::Rebase)?,
+            Step::Commit => self.change_base(Control::Commit)?,
             Step::Checkpoint => self.order(Control::Checkpoint, None),
             Step::Clean => self.order(Control::Clean, None),
             Step::Run { rounds } => self.run_rounds(rounds)?,
@@ -245,19 +248,31 @@ impl<S: Subject> History<S> {
     }
 
     fn resize(&mut self, sectors: u64) -> Outcome {
-        self.wait_for("an earlier resize", |history| {
-            !history.orders.iter().any(|order| matches!(order.what, Control::Resize(_)))
-        })?;
+        self.wait_for_alone()?;
         let ticket = self.contract.submit(Action::Resize(sectors));
         self.session().resizes += 1;
         self.order(Control::Resize(sectors * SECTOR), Some(ticket));
         Ok(())
     }
 
+    fn change_base(&mut self, what: Control) -> Outcome {
+        self.wait_for_alone()?;
+        self.order(what, None);
+        Ok(())
+    }
+
+    /// Waits for the end of what must be alone.
+    fn wait_for_alone(&mut self) -> Outcome {
+        self.wait_for("an earlier command", |history| {
+            !history.orders.iter().any(|order| order.what.is_alone())
+        })
+    }
+
     fn order(&mut self, what: Control, ticket: Option<Ticket>) {
         let world = self.world.clone();
         let session = self.session();
-        let task = Arc::clone(&session.disk).control(session.owner.io.clone(), what);
+        let storage = world.storage(session.process);
+        let task = Arc::clone(&session.disk).control(storage, session.owner.io.clone(), what);
         let result = session.owner.give(&world, task);
         self.orders.push(Order { ticket, what, result });
     }

@@ -1,5 +1,6 @@
 //! The layer as what the simulator tests.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use sapwood_blockdev::buffer::SharedBuf;
@@ -15,13 +16,15 @@ use super::engine::SimEngine;
 use super::medium::SECTOR;
 use super::plan::{Base, Shape};
 use super::storage::SimStorage;
-use super::subject::{Control, Disk, OpenError, Subject, Task, base_path, disk_path};
+use super::subject::{Control, Disk, OpenError, Subject, Task, base_path, disk_path, other_base_path};
 use super::world::{Config, World};
 
 /// Bytes beyond the live data from which the cleaner works.
 const SPACE_SLACK: u64 = 256 << 10;
 /// Size of a block device: nothing in a history makes it run full.
 const DEVICE_BYTES: u64 = 16 << 20;
+/// What is said of a disk whose commit was interrupted.
+const UNFINISHED: &str = "finish that first (sapwood commit";
 /// Most bytes of a write while a base is filled.
 const FILL_BYTES: usize = 64 << 10;
 
@@ -38,6 +41,7 @@ impl From<ImageError> for OpenError {
     fn from(error: ImageError) -> Self {
         match error.kind {
             ErrorKind::Locked { .. } => Self::Locked,
+            ErrorKind::Unfinished(_) => Self::Unfinished,
             _ => Self::Failed(error.to_string()),
         }
     }
@@ -120,7 +124,10 @@ impl Subject for LayerSubject {
                     Some(Format::Layer)
                 }
             };
-            let base = format.map(|format| BaseSpec { path: base_path(), format });
+            // As large, and other bytes.
+            let other: Vec<u8> = base_image(shape.base.sectors()).iter().map(|byte| !byte).collect();
+            storage.world().install(&other_base_path(), &other);
+            let base = format.map(|format| BaseSpec::new(base_path(), format));
             let size = Some(shape.sectors * SECTOR);
             let options = CreateLayer { size, base, segment_size: shape.segment_size, overwrite: false };
             layer::create(&storage, &io, &disk_path(), &options).await.map_err(|error| error.to_string())
@@ -134,11 +141,25 @@ impl Subject for LayerSubject {
         shape: Shape,
     ) -> Task<Result<Arc<Layer<SimEngine>>, OpenError>> {
         let options = self.options(&shape);
-        Box::pin(async move { Ok(Layer::open(&storage, &io, &disk_path(), &options).await?) })
+        Box::pin(async move {
+            let opened = Layer::open(&storage, &io, &disk_path(), &options).await;
+            let opened = opened.map_err(OpenError::from);
+            if !matches!(opened, Err(OpenError::Unfinished)) {
+                return opened;
+            }
+            layer::commit(&storage, &io, &disk_path(), false, Tuning::default(), &mut |_, _| {}).await?;
+            Ok(Layer::open(&storage, &io, &disk_path(), &options).await?)
+        })
     }
 
     fn check(&self, storage: SimStorage, io: Io<SimEngine>) -> Task<Result<Vec<String>, OpenError>> {
-        Box::pin(async move { Ok(layer::check(&storage, &io, &disk_path()).await?.errors) })
+        Box::pin(async move {
+            let errors = layer::check(&storage, &io, &disk_path()).await?.errors;
+            match errors.iter().any(|error| error.contains(UNFINISHED)) {
+                true => Err(OpenError::Unfinished),
+                false => Ok(errors),
+            }
+        })
     }
 }
 
@@ -151,9 +172,28 @@ impl Disk for Layer<SimEngine> {
         Box::pin(Layer::maintain(self, io))
     }
 
-    fn control(self: Arc<Self>, io: Io<SimEngine>, what: Control) -> Task<Result<(), String>> {
+    fn control(
+        self: Arc<Self>,
+        storage: SimStorage,
+        io: Io<SimEngine>,
+        what: Control,
+    ) -> Task<Result<(), String>> {
         Box::pin(async move {
+            let mut go_on = |_, _| ControlFlow::Continue(());
+            let base = self.info().base;
             let result = match what {
+                // Nothing to be done.
+                Control::Flatten | Control::Rebase | Control::Commit if base.is_none() => Ok(()),
+                Control::Flatten => self.rebase(&storage, &io, None, &mut go_on).await,
+                Control::Rebase => {
+                    let other = BaseSpec::new(other_base_path(), Format::Raw);
+                    self.rebase(&storage, &io, Some(&other), &mut go_on).await
+                }
+                Control::Commit => match self.commit_online(&storage, &io, &mut go_on).await {
+                    // A raw disk cannot have any size.
+                    Err(error) if matches!(error.kind, ErrorKind::Invalid(_)) => Ok(()),
+                    ended => ended.map(drop),
+                },
                 Control::Checkpoint => self.checkpoint(&io).await,
                 Control::Clean => self.clean(&io).await.map(drop),
                 Control::Resize(size) => self.resize(&io, size).await,

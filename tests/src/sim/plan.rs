@@ -79,6 +79,12 @@ pub enum Step {
     Checkpoint,
     /// The cleaner runs.
     Clean,
+    /// The owner wants it to have no base.
+    Flatten,
+    /// The owner wants it to have another base.
+    Rebase,
+    /// The owner wants it merged into its base.
+    Commit,
     /// Threads and storage go on for so many rounds.
     Run { rounds: u64 },
     /// Time passes, as long as timers may ask for.
@@ -193,6 +199,25 @@ impl Plan {
         let count = if style == Style::Churn { rng.pick(&[100, 250]) } else { rng.pick(&[15, 40, 80, 160]) };
         let steps = (0..count).map(|_| mix.step(&mut rng)).collect();
         Self { seed, shape, faults, steps }
+    }
+}
+
+impl Plan {
+    /// The history of a seed, with changes of what lies below the disk.
+    pub fn with_bases(seed: u64, queues_max: usize) -> Self {
+        let mut plan = Self::random(seed, queues_max);
+        let mut rng = Rng::new(!seed);
+        let sectors = rng.between(1, plan.shape.sectors + 16);
+        plan.shape.base = rng.pick(&[Base::Raw(sectors), Base::Layer(sectors)]);
+        for _ in 0..rng.between(1, 8) {
+            let at = rng.below(plan.steps.len() as u64 + 1) as usize;
+            let step = rng.pick(&[Step::Commit, Step::Commit, Step::Commit, Step::Rebase, Step::Rebase]);
+            plan.steps.insert(at, step);
+        }
+        if rng.percent(30) {
+            plan.steps.insert(plan.steps.len() * 3 / 4, Step::Flatten);
+        }
+        plan
     }
 }
 

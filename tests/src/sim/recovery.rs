@@ -163,7 +163,8 @@ impl<S: Subject> History<S> {
         let world = self.world.clone();
         let session = self.session();
         let close = Arc::clone(&session.disk);
-        let task = Disk::control(close, session.owner.io.clone(), Control::Close);
+        let storage = world.storage(session.process);
+        let task = Disk::control(close, storage, session.owner.io.clone(), Control::Close);
         let closed = session.owner.give(&world, task);
         self.wait_for("the clean stop", |_| closed.borrow().is_some())?;
         let result = closed.take().expect("a result");
@@ -198,7 +199,7 @@ impl<S: Subject> History<S> {
         match result {
             Ok(errors) if errors.is_empty() => Ok(()),
             Ok(errors) => Err(Stop::Violation(format!("the check found {errors:?}"))),
-            Err(OpenError::Locked) => Ok(()),
+            Err(OpenError::Locked | OpenError::Unfinished) => Ok(()),
             Err(OpenError::Failed(error)) => Err(Stop::Violation(format!("cannot check: {error}"))),
         }
     }

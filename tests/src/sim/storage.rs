@@ -105,6 +105,10 @@ impl StorageFile for SimFile {
         self.world.state().files[self.description.file].is_device
     }
 
+    fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.description) > 1
+    }
+
     fn size(&self) -> io::Result<u64> {
         Ok(self.world.state().files[self.description.file].medium.size())
     }
@@ -130,5 +134,10 @@ impl StorageFile for SimFile {
             None => Ok(()),
             Some(holder) => Err(LockError::Held(Some(format!("process {holder}")))),
         }
+    }
+
+    fn unlock(&self) -> io::Result<()> {
+        self.world.state().unlock(&self.description);
+        Ok(())
     }
 }

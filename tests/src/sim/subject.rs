@@ -25,11 +25,18 @@ pub fn base_path() -> PathBuf {
     Path::new("/images/base").to_owned()
 }
 
+/// Where another base is, if it can have one.
+pub fn other_base_path() -> PathBuf {
+    Path::new("/images/other").to_owned()
+}
+
 /// Why a disk could not be opened.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum OpenError {
     /// Somebody else uses it.
     Locked,
+    /// What was interrupted must be finished first.
+    Unfinished,
     /// Anything else.
     Failed(String),
 }
@@ -43,8 +50,21 @@ pub enum Control {
     Clean,
     /// A new size in bytes.
     Resize(u64),
+    /// It has no base any more.
+    Flatten,
+    /// It gets another base.
+    Rebase,
+    /// It is merged into its base.
+    Commit,
     /// A clean stop.
     Close,
+}
+
+impl Control {
+    /// Whether it is refused while another such command is under way.
+    pub fn is_alone(self) -> bool {
+        matches!(self, Self::Resize(_) | Self::Flatten | Self::Rebase | Self::Commit)
+    }
 }
 
 /// A kind of disk, and how it is made and opened.
@@ -83,5 +103,10 @@ pub trait Disk: BlockDevice<Engine = SimEngine> {
     fn maintain(self: Arc<Self>, io: Io<SimEngine>) -> Task<()>;
 
     /// Does something for the disk's owner.
-    fn control(self: Arc<Self>, io: Io<SimEngine>, what: Control) -> Task<Result<(), String>>;
+    fn control(
+        self: Arc<Self>,
+        storage: SimStorage,
+        io: Io<SimEngine>,
+        what: Control,
+    ) -> Task<Result<(), String>>;
 }

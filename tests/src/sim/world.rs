@@ -382,6 +382,13 @@ impl State {
         in_the_way
     }
 
+    pub fn unlock(&mut self, description: &Arc<Description>) {
+        let others = |(owner, _): &(Weak<Description>, Lock)| {
+            owner.upgrade().is_some_and(|owner| owner.id != description.id)
+        };
+        self.files[description.file].locks.retain(others);
+    }
+
     /// Whether an open description still holds its locks: its process lives, or an operation in
     /// flight keeps it open.
     fn holds(&self, description: &Arc<Description>) -> bool {

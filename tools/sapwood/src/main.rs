@@ -1,6 +1,7 @@
 //! The `sapwood` command: makes, looks at, copies and serves virtual disks.
 
 mod cli;
+mod control;
 mod host;
 
 use std::process::ExitCode;
@@ -27,9 +28,15 @@ fn main() -> ExitCode {
     let code_of_failure = cli.code_of_failure();
     match cli.run() {
         Ok(code) => code.into(),
-        Err(error) => {
-            eprintln!("sapwood: {error:#}");
-            code_of_failure.into()
-        }
+        Err(error) => match error.downcast::<clap::Error>() {
+            Ok(usage) => {
+                let _ = usage.print();
+                EXIT_USAGE.into()
+            }
+            Err(error) => {
+                eprintln!("sapwood: {error:#}");
+                code_of_failure.into()
+            }
+        },
     }
 }

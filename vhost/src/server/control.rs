@@ -86,6 +86,10 @@ impl Control {
         *self.session() = Session::default();
     }
 
+    pub(super) fn is_connected(&self) -> bool {
+        self.session().stream.is_some()
+    }
+
     pub(super) fn config_changed(&self) {
         let session = self.session();
         let Some(channel) = &session.channel else { return };

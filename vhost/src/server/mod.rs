@@ -28,7 +28,7 @@ mod control;
 mod socket;
 
 use control::Control;
-use socket::SocketFile;
+pub use socket::SocketFile;
 
 /// Queues that a device can have: the message that carries a descriptor has 8 bits for the index.
 pub const QUEUES_MAX: u16 = 256;
@@ -144,6 +144,11 @@ impl Server {
         if thread.take().is_some_and(|thread| thread.join().is_err()) {
             log::error!("the server's thread panicked");
         }
+    }
+
+    /// Whether a frontend is connected.
+    pub fn is_connected(&self) -> bool {
+        self.control.is_connected()
     }
 
     /// Tells the frontend that the configuration space has changed: the disk was resized. It is

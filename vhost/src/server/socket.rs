@@ -10,7 +10,7 @@ use super::ServerError;
 
 /// The file of a listening socket, removed on drop.
 #[derive(Debug)]
-pub(super) struct SocketFile {
+pub struct SocketFile {
     path: PathBuf,
     /// Device and inode: somebody else may have replaced it since.
     identity: Option<(u64, u64)>,
@@ -18,7 +18,10 @@ pub(super) struct SocketFile {
 
 impl SocketFile {
     /// Listens at `path`, in place of a socket that nobody listens at any more.
-    pub(super) fn bind(path: &Path) -> Result<(Self, UnixListener), ServerError> {
+    ///
+    /// # Errors
+    /// When somebody listens there, there is something else, or what the system says.
+    pub fn bind(path: &Path) -> Result<(Self, UnixListener), ServerError> {
         remove_stale(path)?;
         let listener = UnixListener::bind(path).map_err(|source| match source.kind() {
             ErrorKind::AddrInUse => ServerError::InUse(path.into()),

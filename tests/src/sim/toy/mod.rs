@@ -369,10 +369,11 @@ impl Disk for ToyDisk {
         Box::pin(async {})
     }
 
-    fn control(self: Arc<Self>, io: Io<SimEngine>, what: Control) -> Task<Result<(), String>> {
+    fn control(self: Arc<Self>, _: SimStorage, io: Io<SimEngine>, what: Control) -> Task<Result<(), String>> {
         Box::pin(async move {
             let result = match what {
                 Control::Checkpoint | Control::Clean => Ok(()),
+                Control::Flatten | Control::Rebase | Control::Commit => Ok(()),
                 Control::Resize(size) => self.resize(&io, size / SECTOR).await,
                 Control::Close if self.log().latched => Err(DeviceError::Latched),
                 Control::Close => self.sync(&io).await,

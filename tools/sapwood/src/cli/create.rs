@@ -4,13 +4,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 use clap::Args;
-use sapwood_image::layer::{BaseSpec, CreateLayer};
+use sapwood_image::layer::CreateLayer;
 use sapwood_image::probe::{Guess, probe};
 use sapwood_image::raw::CreateRaw;
 use sapwood_image::{CreateDisk, Format};
 
 use super::options::FormatOptions;
 use super::output;
+use super::reading::BaseReading;
 use super::size::{self, Size};
 use crate::host::Host;
 
@@ -20,11 +21,12 @@ use crate::host::Host;
 /// change any more. Making one takes milliseconds, however large the base is.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
-  sapwood create disk.layer 10G                      an empty disk
-  sapwood create -b debian.raw -F raw vm1.layer      a disk over a base, of the base's size
-  sapwood create -b debian.raw -F raw vm2.layer 20G  the same, larger
-  sapwood create /dev/vg/vm3 10G                     an empty disk on a block device
-  sapwood create -f raw disk.raw 10G                 a sparse raw disk")]
+  sapwood create disk.layer 10G                         an empty disk
+  sapwood create -b debian.raw -F raw vm1.layer         a disk over a base, of the base's size
+  sapwood create -b debian.raw -F raw vm2.layer 20G     the same, larger
+  sapwood create -b debian.qcow2 -F qcow2 vm3.layer     over a qcow2 image
+  sapwood create /dev/vg/vm4 10G                        an empty disk on a block device
+  sapwood create -f raw disk.raw 10G                    a sparse raw disk")]
 pub struct Create {
     /// Format of the new disk: layer or raw
     #[arg(short, long, value_name = "FORMAT", default_value_t = Format::Layer)]
@@ -37,6 +39,9 @@ pub struct Create {
     /// Format of the base; needed unless that is a layer
     #[arg(short = 'F', long, value_name = "FORMAT")]
     backing_format: Option<Format>,
+
+    #[command(flatten)]
+    reading: BaseReading,
 
     /// Options of the format, as NAME=VALUE,...; layer: size, backing_file, backing_fmt,
     /// segment_size; raw: size, preallocation (off, falloc)
@@ -81,13 +86,16 @@ impl Create {
             (Format::Layer, None) if backing_format.is_some() => {
                 bail!("-F is the format of a base: give one with -b")
             }
+            (Format::Layer, None) if self.reading.is_given() => {
+                bail!("--snapshot, --allow-backing and --chain-format are for a base: give one with -b")
+            }
             (Format::Layer, None) => CreateDisk::Layer(layer),
             (Format::Layer, Some(base)) => {
                 let format = match backing_format {
                     Some(format) => format,
                     None => probe_base(host, &self.path, &base)?,
                 };
-                CreateDisk::Layer(CreateLayer { base: Some(BaseSpec { path: base, format }), ..layer })
+                CreateDisk::Layer(CreateLayer { base: Some(self.reading.base(base, format)?), ..layer })
             }
         };
         let said = self.describe(&disk);

@@ -3,14 +3,16 @@
 use std::fmt::Write;
 use std::path::PathBuf;
 
+use anyhow::Context;
 use clap::Args;
 use sapwood_blockdev::units::BLOCK_SIZE;
 use sapwood_image::Format;
 use sapwood_image::info::{DiskInfo, info};
-use sapwood_image::layer::LayerInfo;
+use sapwood_image::layer::{BaseSpec, LayerInfo, Traffic};
 use sapwood_image::qcow2::{Qcow2Info, Snapshot};
 use serde_json::{Value, json};
 
+use super::online::{self, Online, Target};
 use super::output::{self, Output};
 use super::size;
 use crate::host::Host;
@@ -19,6 +21,7 @@ use crate::host::Host;
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   sapwood info vm1.layer
+  sapwood info --control /run/vm1.control        while it is being served
   sapwood info --output=json vm1.layer | jq '.\"virtual-size\"'")]
 pub struct Info {
     /// Format of the disk; without it, a file of no known format is described as raw
@@ -29,18 +32,33 @@ pub struct Info {
     #[arg(long, value_enum, value_name = "KIND", default_value_t)]
     output: Output,
 
+    #[command(flatten)]
+    online: Online,
+
     /// The disk
-    #[arg(value_name = "DISK")]
-    path: PathBuf,
+    #[arg(value_name = "DISK", required_unless_present = "control", conflicts_with = "control")]
+    path: Option<PathBuf>,
 }
 
 impl Info {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
-        let (storage, path, format) = (host.storage(), self.path, self.format);
-        let info = host.block_on(|io| async move { info(&storage, &io, &path, format).await })?;
-        match self.output {
-            Output::Human => output::print(&text(&info)),
-            Output::Json => output::print_json(&json(&info)),
+        match (self.online.target(self.path.as_ref())?, self.output) {
+            (Target::Served(client), Output::Json) => output::print_json(&client.disk()?),
+            (Target::Served(client), Output::Human) => {
+                let said = client.disk()?;
+                let info =
+                    of_json(&said).with_context(|| format!("the server says nothing known: {said}"))?;
+                output::print(&text(&info))
+            }
+            (Target::Free(path), output) => {
+                let (storage, path, format) = (host.storage(), path.to_owned(), self.format);
+                let found = host.block_on(|io| async move { info(&storage, &io, &path, format).await });
+                let info = online::advise(found)?;
+                match output {
+                    Output::Human => output::print(&text(&info)),
+                    Output::Json => output::print_json(&json(&info)),
+                }
+            }
         }
     }
 }
@@ -80,6 +98,15 @@ fn write_layer(text: &mut String, layer: &LayerInfo) -> std::fmt::Result {
             write!(text, " (actual path: {})", full.display())?;
         }
         writeln!(text, "\nbacking file format: {}", base.format)?;
+        if let Some(snapshot) = &base.options.snapshot {
+            writeln!(text, "backing snapshot: {}", printable(snapshot))?;
+        }
+        writeln!(
+            text,
+            "backing chain: {} {}",
+            layer.depth,
+            if layer.depth == 1 { "image" } else { "images" }
+        )?;
     }
     writeln!(text, "Format specific information:")?;
     writeln!(text, "    id: {}", layer.id)?;
@@ -88,9 +115,23 @@ fn write_layer(text: &mut String, layer: &LayerInfo) -> std::fmt::Result {
     writeln!(text, "    live data: {}", size::short(layer.live_blocks * BLOCK_SIZE))?;
     writeln!(text, "    dead data: {}", size::short(layer.dead_blocks * BLOCK_SIZE))?;
     writeln!(text, "    map: {}", size::short(layer.map_stored_bytes))?;
+    write_traffic(text, &layer.traffic)?;
     writeln!(text, "    generation: {}", layer.generation)?;
     writeln!(text, "    sequence: {}", layer.sequence)?;
     writeln!(text, "    stopped cleanly: {}", layer.clean)
+}
+
+fn write_traffic(text: &mut String, traffic: &Traffic) -> std::fmt::Result {
+    let Some(amplification) = traffic.amplification() else { return Ok(()) };
+    let bytes = |blocks: u64| size::short(blocks.saturating_mul(BLOCK_SIZE));
+    writeln!(
+        text,
+        "    written by guests: {} (amplification {amplification:.2}: {} moved by the cleaner, {} of the map, {} of the log)",
+        bytes(traffic.guest),
+        bytes(traffic.moved),
+        bytes(traffic.nodes),
+        bytes(traffic.index),
+    )
 }
 
 fn write_qcow2(text: &mut String, qcow2: &Qcow2Info) -> std::fmt::Result {
@@ -136,7 +177,8 @@ fn compat(qcow2: &Qcow2Info) -> &'static str {
     if qcow2.version == 2 { "0.10" } else { "1.1" }
 }
 
-fn json(info: &DiskInfo) -> Value {
+/// A description as other programs read it.
+pub fn json(info: &DiskInfo) -> Value {
     let mut value = json!({
         "filename": info.path,
         "format": info.format.name(),
@@ -163,6 +205,13 @@ fn json(info: &DiskInfo) -> Value {
             "live-bytes": layer.live_blocks * BLOCK_SIZE,
             "dead-bytes": layer.dead_blocks * BLOCK_SIZE,
             "map-bytes": layer.map_stored_bytes,
+            "allowed-bytes": layer.allowed_bytes,
+            "written-bytes": {
+                "guest": written(layer.traffic.guest),
+                "moved": written(layer.traffic.moved),
+                "map": written(layer.traffic.nodes),
+                "log": written(layer.traffic.index),
+            },
             "generation": layer.generation,
             "sequence": layer.sequence,
         },
@@ -171,8 +220,71 @@ fn json(info: &DiskInfo) -> Value {
         value["backing-filename"] = json!(base.path);
         value["full-backing-filename"] = json!(layer.base_path);
         value["backing-filename-format"] = base.format.name().into();
+        value["backing-chain-length"] = layer.depth.into();
+        if let Some(snapshot) = &base.options.snapshot {
+            value["backing-snapshot"] = json!(snapshot);
+        }
     }
     value
+}
+
+fn written(blocks: u64) -> u64 {
+    blocks.saturating_mul(BLOCK_SIZE)
+}
+
+/// What [`json`] said of a raw disk or a layer.
+fn of_json(value: &Value) -> Option<DiskInfo> {
+    let path_in = |name: &str| value[name].as_str().map(PathBuf::from);
+    let format: Format = value["format"].as_str()?.parse().ok()?;
+    let data = &value["format-specific"]["data"];
+    let base = path_in("backing-filename").map(|path| {
+        let format = value["backing-filename-format"].as_str().and_then(|name| name.parse().ok());
+        BaseSpec::new(path, format.unwrap_or(Format::Raw))
+    });
+    let virtual_size = value["virtual-size"].as_u64()?;
+    let blocks = |name: &str| data[name].as_u64().map(|bytes| bytes / BLOCK_SIZE);
+    let written = |name: &str| data["written-bytes"][name].as_u64().map(|bytes| bytes / BLOCK_SIZE);
+    let layer = || {
+        Some(LayerInfo {
+            size: virtual_size,
+            id: data["id"].as_str()?.to_owned(),
+            segment_size: data["segment-size"].as_u64()?,
+            base,
+            base_path: path_in("full-backing-filename"),
+            live_blocks: blocks("live-bytes")?,
+            used_bytes: 0,
+            dead_blocks: blocks("dead-bytes")?,
+            generation: data["generation"].as_u64()?,
+            sequence: data["sequence"].as_u64()?,
+            clean: value["dirty-flag"] == false,
+            allowed_bytes: data["allowed-bytes"].as_u64()?,
+            occupied_bytes: 0,
+            traffic: Traffic {
+                guest: written("guest")?,
+                moved: written("moved")?,
+                nodes: written("map")?,
+                index: written("log")?,
+            },
+            lanes: 0,
+            map_stored_bytes: data["map-bytes"].as_u64()?,
+            map_cache_bytes: 0,
+            map_bytes: 0,
+            map_reads: 0,
+            depth: 0,
+            index_bytes: 0,
+        })
+    };
+    Some(DiskInfo {
+        path: path_in("filename")?,
+        format,
+        virtual_size,
+        actual_size: value["actual-size"].as_u64()?,
+        is_device: value["block-device"].as_bool()?,
+        is_direct: value["direct-io"].as_bool()?,
+        gives_space_back: value["gives-space-back"].as_bool(),
+        layer: if format == Format::Layer { Some(layer()?) } else { None },
+        qcow2: None,
+    })
 }
 
 fn add_qcow2(value: &mut Value, qcow2: &Qcow2Info) {

@@ -9,11 +9,15 @@ use sapwood_image::Format;
 use sapwood_image::layer::{self, BaseSpec, Tuning};
 
 use super::create::probe_base;
+use super::online::{self, Online, Target};
 use super::output;
 use super::progress;
+use super::reading::BaseReading;
+use crate::control::client::Client;
+use crate::control::wire;
 use crate::host::Host;
 
-/// Let a layer that nobody uses lie over another base
+/// Let a layer lie over another base
 ///
 /// The disk reads as before: where the old base and the new one differ, what the layer does not hold
 /// itself is copied into it. Interrupted at any moment, it reads as before and the command can be run
@@ -24,11 +28,14 @@ use crate::host::Host;
 /// new base is not what was recorded of the old one, the layer may read wrong, and -u says that you
 /// know better; the answer tells what differs.
 ///
+/// Nobody may use the layer, or, with --control, the server that uses it does this meanwhile.
+///
 /// This writes the layer, so that layers over it refuse it until they are rebased with -u themselves.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   sapwood rebase -b debian-13.raw -F raw vm1.layer     the disk stays as it is
   sapwood rebase -u -b /new/debian.raw -F raw vm1.layer  the base was moved
+  sapwood rebase -b new.layer --control /run/vm1.control  while a virtual machine uses it
   sapwood rebase -b '' vm1.layer                       as sapwood flatten vm1.layer")]
 pub struct Rebase {
     /// The new base, or '' for none; a relative path is relative to the layer's folder, and kept so
@@ -38,6 +45,9 @@ pub struct Rebase {
     /// Format of the base; needed unless that is a layer
     #[arg(short = 'F', long, value_name = "FORMAT")]
     backing_format: Option<Format>,
+
+    #[command(flatten)]
+    reading: BaseReading,
 
     /// Neither compare nor copy: only name the base
     #[arg(short, long = "unsafe")]
@@ -51,50 +61,84 @@ pub struct Rebase {
     #[arg(short, long)]
     quiet: bool,
 
+    #[command(flatten)]
+    online: Online,
+
     /// The layer
-    #[arg(value_name = "LAYER")]
-    path: PathBuf,
+    #[arg(value_name = "LAYER", required_unless_present = "control", conflicts_with = "control")]
+    path: Option<PathBuf>,
 }
 
 impl Rebase {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
-        let base = self.base(host)?;
-        let over = match &base {
-            Some(base) => format!("{} ({})", base.path.display(), base.format),
-            None => "nothing".to_owned(),
+        let (layer, over, change) = match self.online.target(self.path.as_ref())? {
+            Target::Served(client) => self.ask(&client)?,
+            Target::Free(path) => online::advise(self.rebase(host, path))?,
         };
-        let layer = self.path.display();
-        let said = if self.unsafe_ {
-            let (storage, path) = (host.storage(), self.path.clone());
-            let repointed = host.block_on(|io| async move {
-                layer::repoint(&storage, &io, &path, base.as_ref(), Tuning::default()).await
-            })?;
-            match repointed {
-                None => format!("{layer} lies over {over} now, which is what was recorded\n"),
-                Some(change) => format!(
-                    "{layer} lies over {over} now, which is not what was recorded ({change}); it is taken as it is\n"
-                ),
-            }
-        } else {
-            rebase(host, &self.path, base, self.quiet)?;
-            format!("{layer} lies over {over} now and reads as before\n")
+        let said = match (self.unsafe_, change) {
+            (false, _) => format!("{layer} lies over {over} now and reads as before\n"),
+            (true, None) => format!("{layer} lies over {over} now, which is what was recorded\n"),
+            (true, Some(change)) => format!(
+                "{layer} lies over {over} now, which is not what was recorded ({change}); it is taken as it is\n"
+            ),
         };
         if self.quiet { Ok(()) } else { output::print(&said) }
     }
 
-    fn base(&self, host: &Host) -> anyhow::Result<Option<BaseSpec>> {
-        match (self.backing.is_empty(), self.backing_format) {
-            (true, None) => Ok(None),
-            (true, Some(_)) => bail!("-F is the format of a base, and -b '' is none"),
-            (false, format) => {
-                let path = PathBuf::from(&self.backing);
-                let format = match format {
-                    Some(format) => format,
-                    None => probe_base(host, &self.path, &path)?,
-                };
-                Ok(Some(BaseSpec { path, format }))
-            }
+    /// Has the server do it: the layer, its base, and how that differs from what was recorded.
+    fn ask(&self, client: &Client<'_>) -> anyhow::Result<(String, String, Option<String>)> {
+        self.check()?;
+        let base = Some(PathBuf::from(&self.backing)).filter(|path| !path.as_os_str().is_empty());
+        let format = self.backing_format.map(|format| format.name().to_owned());
+        let BaseReading { snapshot, allow_backing, chain_format } = self.reading.clone();
+        let chain_format = chain_format.map(|format| format.name().to_owned());
+        let asked =
+            wire::Rebase { base, format, snapshot, allow_backing, chain_format, unsafe_: self.unsafe_ };
+        let (layer, result) = online::run(client, "/v1/disk/rebase", &asked, self.quiet)?;
+        let word = |name: &str| result[name].as_str();
+        let over = match (word("base"), word("format")) {
+            (Some(base), Some(format)) => format!("{base} ({format})"),
+            _ => "nothing".to_owned(),
+        };
+        Ok((layer, over, word("change").map(str::to_owned)))
+    }
+
+    fn rebase(&self, host: &Host, path: &Path) -> anyhow::Result<(String, String, Option<String>)> {
+        let base = self.base(host, path)?;
+        let over = match &base {
+            Some(base) => format!("{} ({})", base.path.display(), base.format),
+            None => "nothing".to_owned(),
+        };
+        let (storage, layer) = (host.storage(), path.to_owned());
+        let change = if self.unsafe_ {
+            host.block_on(|io| async move {
+                layer::repoint(&storage, &io, &layer, base.as_ref(), Tuning::default()).await
+            })?
+        } else {
+            rebase(host, path, base, self.quiet)?;
+            None
+        };
+        Ok((path.display().to_string(), over, change))
+    }
+
+    fn check(&self) -> anyhow::Result<()> {
+        if self.backing.is_empty() && self.backing_format.is_some() {
+            bail!("-F is the format of a base, and -b '' is none");
         }
+        Ok(())
+    }
+
+    fn base(&self, host: &Host, layer: &Path) -> anyhow::Result<Option<BaseSpec>> {
+        self.check()?;
+        if self.backing.is_empty() {
+            return Ok(None);
+        }
+        let path = PathBuf::from(&self.backing);
+        let format = match self.backing_format {
+            Some(format) => format,
+            None => probe_base(host, layer, &path)?,
+        };
+        Ok(Some(self.reading.base(path, format)?))
     }
 }
 

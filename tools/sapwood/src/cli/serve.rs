@@ -1,6 +1,6 @@
 //! `sapwood serve`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::{self, JoinHandle};
@@ -9,8 +9,10 @@ use anyhow::Context;
 use clap::Args;
 use rustix::fs::Mode;
 use sapwood_blockdev::device::{BlockDevice, Geometry};
-use sapwood_blockdev::io::block_on;
-use sapwood_image::{Disk, Format, OpenDisk};
+use sapwood_blockdev::io::{Io, block_on};
+use sapwood_blockdev::storage::HostStorage;
+use sapwood_image::layer::{self, Tuning};
+use sapwood_image::{Disk, ErrorKind, Format, ImageError, OpenDisk};
 use sapwood_vhost::{Options, Server};
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
@@ -18,10 +20,11 @@ use signal_hook::iterator::Signals;
 
 use super::reading::Reading;
 use super::{output, size};
+use crate::control::{Control, Served};
 use crate::host::{Host, HostEngine};
 
 /// Exit code when a second signal comes before everything is durable.
-const EXIT_INTERRUPTED: i32 = 130;
+pub const EXIT_INTERRUPTED: i32 = 130;
 
 /// Serve a disk to a virtual machine over vhost-user-blk
 ///
@@ -31,7 +34,7 @@ const EXIT_INTERRUPTED: i32 = 130;
 /// is next opened: what was flushed is there.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
-  sapwood serve vm1.layer --socket /run/vm1.sock --queues 4
+  sapwood serve vm1.layer --socket /run/vm1.sock --queues 4 --control /run/vm1.control
   qemu-system-x86_64 -object memory-backend-memfd,id=mem,size=2G,share=on -machine q35,memory-backend=mem \\
     -chardev socket,id=disk,path=/run/vm1.sock -device vhost-user-blk-pci,chardev=disk,num-queues=4 ...
 
@@ -45,6 +48,11 @@ pub struct Serve {
     #[arg(long, value_name = "PATH")]
     socket: PathBuf,
 
+    /// Where this server takes orders while it serves (see sapwood resize --control); only this user
+    /// may connect
+    #[arg(long, value_name = "PATH")]
+    control: Option<PathBuf>,
+
     /// Refuse writes; other readers may use the disk too. Needed for qcow2
     #[arg(long, alias = "read-only")]
     readonly: bool,
@@ -57,6 +65,16 @@ pub struct Serve {
     /// Memory for a layer's map, for example 256M. As much again may be taken by what has changed in it
     #[arg(long, value_name = "SIZE", default_value = "64M")]
     map_cache: size::Size,
+
+    /// Space that a layer's file may take, as a share of the data that is live in it; more means less work for the
+    /// cleaner, which moves data so that overwritten data can be let go
+    #[arg(long, value_name = "PERCENT", default_value_t = 130)]
+    #[arg(value_parser = clap::value_parser!(u64).range(105..=1000))]
+    space_percent: u64,
+
+    /// Space that it may take besides; by default a sixteenth of the disk, from 64M to 1G
+    #[arg(long, value_name = "SIZE")]
+    space_slack: Option<size::Size>,
 
     #[command(flatten)]
     reading: Reading,
@@ -72,14 +90,11 @@ impl Serve {
         // Before there are threads: the socket, and all else we make, is this user's alone.
         rustix::process::umask(Mode::RWXG | Mode::RWXO);
         let mut signals = signals().context("cannot take signals")?;
-        let options = OpenDisk {
-            map_cache_bytes: Some(self.map_cache.0),
-            ..self.reading.open(self.format, self.readonly)
-        };
+        let options = OpenDisk { tuning: self.tuning(), ..self.reading.open(self.format, self.readonly) };
         let (io, storage, path) = (host.io()?, host.storage(), self.path.clone());
         let opening = {
             let io = io.clone();
-            async move { Disk::open(&storage, &io, &path, options).await }
+            async move { open(&storage, &io, &path, options).await }
         };
         let disk = block_on(&io, opening)?;
         log_map(&disk);
@@ -102,12 +117,25 @@ impl Serve {
 
     /// Serves until a signal comes and all requests are drained.
     fn serve(&self, host: Host, disk: &Arc<Disk<HostEngine>>, signals: &mut Signals) -> anyhow::Result<()> {
-        let server = Server::start(Arc::clone(disk), self.options(), move || host.engine())?;
+        let server = Arc::new(Server::start(Arc::clone(disk), self.options(), move || host.engine())?);
+        let served =
+            Served { host, disk: Arc::clone(disk), path: self.path.clone(), server: Arc::clone(&server) };
+        let control = self.control.as_ref().map(|path| Control::start(path, served)).transpose()?;
         output::print(&self.ready_line(disk))?;
         signals.forever().next();
         log::info!("stopping: a second signal ends this at once");
+        drop(control);
         server.stop();
         Ok(())
+    }
+
+    fn tuning(&self) -> Tuning {
+        Tuning {
+            map_cache_bytes: self.map_cache.0,
+            space_percent: self.space_percent,
+            space_slack: self.space_slack.as_ref().map(|slack| slack.0),
+            ..Tuning::default()
+        }
     }
 
     fn options(&self) -> Options {
@@ -142,6 +170,25 @@ fn log_map(disk: &Disk<HostEngine>) {
             info.map_reads,
         );
     }
+}
+
+/// Opens the disk. A commit that a killed server left is finished first: nothing else can be done with
+/// such a layer.
+async fn open(
+    storage: &HostStorage,
+    io: &Io<HostEngine>,
+    path: &Path,
+    options: OpenDisk,
+) -> Result<Arc<Disk<HostEngine>>, ImageError> {
+    let read_only = options.read_only;
+    match Disk::open(storage, io, path, options.clone()).await {
+        Err(ImageError { kind: ErrorKind::Unfinished(_), .. }) if !read_only => {}
+        opened => return opened,
+    }
+    log::warn!("{}: it was being merged into its base: that is finished first", path.display());
+    let committed = layer::commit(storage, io, path, false, Tuning::default(), &mut |_, _| {}).await?;
+    log::info!("{}: it is merged into {}", path.display(), committed.base.display());
+    Disk::open(storage, io, path, options).await
 }
 
 /// A failed assertion ends the process, whatever thread it is in: going on with a state that is

@@ -6,6 +6,7 @@ use std::os::unix::fs::MetadataExt;
 use sapwood_tests::mounts::LoopDevice;
 
 use crate::harness::Place;
+use crate::online::merges_under_a_guest;
 use crate::serve::Server;
 use crate::served::agrees_with_a_model;
 
@@ -134,5 +135,20 @@ fn device_that_is_served_agrees_with_a_model() {
             (path, kind)
         });
         assert!(allocated(&device) < 40 * MIB, "{kind}: discards reach the file below");
+    }
+}
+
+#[test]
+#[ignore = "needs root"]
+fn device_takes_what_a_layer_over_it_holds() {
+    for (format, bytes) in [("raw", 8 * MIB), ("layer", 64 * MIB)] {
+        let (place, device) = (Place::new(), device(bytes));
+        let path = device.path().display().to_string();
+        place.raw_disk("disk.raw");
+        match format {
+            "raw" => place.sapwood(&format!("convert -n -f raw -O raw disk.raw {path}")).text(),
+            _ => place.sapwood(&format!("convert -f raw -O layer disk.raw {path}")).text(),
+        };
+        merges_under_a_guest(&path, format, format == "layer");
     }
 }

@@ -22,7 +22,8 @@ pub struct Answer {
 }
 
 impl Answer {
-    fn of(output: Output) -> Self {
+    /// What a program that has ended answered.
+    pub fn of(output: Output) -> Self {
         Self {
             code: output.status.code().expect("it ended by itself"),
             stdout: String::from_utf8(output.stdout).expect("text"),

@@ -3,9 +3,11 @@
 
 mod bases;
 mod contract;
+mod control;
 mod device;
 mod harness;
 mod layer;
+mod online;
 mod qcow2;
 mod raw;
 mod serve;

@@ -136,3 +136,73 @@ fn qcow2_is_not_written() {
     place.sapwood("info -f raw --output=json low.qcow2").text();
     place.sapwood("convert -f raw --snapshot 1 low.qcow2 x.raw").fails(1, &["snapshots"]);
 }
+
+#[test]
+fn a_layer_over_qcow2_reads_as_the_image_does() {
+    let place = place();
+    let base = "-b top.qcow2 -F qcow2";
+    place.sapwood(&format!("create {base} vm.layer")).fails(1, &["low.qcow2", "--allow-backing"]);
+    place.sapwood("create -b disk.raw -F raw --allow-backing vm.layer").fails(1, &["-F qcow2"]);
+    place.sapwood("create -l before vm.layer 1M").fails(1, &["-b"]);
+    place.sapwood(&format!("create {base} --allow-backing -l later vm.layer")).fails(1, &["later"]);
+    place.sapwood(&format!("create {base} --allow-backing vm.layer")).text();
+    place.sapwood(&format!("create {base} --allow-backing -l before then.layer")).text();
+    place.qemu_img("convert -O raw top.qcow2 theirs.raw").text();
+    place.qemu_img("convert -O raw -l before top.qcow2 before.raw").text();
+    // What the layer has recorded is leave to open the files again.
+    place.sapwood("compare -s -F raw vm.layer theirs.raw").text();
+    place.sapwood("compare -s -F raw then.layer before.raw").text();
+    let info = place.sapwood("info then.layer").text();
+    for line in ["backing file format: qcow2", "backing snapshot: before", "backing chain: 3 images"] {
+        assert!(info.contains(line), "no '{line}' in {info}");
+    }
+    let info = place.sapwood("info --output=json vm.layer").json();
+    assert_eq!(
+        (&info["backing-chain-length"], &info["backing-filename-format"]),
+        (&3.into(), &"qcow2".into())
+    );
+    let map = place.sapwood("map vm.layer").text();
+    assert!(["top.qcow2", "low.qcow2", "disk.raw"].iter().all(|file| map.contains(file)), "{map}");
+    assert!(place.sapwood("check vm.layer").text().contains("No errors"));
+    let refused = place.sapwood("commit vm.layer");
+    refused.fails(1, &["vm.layer", "top.qcow2 is a qcow2 image", "convert", "flatten"]);
+    place.sapwood("compare -s -F raw vm.layer theirs.raw").text();
+
+    // Elsewhere: by another path, onto a raw disk, and back.
+    std::fs::rename(place.path("vm.layer"), place.path("moved.layer")).unwrap();
+    place.sapwood("rebase -b theirs.raw -F raw moved.layer").text();
+    place.sapwood(&format!("rebase {base} -l before --allow-backing moved.layer")).text();
+    place.sapwood("compare -s -F raw moved.layer theirs.raw").text();
+    place.sapwood("flatten moved.layer").text();
+    place.sapwood("compare -s -F raw moved.layer theirs.raw").text();
+}
+
+#[test]
+fn a_change_of_any_file_of_a_qcow2_base_is_told() {
+    let place = place();
+    place.sapwood("create -b top.qcow2 -F qcow2 --allow-backing vm.layer").text();
+    place.sapwood("create -b vm.layer over.layer").text();
+    let touch = |name: &str| {
+        let file = std::fs::File::options().append(true).open(place.path(name)).unwrap();
+        file.set_modified(std::time::SystemTime::now() + std::time::Duration::from_secs(9)).unwrap();
+    };
+    for name in ["disk.raw", "low.qcow2", "top.qcow2"] {
+        touch(name);
+        let words = [name, "top.qcow2 has changed", "was modified", "rebase -u -b BASE -F qcow2 vm.layer"];
+        place.sapwood("convert vm.layer x.raw").fails(1, &words);
+        place.sapwood("info over.layer").fails(1, &words);
+        assert!(!place.path("x.raw").exists());
+        let refused = place.sapwood("rebase -u -b top.qcow2 -F qcow2 vm.layer");
+        refused.fails(1, &["--allow-backing"]);
+        let said = place.sapwood("rebase -u -b top.qcow2 -F qcow2 --allow-backing vm.layer").text();
+        assert!(said.contains(name) && said.contains("was modified"), "{said}");
+        place.sapwood("rebase -u -b vm.layer over.layer").text();
+        place.sapwood("compare -s --allow-backing over.layer top.qcow2").text();
+    }
+    std::fs::remove_file(place.path("low.qcow2")).unwrap();
+    place
+        .sapwood("info vm.layer")
+        .fails(1, &["vm.layer: its base cannot be used", "low.qcow2", "No such file"]);
+    std::fs::remove_file(place.path("top.qcow2")).unwrap();
+    place.sapwood("info vm.layer").fails(1, &["if it was moved", "rebase -u -b BASE -F qcow2 vm.layer"]);
+}

@@ -18,7 +18,12 @@ pub struct Server(Child);
 impl Server {
     /// Starts a server and waits until it says that it is ready.
     pub fn start(place: &Place, arguments: &str) -> (Self, String) {
-        let mut command = place.command(SAPWOOD, &format!("serve {arguments} --socket socket"));
+        Self::start_at(place, arguments, "socket")
+    }
+
+    /// The same at another socket.
+    pub fn start_at(place: &Place, arguments: &str, socket: &str) -> (Self, String) {
+        let mut command = place.command(SAPWOOD, &format!("serve {arguments} --socket {socket}"));
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
         let mut line = String::new();
         let stdout = child.stdout.take().expect("piped");
@@ -35,6 +40,11 @@ impl Server {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id())).expect("it runs");
         let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("it has memory");
         line.trim().trim_end_matches(" kB").parse::<u64>().expect("a number") << 10
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.0.id()
     }
 
     /// Asks it to end, which it must do cleanly.

@@ -39,6 +39,11 @@ impl Disks {
         self.folder.path().join(name)
     }
 
+    /// Where they are.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     /// Where a contestant listens.
     pub fn socket(&self, contestant: Contestant) -> PathBuf {
         self.path(&format!("{}.sock", contestant.file_name()))
@@ -126,7 +131,10 @@ pub fn allocated(path: &Path) -> Result<u64> {
 }
 
 /// Writes a file of blocks that all differ and hold no zero block.
-fn fill(path: &Path, bytes: u64) -> Result<()> {
+///
+/// # Errors
+/// It cannot be written.
+pub fn fill(path: &Path, bytes: u64) -> Result<()> {
     let write = || -> std::io::Result<()> {
         let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
         let mut block = [0x5a; 4096];

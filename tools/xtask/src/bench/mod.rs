@@ -6,6 +6,7 @@
 
 mod case;
 mod curve;
+mod depth;
 mod disks;
 mod load;
 mod report;
@@ -33,14 +34,17 @@ const ROUNDS: usize = 3;
 /// After a turn that wrote: background work settles before the next server's turn.
 const SETTLE: Duration = Duration::from_millis(100);
 
+/// What `--only` calls the comparison of stacks, which is made only when it is asked for.
+const DEPTH: &str = "depth";
+
 /// Options of the bench.
 #[derive(Args)]
 pub struct Bench {
     /// How long each turn of a server takes at most, in seconds
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     seconds: f64,
-    /// Run only the cases whose names begin so; may be given again. `map-cache`, which takes some minutes,
-    /// is run only when it is named
+    /// Run only the cases whose names begin so; may be given again. "map-cache" (parts of a large map in memory) and
+    /// "depth" (stacks of up to 1,000 images) take some minutes and are run only when they are named
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
     /// Where the disks are made, for example /dev/shm; by default below target/
@@ -60,7 +64,9 @@ pub struct Bench {
 /// A program failed, or a server answered with an error.
 pub fn run(workspace: &Workspace, options: &Bench) -> Result<bool> {
     ensure!(options.seconds > 0.0 && options.seconds <= 60.0, "a turn takes up to 60 seconds");
-    let cases = select(&options.only)?;
+    let (long, only): (Vec<String>, _) =
+        options.only.iter().cloned().partition(|name| name == DEPTH || name == curve::NAME);
+    let cases = if long.is_empty() || !only.is_empty() { select(&only)? } else { Vec::new() };
     if let Some(missing) =
         ["qemu-storage-daemon", "qemu-img"].into_iter().find(|p| process::find(p).is_none())
     {
@@ -72,15 +78,17 @@ pub fn run(workspace: &Workspace, options: &Bench) -> Result<bool> {
     fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
     let turn = Duration::from_secs_f64(options.seconds);
     println!("{}", environment(&folder));
-    if options.only.iter().any(|name| name == curve::NAME) {
+    if long.iter().any(|name| name == curve::NAME) {
         curve::run(&folder, &program, turn, options.svg.as_deref()).context(curve::NAME)?;
-    }
-    if cases.is_empty() {
-        return Ok(true);
     }
     let bench = Runner { disks: Disks::new(&folder, &program)?, program, turn };
     let mut report = Report::default();
-    report::print_head();
+    if long.iter().any(|name| name == DEPTH) {
+        report.depth = depth::run(&bench.disks, &bench.program, bench.turn)?;
+    }
+    if !cases.is_empty() {
+        report::print_head();
+    }
     for case in &cases {
         let rows = bench.case(case).with_context(|| case.name)?;
         report.add(case, rows);
@@ -94,9 +102,9 @@ pub fn run(workspace: &Workspace, options: &Bench) -> Result<bool> {
 
 fn select(only: &[String]) -> Result<Vec<Case>> {
     let all = case::all();
-    for name in only.iter().filter(|name| *name != curve::NAME) {
+    for name in only {
         if !all.iter().any(|case| case.name.starts_with(name.as_str())) {
-            let names: Vec<&str> = all.iter().map(|case| case.name).chain([curve::NAME]).collect();
+            let names: Vec<&str> = all.iter().map(|case| case.name).chain([curve::NAME, DEPTH]).collect();
             bail!("no case begins with {name}; there are: {}", names.join(", "));
         }
     }

@@ -89,6 +89,8 @@ pub fn median(mut values: Vec<f64>) -> f64 {
 /// All figures.
 #[derive(Default)]
 pub struct Report {
+    /// Those of stacks.
+    pub depth: Value,
     cases: Vec<Value>,
 }
 
@@ -125,7 +127,7 @@ impl Report {
 
     /// Everything, for programs.
     pub fn json(&self, seconds: f64) -> String {
-        let all = json!({ "seconds_per_turn": seconds, "cases": self.cases });
+        let all = json!({ "seconds_per_turn": seconds, "cases": self.cases, "depth": self.depth });
         format!("{all:#}\n")
     }
 }

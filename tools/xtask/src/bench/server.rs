@@ -34,10 +34,48 @@ impl Server {
         let (program, arguments) = match contestant {
             Contestant::SapwoodRaw => (sapwood.display().to_string(), serve("raw", disk, socket)),
             Contestant::SapwoodLayer => (sapwood.display().to_string(), serve("layer", disk, socket)),
-            Contestant::QemuRaw => daemon(&raw(disk, false), socket),
-            Contestant::Qcow2 | Contestant::Qcow2Extended => daemon(&qcow2(disk, base), socket),
+            Contestant::QemuRaw => daemon(&raw(disk, false), true, socket),
+            Contestant::Qcow2 | Contestant::Qcow2Extended => daemon(&qcow2(disk, base), true, socket),
         };
         Ok(Self { backend: Backend::start_program(&program, &arguments, socket)? })
+    }
+
+    /// Serves the top of a stack, for reading.
+    ///
+    /// # Errors
+    /// It does not start or does not listen.
+    pub fn of_stack(contestant: Contestant, sapwood: &Path, disk: &Path, socket: &Path) -> Result<Self> {
+        let (program, arguments) = match contestant {
+            Contestant::SapwoodLayer => {
+                let mut arguments = serve("layer", disk, socket);
+                arguments.push("--readonly".to_owned());
+                (sapwood.display().to_string(), arguments)
+            }
+            _ => {
+                // Without a word about the file below: the one that the image names.
+                let mut node = qcow2(disk, None);
+                node.as_object_mut().context("a node")?.remove("backing");
+                node["read-only"] = true.into();
+                node["file"]["read-only"] = true.into();
+                let (program, arguments) = daemon(&node, false, socket);
+                // It opens all images at once.
+                let limited = ["--nofile=16384".to_owned(), program].into_iter().chain(arguments);
+                ("prlimit".to_owned(), limited.collect())
+            }
+        };
+        Ok(Self { backend: Backend::start_program(&program, &arguments, socket)? })
+    }
+
+    /// Memory that it has now, in bytes.
+    ///
+    /// # Errors
+    /// It has ended.
+    pub fn memory(&self) -> Result<u64> {
+        let path = format!("/proc/{}/status", self.backend.id());
+        let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
+        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
+        let number = line.split_whitespace().next().context("no number")?;
+        Ok(number.parse::<u64>()? * 1024)
     }
 
     /// Processor time that all threads of the server have used, the kernel's part included.
@@ -74,7 +112,7 @@ impl Server {
         let mut node = qcow2(disk, None);
         node["l2-cache-size"] = cache_bytes.into();
         node["l2-cache-entry-size"] = 4096.into();
-        let (program, arguments) = daemon(&node, socket);
+        let (program, arguments) = daemon(&node, false, socket);
         Ok(Self { backend: Backend::start_program(&program, &arguments, socket)? })
     }
 
@@ -136,11 +174,12 @@ fn qcow2(path: &Path, base: Option<&Path>) -> Value {
     node
 }
 
-fn daemon(node: &Value, socket: &Path) -> (String, Vec<String>) {
+fn daemon(node: &Value, writable: bool, socket: &Path) -> (String, Vec<String>) {
+    let writable = if writable { "on" } else { "off" };
     let mut node = node.clone();
     node["node-name"] = "disk".into();
     let export = format!(
-        "vhost-user-blk,id=export,node-name=disk,writable=on,addr.type=unix,addr.path={}",
+        "vhost-user-blk,id=export,node-name=disk,writable={writable},addr.type=unix,addr.path={}",
         socket.display()
     );
     let arguments = ["--blockdev".to_owned(), node.to_string(), "--export".to_owned(), export];

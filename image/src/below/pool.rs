@@ -1,0 +1,232 @@
+//! The files of frozen layers that are open: not more than a bound, whatever the length of the chain.
+//!
+//! A file that no read needs at the moment may be closed for another one. Whoever opens one holds a
+//! permit until it has been read or has found a place here; so the bound holds with those, too.
+
+use std::collections::VecDeque;
+use std::future::poll_fn;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
+
+use sapwood_blockdev::engine::Engine;
+use sapwood_blockdev::storage::StorageFile;
+
+use crate::layer::Layer;
+
+/// Files that are being opened or read without a place in the pool, at most.
+const PASSING_MAX: usize = 8;
+
+/// An open link.
+pub(crate) enum Opened<E: Engine> {
+    /// All that its map says is known.
+    File(E::File),
+    /// Its map is asked.
+    Layer(Arc<Layer<E>>),
+}
+
+impl<E: Engine> Clone for Opened<E> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::File(file) => Self::File(file.clone()),
+            Self::Layer(layer) => Self::Layer(Arc::clone(layer)),
+        }
+    }
+}
+
+impl<E: Engine> Opened<E> {
+    /// The file with the data.
+    pub(crate) fn file(&self) -> E::File {
+        match self {
+            Self::File(file) => file.clone(),
+            Self::Layer(layer) => layer.frozen_file(),
+        }
+    }
+
+    /// Whether anybody else uses it, too.
+    fn is_used(&self) -> bool {
+        match self {
+            Self::File(file) => file.is_shared(),
+            // Its own clone makes two.
+            Self::Layer(layer) => Arc::strong_count(layer) > 1 || layer.is_file_shared(),
+        }
+    }
+}
+
+struct Entry<E: Engine> {
+    opened: Opened<E>,
+    /// When it was last used, in the pool's own time.
+    used: u64,
+}
+
+struct State<E: Engine> {
+    /// By the number of the link.
+    entries: Vec<Option<Entry<E>>>,
+    /// Links that have an entry.
+    open: Vec<usize>,
+    now: u64,
+}
+
+/// See the module's documentation.
+pub(super) struct Pool<E: Engine> {
+    state: Mutex<State<E>>,
+    files_max: usize,
+    layers_max: usize,
+    passing: Permits,
+}
+
+impl<E: Engine> Pool<E> {
+    /// A pool with which not more than `files_max` files are open, `layers_max` of them with a map of
+    /// their own. There is always one to pass by.
+    pub(super) fn new(files_max: usize, layers_max: usize) -> Self {
+        let passing = PASSING_MAX.min(files_max.div_ceil(2)).max(1);
+        let state = State { entries: Vec::new(), open: Vec::new(), now: 0 };
+        let files_max = files_max.saturating_sub(passing);
+        let layers_max = layers_max.min(files_max);
+        Self { state: Mutex::new(state), files_max, layers_max, passing: Permits::new(passing) }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State<E>> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// An open link.
+    pub(super) fn get(&self, link: usize) -> Option<Opened<E>> {
+        let mut state = self.state();
+        state.now += 1;
+        let now = state.now;
+        let entry = state.entries.get_mut(link)?.as_mut()?;
+        entry.used = now;
+        Some(entry.opened.clone())
+    }
+
+    /// Waits until a file may be opened.
+    pub(super) async fn permit(&self) -> Permit {
+        self.passing.take().await
+    }
+
+    /// Whether there is a place without closing anything.
+    pub(super) fn has_place(&self) -> bool {
+        self.state().open.len() < self.files_max
+    }
+
+    /// Keeps a link open if there is a place, or one that can be had by closing another; says whether
+    /// there was one.
+    pub(super) fn keep(&self, link: usize, opened: &Opened<E>) -> bool {
+        // Closed after the lock was given up.
+        let _closed;
+        let mut state = self.state();
+        let is_layer = matches!(opened, Opened::Layer(_));
+        let layers = state.open.iter().filter(|link| state.is_layer(**link)).count();
+        let is_full = state.open.len() >= self.files_max;
+        let no_layer = is_layer && layers >= self.layers_max;
+        if is_full || no_layer {
+            _closed = state.take_idle(no_layer);
+            if _closed.is_none() {
+                return false;
+            }
+        }
+        if state.entries.len() <= link {
+            state.entries.resize_with(link + 1, || None);
+        }
+        state.now += 1;
+        let entry = Entry { opened: opened.clone(), used: state.now };
+        if state.entries[link].replace(entry).is_none() {
+            state.open.push(link);
+        }
+        true
+    }
+}
+
+impl<E: Engine> State<E> {
+    fn is_layer(&self, link: usize) -> bool {
+        let entry = self.entries.get(link).and_then(Option::as_ref);
+        entry.is_some_and(|entry| matches!(entry.opened, Opened::Layer(_)))
+    }
+
+    /// Takes out the link that was not used for the longest time and is not used now; a layer if it has
+    /// to be one.
+    fn take_idle(&mut self, layer: bool) -> Option<Entry<E>> {
+        let free = self.open.iter().enumerate().filter_map(|(i, &link)| {
+            let entry = self.entries[link].as_ref()?;
+            let fits = !layer || matches!(entry.opened, Opened::Layer(_));
+            (fits && !entry.opened.is_used()).then_some((entry.used, i))
+        });
+        let link = self.open.swap_remove(free.min()?.1);
+        self.entries[link].take()
+    }
+}
+
+/// A number of permits, and who waits for one.
+pub(super) struct Permits(Arc<Mutex<(usize, VecDeque<Waker>)>>);
+
+/// One of them, given back when dropped.
+pub(super) struct Permit(Arc<Mutex<(usize, VecDeque<Waker>)>>);
+
+impl Permits {
+    pub(super) fn new(count: usize) -> Self {
+        Self(Arc::new(Mutex::new((count, VecDeque::new()))))
+    }
+
+    /// Waits for one.
+    pub(super) async fn take(&self) -> Permit {
+        poll_fn(|cx| {
+            let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            if state.0 == 0 {
+                state.1.push_back(cx.waker().clone());
+                return Poll::Pending;
+            }
+            state.0 -= 1;
+            Poll::Ready(())
+        })
+        .await;
+        Permit(Arc::clone(&self.0))
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state.0 += 1;
+        // All of them: one who was woken may have given up.
+        state.1.drain(..).for_each(Waker::wake);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sapwood_blockdev::engine::BlockingEngine;
+    use sapwood_blockdev::storage::{HostStorage, OpenOptions, Storage};
+
+    use super::*;
+
+    #[test]
+    fn a_file_in_use_is_not_closed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str| HostStorage.open(&folder.path().join(name), OpenOptions::CREATE).unwrap();
+        // Two of three are for those who pass by.
+        let pool: Pool<BlockingEngine> = Pool::new(3, 8);
+        assert!(pool.has_place());
+        assert!(pool.keep(0, &Opened::File(file("a"))));
+        assert!(!pool.has_place());
+        let used = pool.get(0).unwrap();
+        assert!(!pool.keep(7, &Opened::File(file("b"))));
+        assert!(pool.get(0).is_some() && pool.get(7).is_none());
+        drop(used);
+        assert!(pool.keep(7, &Opened::File(file("c"))));
+        assert!(pool.get(0).is_none() && pool.get(7).is_some());
+    }
+
+    #[test]
+    fn what_was_not_used_for_the_longest_time_is_closed() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: usize| {
+            HostStorage.open(&folder.path().join(name.to_string()), OpenOptions::CREATE).unwrap()
+        };
+        let pool: Pool<BlockingEngine> = Pool::new(6, 8);
+        (0..3).for_each(|link| assert!(pool.keep(link, &Opened::File(file(link)))));
+        drop(pool.get(0));
+        assert!(pool.keep(3, &Opened::File(file(3))));
+        let open: Vec<usize> = (0..4).filter(|link| pool.get(*link).is_some()).collect();
+        assert_eq!(open, [0, 2, 3]);
+    }
+}

@@ -1,0 +1,152 @@
+//! The command line's end of a control socket.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::sleep;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Bytes;
+use hyper::client::conn::http1;
+use hyper::header::{CONTENT_TYPE, HOST};
+use hyper::{Method, Request, StatusCode};
+use hyper_util::rt::TokioIo;
+use indicatif::ProgressBar;
+use serde::Serialize;
+use serde_json::Value;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+use tokio::net::UnixStream;
+use tokio::runtime::Builder;
+use tokio::time::timeout;
+
+use super::wire::{Failed, Failure, Job, Nothing, State};
+use crate::cli::progress;
+use crate::cli::serve::EXIT_INTERRUPTED;
+
+/// Longest answer in bytes.
+const ANSWER_BYTES_MAX: usize = 1 << 20;
+/// Time for one answer: the server itself gives up after 10 s.
+const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
+/// Pauses between looks at a job: they grow from the first to the second.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(200));
+
+/// SIGINT and SIGTERM: the first one is for the job, the second one ends this process.
+struct Interrupts {
+    asked: Arc<AtomicBool>,
+    passed_on: bool,
+}
+
+impl Interrupts {
+    fn take() -> std::io::Result<Self> {
+        let asked = Arc::new(AtomicBool::new(false));
+        for signal in [SIGINT, SIGTERM] {
+            flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, Arc::clone(&asked))?;
+            flag::register(signal, Arc::clone(&asked))?;
+        }
+        Ok(Self { asked, passed_on: false })
+    }
+
+    /// Whether the first one has come, once.
+    fn is_first(&mut self) -> bool {
+        let first = self.asked.load(Ordering::Relaxed) && !self.passed_on;
+        self.passed_on |= first;
+        first
+    }
+}
+
+/// A server that answers at a control socket.
+pub struct Client<'a> {
+    socket: &'a Path,
+}
+
+impl<'a> Client<'a> {
+    /// The server whose socket this is.
+    pub fn new(socket: &'a Path) -> Self {
+        Self { socket }
+    }
+
+    /// Facts about the disk.
+    pub fn disk(&self) -> anyhow::Result<Value> {
+        self.ask(Method::GET, "/v1/disk", &Nothing {})
+    }
+
+    /// Has a job done, with a bar; what it answers. SIGINT and SIGTERM cancel it.
+    pub fn run(&self, path: &str, body: &impl Serialize, bar: &ProgressBar) -> anyhow::Result<Value> {
+        let mut interrupts = Interrupts::take()?;
+        let mut job: Job = self.read(Method::POST, path, body)?;
+        let path = format!("/v1/jobs/{}", job.id);
+        let mut pause = PAUSES.0;
+        while job.state == State::Running {
+            if job.total_bytes > 0 {
+                progress::show(bar, job.done_bytes, job.total_bytes);
+            }
+            sleep(pause);
+            pause = (pause * 2).min(PAUSES.1);
+            let method = if interrupts.is_first() { Method::DELETE } else { Method::GET };
+            job = self.read(method, &path, &Nothing {})?;
+        }
+        bar.finish_and_clear();
+        match (job.state, job.error) {
+            (State::Done, _) => Ok(job.result.unwrap_or_default()),
+            (State::Cancelled, _) => bail!("cancelled"),
+            (_, error) => {
+                bail!(error.map_or_else(|| "it failed".to_owned(), |Failure { message, .. }| message))
+            }
+        }
+    }
+
+    fn read<T: serde::de::DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: &impl Serialize,
+    ) -> anyhow::Result<T> {
+        let value = self.ask(method, path, body)?;
+        serde_json::from_value(value).with_context(|| self.odd())
+    }
+
+    fn odd(&self) -> String {
+        format!("{}: what answers there is no control socket of sapwood", self.socket.display())
+    }
+
+    /// One request and its answer.
+    fn ask(&self, method: Method, path: &str, body: &impl Serialize) -> anyhow::Result<Value> {
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let body = serde_json::to_vec(body)?;
+        let answered = runtime.block_on(async {
+            timeout(ANSWER_TIME_MAX, self.exchange(method, path, body)).await.context("no answer in time")?
+        });
+        let (status, bytes) = answered.with_context(|| self.socket.display().to_string())?;
+        if status.is_success() {
+            return serde_json::from_slice(&bytes).with_context(|| self.odd());
+        }
+        let Failed { error } = serde_json::from_slice(&bytes).with_context(|| self.odd())?;
+        bail!(error.message)
+    }
+
+    async fn exchange(
+        &self,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+    ) -> anyhow::Result<(StatusCode, Bytes)> {
+        let stream = UnixStream::connect(self.socket).await.context("cannot connect")?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+        let connection = tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header(HOST, "sapwood")
+            .header(CONTENT_TYPE, "application/json")
+            .body(Full::new(Bytes::from(body)))?;
+        let response = sender.send_request(request).await?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+        connection.abort();
+        let body = body.map_err(|error| anyhow::anyhow!("{error}"))?;
+        Ok((status, body.to_bytes()))
+    }
+}

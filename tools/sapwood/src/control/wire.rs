@@ -1,0 +1,104 @@
+//! What is said on the control socket.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+/// What went wrong, for programs and for people.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Failure {
+    /// One of a fixed set of names.
+    pub kind: String,
+    /// What a person should read.
+    pub message: String,
+}
+
+/// The body of every answer that is an error.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Failed {
+    /// What went wrong.
+    pub error: Failure,
+}
+
+/// The body of `POST /v1/disk/resize`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resize {
+    /// The new size in bytes.
+    pub size: u64,
+    /// Allow the disk to become smaller.
+    #[serde(default)]
+    pub shrink: bool,
+}
+
+/// The body of `POST /v1/disk/rebase`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Rebase {
+    /// The new base; a relative path starts at the layer's folder. `None`: no base, which has to be said.
+    #[serde(deserialize_with = "Option::deserialize")]
+    pub base: Option<PathBuf>,
+    /// Its format; needed unless it is a layer.
+    pub format: Option<String>,
+    /// Of a qcow2 base: the snapshot to read.
+    #[serde(default)]
+    pub snapshot: Option<String>,
+    /// Of a qcow2 base: it may name other files.
+    #[serde(default, rename = "allow-backing")]
+    pub allow_backing: bool,
+    /// Of a qcow2 base: the format of backing files that it does not state.
+    #[serde(default, rename = "chain-format")]
+    pub chain_format: Option<String>,
+    /// Neither compare nor copy: only name the base.
+    #[serde(default, rename = "unsafe")]
+    pub unsafe_: bool,
+}
+
+/// The body of requests that say nothing more.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Nothing {}
+
+/// How far a job has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// It is under way.
+    Running,
+    /// It has done its work.
+    Done,
+    /// It could not.
+    Failed,
+    /// It was told to stop, and has.
+    Cancelled,
+}
+
+/// A job as it is now.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Job {
+    /// Its number, from 1; never used twice by one server.
+    pub id: u64,
+    /// What it does: `resize`, `flatten`, `rebase` or `commit`.
+    pub kind: String,
+    /// How far it has come.
+    pub state: State,
+    /// Bytes of disk that are done.
+    pub done_bytes: u64,
+    /// Bytes of disk that there are to do; 0 while that is not known.
+    pub total_bytes: u64,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<Failure>,
+    /// What it has to say, once it is done.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub result: Option<Value>,
+}
+
+/// The body of `GET /v1/jobs`.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct JobList {
+    /// The newest last.
+    pub jobs: Vec<Job>,
+}
