@@ -24,9 +24,10 @@ use sapwood_blockdev::buffer::{AlignedBuf, Memory, Piece};
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, FileOffset};
 use taken::{Passed, Taken};
 
-/// Records in flight at once in one lane, and in all.
+/// Records in flight at once where there is one lane, and where there are more: then one in each of them, so that
+/// enough gathers for the next.
 const FLIGHTS_MAX: usize = 2;
-const FLIGHTS_MAX_ALL: usize = 3;
+const FLIGHTS_MAX_LANES: usize = 3;
 /// Parts for other lanes that are passed over for one record.
 const PASSED_MAX: usize = 512;
 
@@ -215,7 +216,7 @@ impl Log {
 
     fn is_lane_busy(&self, number: usize) -> bool {
         let in_lane = self.flights.iter().filter(|flight| flight.end.number == number).count();
-        in_lane >= FLIGHTS_MAX
+        in_lane > 0 && self.head.lanes().count() > 1 || in_lane >= FLIGHTS_MAX
     }
 
     /// Opens and closes lanes: the record that says so has completed. Those that were closed are returned.
@@ -227,7 +228,8 @@ impl Log {
     /// Forms the next record, if there is something to write, a place for it, and few enough in
     /// flight. On a `full` host, no data of guests.
     pub(super) fn form(&mut self, segments: &mut Segments, full: bool) -> Option<RecordWrite> {
-        if !self.opened || self.flights.len() >= FLIGHTS_MAX_ALL {
+        let many = self.head.lanes().count() > 1;
+        if !self.opened || self.flights.len() >= if many { FLIGHTS_MAX_LANES } else { FLIGHTS_MAX } {
             return None;
         }
         let first = self.next_part(full)?;

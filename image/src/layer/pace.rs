@@ -10,13 +10,14 @@ use super::core::Core;
 use sapwood_blockdev::engine::Time;
 use sapwood_blockdev::units::BLOCK_SIZE;
 
-/// Blocks that guests may be ahead of the cleaner by.
-const AHEAD_BLOCKS_MAX: i64 = 2048;
+/// Blocks that guests may be ahead of the cleaner by: this part of the file's allowance, within bounds.
+const AHEAD_PART: u64 = 128;
+const AHEAD_BLOCKS: std::ops::RangeInclusive<u64> = 64..=2048;
 /// The constant by which a file may exceed its share, in bytes, unless another one is set: this part of the disk,
 /// within bounds.
-const SLACK_DISKS: u64 = 16;
+const SLACK_PART: u64 = 10;
 const SLACK_MIN: u64 = 64 << 20;
-const SLACK_MAX: u64 = 1 << 30;
+const SLACK_MAX: u64 = 2 << 30;
 /// A checkpoint may cost this part of what is written between two.
 const NODES_PART: u64 = 16;
 /// Times the tuned bytes that may lie between two checkpoints, if nodes are many.
@@ -43,7 +44,7 @@ impl Core {
     pub(super) fn allowed_bytes(&self) -> u64 {
         let live = u128::from(self.live_bytes());
         let share = live * u128::from(self.tuning.space_percent) / 100;
-        let slack = self.tuning.space_slack.unwrap_or((self.size / SLACK_DISKS).clamp(SLACK_MIN, SLACK_MAX));
+        let slack = self.tuning.space_slack.unwrap_or((self.size / SLACK_PART).clamp(SLACK_MIN, SLACK_MAX));
         u64::try_from(share).unwrap_or(u64::MAX).saturating_add(slack)
     }
 
@@ -73,7 +74,8 @@ impl Core {
 
     /// Bytes that segments may take before the cleaner has to work: the others are for what waits to be free.
     fn target_bytes(&self) -> u64 {
-        let waiting = (self.checkpoint_bytes_max() / 2 * 3).min(self.spare_bytes() / 2);
+        let ahead = self.ahead_blocks() as u64 * BLOCK_SIZE;
+        let waiting = (self.checkpoint_bytes_max() / 2 * 3 + ahead).min(self.spare_bytes() / 2);
         self.allowed_bytes() - waiting
     }
 
@@ -109,7 +111,9 @@ impl Core {
     /// Whether the file may not take more, and a checkpoint helps: when those take long, or the bound has come
     /// down.
     pub(super) fn is_full(&self) -> bool {
-        self.segments.occupied_bytes() >= self.allowed_bytes() && self.segments.awaits_checkpoint()
+        // What is in flight may fill two more.
+        let room = 2 * self.segments.bytes();
+        self.segments.occupied_bytes() + room >= self.allowed_bytes() && self.segments.awaits_checkpoint()
     }
 
     /// Whether segments should be free at once when a checkpoint has found them empty.
@@ -131,6 +135,12 @@ impl Core {
         self.pay(self.pace.debt);
     }
 
+    /// Blocks that guests may be ahead of the cleaner by.
+    fn ahead_blocks(&self) -> i64 {
+        let blocks = self.spare_bytes() / BLOCK_SIZE / AHEAD_PART;
+        blocks.clamp(*AHEAD_BLOCKS.start(), *AHEAD_BLOCKS.end()) as i64
+    }
+
     /// Guests' data was put on record: so many blocks.
     pub(super) fn owe(&mut self, blocks: u64) {
         self.pace.debt = match self.is_over_target() {
@@ -142,13 +152,13 @@ impl Core {
 
     /// The cleaner has gained so many blocks.
     pub(super) fn pay(&mut self, blocks: i64) {
-        self.pace.debt = (self.pace.debt - blocks).max(-AHEAD_BLOCKS_MAX);
+        self.pace.debt = (self.pace.debt - blocks).max(-self.ahead_blocks());
         self.release_held();
     }
 
     /// Whether guests' data has to wait for the cleaner.
     pub(super) fn is_behind(&self) -> bool {
-        let owes = self.pace.debt > AHEAD_BLOCKS_MAX && self.is_cleaning_due();
+        let owes = self.pace.debt > self.ahead_blocks() && self.is_cleaning_due();
         (owes || self.is_full()) && self.maintainers > 0 && !self.closing && self.latched.is_none()
     }
 

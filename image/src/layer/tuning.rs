@@ -18,7 +18,7 @@ pub struct Tuning {
     /// The file may take this share of the live data, in percent, and `space_slack` bytes; the cleaner sees to
     /// that.
     pub space_percent: u64,
-    /// See `space_percent`. `None`: a sixteenth of the disk, at least 64 MiB and at most 1 GiB.
+    /// See `space_percent`. `None`: a tenth of the disk, at least 64 MiB and at most 2 GiB.
     pub space_slack: Option<u64>,
     /// Data is sorted by its age when so many segments are live.
     pub lanes_from_segments: u64,

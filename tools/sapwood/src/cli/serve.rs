@@ -72,7 +72,7 @@ pub struct Serve {
     #[arg(value_parser = clap::value_parser!(u64).range(105..=1000))]
     space_percent: u64,
 
-    /// Space that it may take besides; by default a sixteenth of the disk, from 64M to 1G
+    /// Space that it may take besides; by default a tenth of the disk, from 64M to 2G
     #[arg(long, value_name = "SIZE")]
     space_slack: Option<size::Size>,
 
