@@ -6,7 +6,7 @@
 //! syncs take no time. Times are printed (`--nocapture`), and decide nothing.
 #![allow(missing_docs, clippy::unwrap_used)]
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -52,6 +52,15 @@ struct Churn {
     occupied_max: f64,
     done: Vec<Done>,
     rng: Rng,
+}
+
+fn folder() -> PathBuf {
+    let memory = Path::new("/dev/shm");
+    match std::env::var_os("SAPWOOD_CHURN_DIR") {
+        Some(named) => named.into(),
+        None if memory.is_dir() => memory.to_owned(),
+        None => env!("CARGO_TARGET_TMPDIR").into(),
+    }
 }
 
 fn fill(block: u64, version: u32) -> Vec<u8> {
@@ -233,8 +242,7 @@ fn churn(name: &str, mix: Mix, amplification_max: [f64; 2]) {
     if let Err(error) = UringEngine::new() {
         return eprintln!("skipped: {name}: no io_uring: {error}");
     }
-    let folder =
-        tempfile::tempdir_in(std::env::var("SAPWOOD_CHURN_DIR").unwrap_or("/dev/shm".into())).unwrap();
+    let folder = tempfile::tempdir_in(folder()).unwrap();
     let path = folder.path().join("churn.layer");
     let mib = std::env::var("SAPWOOD_CHURN_MIB").map_or(512, |mib| mib.parse().unwrap());
     let size = mib * MIB;

@@ -123,10 +123,9 @@ impl Core {
         size: u64,
         map: Map,
         segments: Segments,
-        mut log: Log,
+        log: Log,
         durable: u64,
     ) -> Self {
-        log.overtake = breaks!(tuning, PartsOvertake);
         Self {
             tuning,
             size,

@@ -148,8 +148,8 @@ pub(super) struct Log {
     /// The segment after the next one, with its space.
     pub(super) spare: Option<u32>,
     pub(super) bytes_since_checkpoint: u64,
-    /// The mutation that lets parts overtake each other.
-    pub(super) overtake: bool,
+    /// A lane is being opened.
+    pub(super) is_opening: bool,
 }
 
 impl Log {
@@ -167,7 +167,7 @@ impl Log {
             opened: false,
             spare: None,
             bytes_since_checkpoint: 0,
-            overtake: false,
+            is_opening: false,
         }
     }
 
@@ -253,7 +253,7 @@ impl Log {
     /// The first part that can be written now: its lane has not enough in flight, and no earlier part
     /// of the same blocks waits.
     fn next_part(&self, full: bool) -> Option<&Part> {
-        let mut passed = Passed::new(self.overtake);
+        let mut passed = Passed::default();
         for (i, part) in self.pending.iter().enumerate().take(PASSED_MAX) {
             let is_size = matches!(part.run, Run::Size { .. });
             if full && !part.upkeep || is_size && i > 0 {
@@ -275,7 +275,7 @@ impl Log {
     /// blocks.
     fn take_parts(&mut self, number: usize, room: u32, full: bool) -> Taken {
         let mut taken = Taken::default();
-        let (mut passed, mut parts) = (Passed::new(self.overtake), Vec::new());
+        let (mut passed, mut parts) = (Passed::default(), Vec::new());
         while let Some(part) = self.pending.front() {
             // What changes the size of the disk passes nothing, and nothing passes it.
             let refused = full && !part.upkeep || matches!(part.run, Run::Size { .. }) && !parts.is_empty();
@@ -386,5 +386,66 @@ impl Log {
             offset: FileOffset(u64::from(flight.place) * BLOCK_SIZE),
             memory: block.into(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::waiter::Ticket;
+    use super::*;
+    use std::sync::Arc;
+
+    fn part(start: u64, count: u32, lane: usize) -> Part {
+        let waiter = Waiter::Ticket(Arc::new(Ticket::default()));
+        let buf = AlignedBuf::zeroed(count as usize * BLOCK_BYTES);
+        Part { lane, ..Part::data(Run::Data { start, count }, buf, waiter) }
+    }
+
+    /// A log with two lanes, and its segments.
+    fn two_lanes() -> (Log, Segments) {
+        let mut segments = Segments::new(64, 4);
+        (0..4).for_each(|segment| segments.set_log(segment));
+        let main = Lane { segment: 0, block: 0, next_segment: 1 };
+        let mut log = Log::new([7; 16], LogPosition::new(main, 0, 0, 1));
+        log.opened = true;
+        let lane = Lane { segment: 2, block: 0, next_segment: 3 };
+        log.follow(&[(Run::Lane { number: 2, lane }, 0)]);
+        (log, segments)
+    }
+
+    /// The runs and the lane of the next record.
+    fn next(log: &mut Log, segments: &mut Segments) -> Option<(Vec<Run>, usize)> {
+        log.form(segments, false)?;
+        let flight = log.flights.back().expect("it was formed");
+        Some((flight.runs.iter().map(|(run, _)| *run).collect(), flight.end.number))
+    }
+
+    #[test]
+    fn a_lane_s_parts_pass_others_but_none_of_the_same_block() {
+        let (mut log, mut segments) = two_lanes();
+        for (start, count, lane) in [(10, 1, 0), (20, 4, 2), (11, 1, 0), (22, 1, 0), (30, 1, 0)] {
+            log.push(part(start, count, lane));
+        }
+        let data = |start, count| Run::Data { start, count };
+        let first = next(&mut log, &mut segments);
+        assert_eq!(first, Some((vec![data(10, 2), data(30, 1)], 0)), "22 waits for 20 to 23");
+        assert_eq!(next(&mut log, &mut segments), Some((vec![data(20, 4)], 2)));
+        assert_eq!(next(&mut log, &mut segments), None, "one record in each lane at once");
+        log.flights.pop_front();
+        assert_eq!(next(&mut log, &mut segments), Some((vec![data(22, 1)], 0)));
+    }
+
+    #[test]
+    fn nothing_passes_a_change_of_size() {
+        let (mut log, mut segments) = two_lanes();
+        log.push(part(10, 1, 0));
+        log.push(part(20, 1, 2));
+        log.push(Part::index_only(Run::Size { bytes: 512 }, Waiter::Ticket(Arc::default())));
+        log.push(part(11, 1, 0));
+        assert_eq!(next(&mut log, &mut segments).map(|(runs, _)| runs.len()), Some(1));
+        assert_eq!(next(&mut log, &mut segments).map(|(_, lane)| lane), Some(2));
+        log.flights.clear();
+        let runs = next(&mut log, &mut segments).map(|(runs, _)| runs.len());
+        assert_eq!(runs, Some(2), "the change of size, and what came after it");
     }
 }

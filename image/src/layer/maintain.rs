@@ -118,7 +118,11 @@ impl<E: Engine> Layer<E> {
     /// # Errors
     /// What the storage says.
     pub async fn clean(self: &Arc<Self>, io: &Io<E>) -> std::result::Result<bool, ImageError> {
-        self.on_driver(io, async |driver| driver.clean_best().await).await
+        self.on_driver(io, async |driver| {
+            driver.open_lanes().await?;
+            driver.clean_best().await
+        })
+        .await
     }
 
     /// Ends background work, makes everything durable in a checkpoint that leaves nothing to

@@ -53,8 +53,6 @@ pub enum Mutation {
     ShrinkWithoutZeroing,
     /// Writers of a block under merge do not wait.
     MergeWithoutMark,
-    /// A part passes over an earlier one of the same blocks that is for another lane.
-    PartsOvertake,
     /// Lanes are closed, and their segments free, before a record says so.
     LanesClosedSilently,
     /// A slot names a base record that is not written yet.
@@ -76,7 +74,7 @@ pub enum Mutation {
 impl Mutation {
     /// Every mutation that histories of one disk can show; those of changes of base have histories
     /// of their own.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 21] = [
         Self::ReportBeforeEarlierRecord,
         Self::PublishOutOfOrder,
         Self::FlushJoinsSubmittedSync,
@@ -97,7 +95,6 @@ impl Mutation {
         Self::ReuseWithoutEpochs,
         Self::ShrinkWithoutZeroing,
         Self::MergeWithoutMark,
-        Self::PartsOvertake,
         Self::LanesClosedSilently,
     ];
 }

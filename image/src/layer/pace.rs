@@ -97,7 +97,8 @@ impl Core {
                 && (self.is_short_of_space() || self.log.traffic.total() >= written)
         });
         // On a full host what is kept back is soon used up: a segment must be let go before the next.
-        let may_begin = self.can_clean() && !(self.is_short_of_space() && self.segments.awaits_checkpoint());
+        let may_begin =
+            self.can_clean() && !(self.is_short_of_space() && self.segments.awaiting_checkpoint() > 0);
         self.is_cleaning_wanted() && may_begin && may_find && !self.closing && self.latched.is_none()
     }
 
@@ -105,15 +106,16 @@ impl Core {
     pub(super) fn is_freeing_due(&self, now: Time) -> bool {
         let wanted = self.segments.occupied_bytes() > self.target_bytes()
             && now >= self.checkpointed_at + FREE_INTERVAL;
-        (wanted || self.is_full() || self.is_short_of_space()) && self.segments.awaits_checkpoint()
+        (wanted || self.is_full() || self.is_short_of_space()) && self.segments.awaiting_checkpoint() > 0
     }
 
     /// Whether the file may not take more, and a checkpoint helps: when those take long, or the bound has come
     /// down.
     pub(super) fn is_full(&self) -> bool {
-        // What is in flight may fill two more.
+        // What is in flight may fill two more. For a single segment it is not worth it: checkpoints fill some, too.
         let room = 2 * self.segments.bytes();
-        self.segments.occupied_bytes() + room >= self.allowed_bytes() && self.segments.awaits_checkpoint()
+        self.segments.occupied_bytes() + room >= self.allowed_bytes()
+            && self.segments.awaiting_checkpoint() > 1
     }
 
     /// Whether segments should be free at once when a checkpoint has found them empty.
@@ -124,7 +126,7 @@ impl Core {
     /// When [`is_freeing_due`](Self::is_freeing_due) may become true with nothing else happening.
     pub(super) fn next_freeing(&self) -> Option<Time> {
         let wanted =
-            self.segments.occupied_bytes() > self.target_bytes() && self.segments.awaits_checkpoint();
+            self.segments.occupied_bytes() > self.target_bytes() && self.segments.awaiting_checkpoint() > 0;
         wanted.then(|| self.checkpointed_at + FREE_INTERVAL)
     }
 

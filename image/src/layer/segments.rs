@@ -227,9 +227,9 @@ impl Segments {
         self.occupied_bytes() - u64::from(self.limbo) * self.bytes()
     }
 
-    /// Whether a checkpoint would bring segments nearer to being free.
-    pub(super) fn awaits_checkpoint(&self) -> bool {
-        self.limbo as usize > self.draining.len()
+    /// Segments that a checkpoint would bring nearer to being free.
+    pub(super) fn awaiting_checkpoint(&self) -> usize {
+        self.limbo as usize - self.draining.len()
     }
 
     /// Changes a segment; everything that may begin or end its being on the way to be free.

@@ -20,7 +20,7 @@ pub struct Tuning {
     pub space_percent: u64,
     /// See `space_percent`. `None`: a tenth of the disk, at least 64 MiB and at most 2 GiB.
     pub space_slack: Option<u64>,
-    /// Data is sorted by its age when so many segments are live.
+    /// Data is sorted by its age when so many segments are live; with 0 at the first opportunity.
     pub lanes_from_segments: u64,
     /// Memory for nodes of the map that can be dropped, in bytes, and at most as much again (1 MiB at
     /// least) for those that a checkpoint has yet to store.

@@ -58,8 +58,12 @@ const FILTERED_BLOCKS_MAX: u64 = 64;
 pub(super) struct Passed {
     filter: [u64; FILTER_BITS as usize / 64],
     any_long: bool,
-    /// Nothing is said to have anything in common, which only a mutation does.
-    blind: bool,
+}
+
+impl Default for Passed {
+    fn default() -> Self {
+        Self { filter: [0; FILTER_BITS as usize / 64], any_long: false }
+    }
 }
 
 /// Where in the filter a block is: a word, and a bit of it.
@@ -69,10 +73,6 @@ fn bit(block: u64) -> (usize, u64) {
 }
 
 impl Passed {
-    pub(super) fn new(blind: bool) -> Self {
-        Self { filter: [0; FILTER_BITS as usize / 64], any_long: false, blind }
-    }
-
     /// Passes a part over.
     pub(super) fn add(&mut self, part: &Part) {
         let blocks = part.guest_blocks();
@@ -93,6 +93,6 @@ impl Passed {
             let mut bits = blocks.clone().map(bit);
             bits.any(|(word, bit)| self.filter[word] & bit != 0)
         };
-        !self.blind && may && parts.any(|passed| overlap(&passed.guest_blocks(), &blocks))
+        may && parts.any(|passed| overlap(&passed.guest_blocks(), &blocks))
     }
 }

@@ -232,7 +232,7 @@ fn written(blocks: u64) -> u64 {
     blocks.saturating_mul(BLOCK_SIZE)
 }
 
-/// What [`json`] said of a raw disk or a layer.
+/// What [`json()`] said of a raw disk or a layer.
 fn of_json(value: &Value) -> Option<DiskInfo> {
     let path_in = |name: &str| value[name].as_str().map(PathBuf::from);
     let format: Format = value["format"].as_str()?.parse().ok()?;
