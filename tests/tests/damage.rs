@@ -185,6 +185,32 @@ fn a_log_that_would_overwrite_what_the_map_needs_is_refused() {
 }
 
 #[test]
+fn lanes_that_share_segments_or_lie_outside_are_refused() {
+    let specimen = specimen::written();
+    let lane = |segment: u32, block: u32, next_segment: u32| {
+        move |slot: &mut [u8]| {
+            format::put_u32(slot, slot::LANES, 1 << 1);
+            for (i, value) in [segment, block, next_segment].into_iter().enumerate() {
+                format::put_u32(slot, slot::LANE_1 + 4 * i, value);
+            }
+        }
+    };
+    let newest = corrupt::newest(&specimen.bytes);
+    let head = format::u32_at(&specimen.bytes, newest + slot::LOG_SEGMENT);
+    let cases = [
+        (lane(head, 0, 1 << 16), "slot.lane"),
+        (lane(1 << 16, 0, head), "slot.lane"),
+        (lane(1 << 16, 0, 1 << 17), "slot.log_segment"),
+        (lane(1 << 16, 17, 1 << 17), "slot.log_block"),
+    ];
+    for (change, field) in cases {
+        refused(&specimen, |b| in_both_slots(b, change), field, None);
+    }
+    // Of data that is mapped a lane cannot say that it has yet to write it.
+    refused(&specimen, |b| in_both_slots(b, lane(0, 0, u32::MAX >> 12)), "slot.log_segment", None);
+}
+
+#[test]
 fn a_record_that_sends_the_log_elsewhere_is_not_believed() {
     let specimen = specimen::abandoned();
     let log = walk::log(&specimen.bytes, corrupt::newest(&specimen.bytes));
@@ -400,7 +426,7 @@ fn damaged_slots_are_passed_over_only_when_nothing_is_lost() {
 #[test]
 fn named_damage_of_slot_fields_is_named() {
     let specimen = specimen::written();
-    let cases: [(&str, usize, u64, usize); 7] = [
+    let cases: [(&str, usize, u64, usize); 10] = [
         ("slot.layer_id", slot::LAYER_ID, 7, 8),
         ("slot.size", slot::SIZE, 513, 8),
         ("slot.log_block", slot::LOG_BLOCK, 17, 4),
@@ -408,6 +434,9 @@ fn named_damage_of_slot_fields_is_named() {
         ("slot.sequence", slot::SEQUENCE, u64::MAX - 3, 8),
         ("slot.generation", slot::GENERATION, 0, 8),
         ("slot.root", slot::ROOT, 8192, 8),
+        ("slot.lanes", slot::LANES, 1, 4),
+        ("slot.lanes", slot::LANES, 1 << 5, 4),
+        ("slot.next_segment", slot::LANES, 2, 4),
     ];
     for (field, at, value, len) in cases {
         let change = |slot: &mut [u8]| format::put(slot, at, &value.to_le_bytes()[..len]);

@@ -127,8 +127,11 @@ impl<E: Engine> Lower<E> {
             (
                 Self::Layer(driver),
                 BaseIdentity::Layer { id, generation, .. },
-                BaseIdentity::Layer { id: same, generation: next, .. },
-            ) => *id == same && next == generation + 1 && driver.layer.core().was_clean,
+                BaseIdentity::Layer { id: same, .. },
+            ) => {
+                let core = driver.layer.core();
+                *id == same && *generation == core.found_generation && core.was_clean
+            }
             _ => false,
         })
     }

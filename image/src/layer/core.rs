@@ -92,8 +92,9 @@ pub(super) struct Core {
     pub(super) write_cache: bool,
     /// The first failure that made the layer read-only.
     pub(super) latched: Option<DeviceError>,
-    /// The newest durable checkpoint.
+    /// The newest durable checkpoint, and the one that was it when the layer was opened.
     pub(super) generation: u64,
+    pub(super) found_generation: u64,
     /// The newest record that it includes.
     pub(super) checkpoint_sequence: u64,
     pub(super) root: Root,
@@ -141,6 +142,7 @@ impl Core {
             write_cache: true,
             latched: None,
             generation: 0,
+            found_generation: 0,
             checkpoint_sequence: durable,
             root: Root::default(),
             base_sequence: 1,

@@ -260,6 +260,7 @@ async fn load<E: Engine>(
     log.traffic = slot.traffic;
     let mut core = Core::new(options.tuning, slot.size, map, segments, log, slot.log.sequence);
     core.generation = slot.generation;
+    core.found_generation = slot.generation;
     core.base_sequence = slot.base;
     core.slot_bases = [slot.base, newest.other.map_or(slot.base, |other| other.base)];
     core.root = Root { offset: slot.root, len: slot.root_len };

@@ -53,6 +53,8 @@ pub mod slot {
     pub const ROOT: usize = 72;
     pub const SIZE: usize = 80;
     pub const BASE: usize = 88;
+    pub const LANES: usize = 96;
+    pub const LANE_1: usize = 100;
     pub const CHECKSUM: usize = 508;
 }
 
