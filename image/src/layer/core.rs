@@ -104,6 +104,8 @@ pub(super) struct Core {
     pub(super) checkpointing: bool,
     pub(super) checkpointed_at: Time,
     pub(super) closing: bool,
+    /// Somebody opens a lane of the log.
+    pub(super) opening_lane: bool,
     /// The layer had been closed properly before it was opened.
     pub(super) was_clean: bool,
     pub(super) maintainers: usize,
@@ -149,6 +151,7 @@ impl Core {
             checkpointing: false,
             checkpointed_at: Time::ZERO,
             closing: false,
+            opening_lane: false,
             was_clean: false,
             maintainers: 0,
             maintenance_idle: false,

@@ -17,11 +17,12 @@ use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::units::BLOCK_SIZE;
 
 impl Core {
-    /// Chooses the segments of a lane that is to be opened now, if one is: they have their space already.
+    /// Chooses the segments of a lane that is to be opened now, if one is, and nobody else opens one: they have their space already.
     fn next_lane(&mut self) -> Option<(usize, Lane)> {
         let live_bytes = self.segments.live_blocks() * BLOCK_SIZE;
         let kept = self.reserve_segments();
         if self.closing
+            || self.opening_lane
             || live_bytes < self.tuning.lanes_from_segments * self.segments.bytes()
             || self.segments.free_reserved() < kept + 2
         {
@@ -33,6 +34,7 @@ impl Core {
             self.segments.unchoose(segment);
             return None;
         };
+        self.opening_lane = true;
         Some((number, Lane { segment, block: 0, next_segment }))
     }
 
@@ -56,8 +58,9 @@ impl<E: Engine> Driver<E> {
             let Some((number, lane)) = self.layer.core().next_lane() else { return Ok(()) };
             let run = Run::Lane { number, lane };
             let opened = self.append(|waiter| vec![Part::index_only(run, waiter.clone())]).await;
+            let mut core = self.layer.core();
+            core.opening_lane = false;
             if let Err(error) = opened {
-                let mut core = self.layer.core();
                 lane.segments().into_iter().for_each(|segment| core.segments.unchoose(segment));
                 return Err(error);
             }
