@@ -42,6 +42,15 @@ pub(super) fn lane_of_moved(estimate: u64, now: u64, live: u64) -> usize {
     lane(now.saturating_sub(estimate), live)
 }
 
+/// The lane for what is moved into the order of the disk.
+pub(super) const ORDERED: usize = 3;
+
+/// The lane for what is moved out of the way of that: what its turn comes for before block `split` lies apart
+/// from the rest, which stays for longer.
+pub(super) fn lane_of_split(block: u64, split: u64) -> usize {
+    if block < split { MAIN + 1 } else { OLD }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

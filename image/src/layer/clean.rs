@@ -31,13 +31,13 @@ const CHOICE: usize = 16;
 /// Segments looked at under one lock.
 const LOOK: u32 = 4096;
 
-/// A block in the segment being cleaned.
+/// A block that is to be appended again.
 #[derive(Clone, Copy)]
-struct Live {
-    block: u64,
-    place: u32,
+pub(super) struct Live {
+    pub(super) block: u64,
+    pub(super) place: u32,
     /// The checksum that its record states.
-    sum: u32,
+    pub(super) sum: u32,
 }
 
 impl Live {
@@ -69,15 +69,21 @@ impl<E: Engine> Driver<E> {
         best.into_iter().map(|candidate| candidate.segment).collect()
     }
 
-    /// Empties a segment, if that is still worth it; says whether it was. `scratch` may be empty; given again
+    /// Empties a segment, if that is still worth it; says whether it was. With `split`, blocks before that one
+    /// and the others go into lanes of their own, whatever their age. `scratch` may be empty; given again
     /// it saves making a buffer of a segment's size.
-    pub(super) async fn clean_segment(&self, segment: u32, scratch: &mut AlignedBuf) -> Result<bool> {
+    pub(super) async fn clean_segment(
+        &self,
+        segment: u32,
+        split: Option<u64>,
+        scratch: &mut AlignedBuf,
+    ) -> Result<bool> {
         let victim = {
             let mut core = self.layer.core();
             if !core.segments.is_candidate(segment, core.log.published.sequence) {
                 return Ok(false);
             }
-            Victim::new(&mut core, segment)
+            Victim { split, ..Victim::new(&mut core, segment) }
         };
         let result = self.empty_segment(&victim, scratch).await;
         self.layer.core().segments.leave(victim.epoch);
@@ -93,7 +99,7 @@ impl<E: Engine> Driver<E> {
         let outcome = self.io.run(Op::read(self.layer.file(), start, buf)).await;
         *scratch = outcome.zero_filled()?.into_buf();
         let contents = &scratch[..];
-        let Found { mut blocks, nodes } = find(contents, first);
+        let Found { mut blocks, nodes, .. } = find(contents, first);
         // In the order of the disk, so that what was scattered becomes sequential again.
         blocks.sort_unstable_by_key(|live| live.block);
         let mut damaged = false;
@@ -146,22 +152,38 @@ impl<E: Engine> Driver<E> {
         batch.iter().filter(|live| core.is_mapped(live)).copied().collect()
     }
 
-    /// Appends blocks again, but for those that a writer is at; returns how many of
-    /// those there are.
+    /// Moves blocks out of a segment; returns how many had to be left.
     async fn move_blocks(&self, blocks: &[Live], contents: &[u8], victim: &Victim) -> Result<usize> {
-        let Victim { first, written, lane, .. } = *victim;
+        let data = |live: &Live| live.data(contents, victim.first);
+        let skipped = self.append_again(blocks, data, |block| victim.lane_of(block), victim.written).await?;
+        self.layer.core().pay(victim.gain(blocks.len()));
+        Ok(skipped)
+    }
+
+    /// Appends blocks again, but for those that a writer is at; returns how many of
+    /// those there are. Their leaves are pinned, and their data, which was written at `written`, is known
+    /// to be whole.
+    pub(super) async fn append_again<'a>(
+        &self,
+        blocks: &[Live],
+        data: impl Fn(&Live) -> &'a [u8],
+        lane: impl Fn(u64) -> usize,
+        written: u64,
+    ) -> Result<usize> {
         let ticket = Arc::new(Ticket::default());
         let unit = self.layer.part_blocks_max() as usize;
         let mut skipped = 0;
-        let groups = blocks.chunk_by(|a, b| a.block + 1 == b.block).flat_map(|group| group.chunks(unit));
+        let joins = |a: &Live, b: &Live| a.block + 1 == b.block && lane(a.block) == lane(b.block);
+        let groups = blocks.chunk_by(joins).flat_map(|group| group.chunks(unit));
         let parts = groups.map(|group| {
             let mut buf = self.staging(group.len());
             for (target, live) in buf.chunks_exact_mut(BLOCK_BYTES).zip(group) {
-                target.copy_from_slice(live.data(contents, first));
+                target.copy_from_slice(data(live));
             }
             let run = Run::Data { start: group[0].block, count: group.len() as u32 };
             let waiter = Waiter::Ticket(Arc::clone(&ticket));
-            (group, Part { upkeep: true, lane, estimate: Some(written), ..Part::data(run, buf, waiter) })
+            let (lane, estimate) = (lane(group[0].block), Some(written));
+            (group, Part { upkeep: true, lane, estimate, ..Part::data(run, buf, waiter) })
         });
         let parts: Vec<_> = parts.collect();
         {
@@ -178,7 +200,6 @@ impl<E: Engine> Driver<E> {
             }
         }
         self.wait(&ticket).await?;
-        self.layer.core().pay(victim.gain(blocks.len()));
         Ok(skipped)
     }
 
@@ -244,6 +265,8 @@ struct Victim {
     /// When its data was written, and where it goes for that.
     written: u64,
     lane: usize,
+    /// Where it is divided instead.
+    split: Option<u64>,
     /// Protects it while it is read.
     epoch: u64,
 }
@@ -262,8 +285,14 @@ impl Victim {
             dead_blocks: core.segments.segment_blocks().saturating_sub(live_blocks),
             written,
             lane: age::lane_of_moved(written, now, live),
+            split: None,
             epoch: core.segments.enter(),
         }
+    }
+
+    /// The lane for one of its blocks.
+    fn lane_of(&self, block: u64) -> usize {
+        self.split.map_or(self.lane, |split| age::lane_of_split(block, split))
     }
 
     /// What is gained by moving so many of its blocks.
@@ -282,6 +311,8 @@ struct Batch<E: Engine> {
 struct Found {
     blocks: Vec<Live>,
     nodes: Vec<StoredNode>,
+    /// Its first block that no record covers.
+    end: usize,
 }
 
 /// A node in the segment being cleaned.
@@ -295,7 +326,7 @@ struct StoredNode {
 
 /// Everything in the records of a segment whose contents these are and which begins at block `first`.
 fn find(contents: &[u8], first: u32) -> Found {
-    let mut found = Found { blocks: Vec::new(), nodes: Vec::new() };
+    let mut found = Found { blocks: Vec::new(), nodes: Vec::new(), end: 0 };
     let blocks = contents.len() / BLOCK_BYTES;
     let mut at = 0;
     while at < blocks {
@@ -330,6 +361,15 @@ fn find(contents: &[u8], first: u32) -> Found {
             inside = end;
         }
         at += 1 + index.data_blocks as usize;
+        found.end = at;
     }
     found
+}
+
+/// How many blocks at the beginning of a segment, of whose contents these are the first, are what its
+/// records say.
+pub(super) fn whole_blocks(contents: &[u8]) -> u32 {
+    let found = find(contents, 0);
+    let damaged = found.blocks.iter().filter(|live| !live.is_whole(contents, 0)).map(|live| live.place);
+    damaged.min().unwrap_or(u32::MAX).min(found.end as u32)
 }

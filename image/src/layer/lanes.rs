@@ -17,7 +17,7 @@ use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::units::BLOCK_SIZE;
 
 impl Core {
-    /// Chooses the segments of a lane that is to be opened now, if one is: they have their space already.
+    /// Chooses the segments of a lane that is to be opened now, if one is, and nobody else opens one: they have their space already.
     fn next_lane(&mut self) -> Option<(usize, Lane)> {
         let live_bytes = self.segments.live_blocks() * BLOCK_SIZE;
         // What is kept back is made up for with the next segment that the log asks for.

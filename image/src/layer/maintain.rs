@@ -38,7 +38,7 @@ impl Core {
         self.log.guest_sequence > self.checkpoint_sequence
     }
 
-    fn is_log_long(&self) -> bool {
+    pub(super) fn is_log_long(&self) -> bool {
         self.log.bytes_since_checkpoint >= self.checkpoint_bytes() && self.is_checkpoint_wanted()
     }
 
@@ -153,7 +153,7 @@ impl<E: Engine> Layer<E> {
         self.on_driver(io, async |driver| driver.close().await).await
     }
 
-    async fn on_driver<T>(
+    pub(super) async fn on_driver<T>(
         self: &Arc<Self>,
         io: &Io<E>,
         f: impl AsyncFnOnce(&Driver<E>) -> Result<T>,
@@ -272,7 +272,7 @@ impl<E: Engine> Driver<E> {
             if !self.layer.core().is_cleaning_due() {
                 break;
             }
-            self.clean_segment(segment, scratch).await?;
+            self.clean_segment(segment, None, scratch).await?;
         }
         Ok(())
     }
@@ -280,7 +280,7 @@ impl<E: Engine> Driver<E> {
     /// Empties the segment that has most to gain from it; says whether there was one.
     async fn clean_best(&self) -> Result<bool> {
         for segment in self.choose_victims() {
-            if self.clean_segment(segment, &mut AlignedBuf::zeroed(0)).await? {
+            if self.clean_segment(segment, None, &mut AlignedBuf::zeroed(0)).await? {
                 return Ok(true);
             }
         }

@@ -8,7 +8,7 @@
 //! From the bottom up: `layout`, `header`, `slot`, `base_record`, `record` and `node` are the stored forms;
 //! `map`, `segments` and `log` the state in memory; `core` joins them under one lock and says
 //! what to do next; `driver` does it; `paging` loads nodes of the map; `queue`, `read` and `merge` serve guests; `checkpoint`,
-//! `clean` and `maintain` work in the background; `create`, `recover` and `check` begin and judge;
+//! `clean`, `compact` and `maintain` work in the background; `create`, `recover` and `check` begin and judge;
 //! `copy_up`, `shed`, `switch`, `rebase`, `commit` and `commit_online` change what lies below.
 
 mod age;
@@ -20,6 +20,7 @@ mod checkpoint;
 mod clean;
 mod commit;
 mod commit_online;
+mod compact;
 mod copy_up;
 mod core;
 mod create;
@@ -72,6 +73,7 @@ use sapwood_blockdev::units::SECTOR_SIZE;
 
 pub use check::{CheckReport, check};
 pub use commit::{Committed, commit};
+pub use compact::{Compacted, compact};
 pub use create::create;
 pub use device::Layer;
 pub use layout::{LayerId, MAGIC, SEGMENT_SIZE_DEFAULT, SIZE_MAX};

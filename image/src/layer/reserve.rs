@@ -56,6 +56,11 @@ impl Core {
         wanted.min(self.segments.limit() as usize / 4)
     }
 
+    /// Whether guests' data is refused.
+    pub(super) fn is_full_host(&self) -> bool {
+        self.reserve.full
+    }
+
     /// Whether guests' data is refused, and cleaning may be what helps.
     pub(super) fn is_short_of_space(&self) -> bool {
         self.reserve.full && self.segments.free_reserved() <= self.reserve_segments()

@@ -10,6 +10,7 @@
 //! refers to it nor replays it, and *drains* from the second on (then both slots name such
 //! checkpoints), until every read that may have looked it up before has finished.
 
+mod checked;
 mod choice;
 mod fixed;
 mod readers;
@@ -52,6 +53,10 @@ struct Segment {
     reserved: bool,
     /// It holds live blocks that cannot be moved, because they are damaged.
     pinned: bool,
+    /// So many of its blocks were compared with the checksums of their records since the log began to fill it,
+    checked: u32,
+    /// and so many, from its beginning, were whole.
+    whole: u32,
     /// When its data was written, on average, on the layer's clock (see `age`),
     written: u64,
     /// and how many blocks that says it of, while the log fills it.
@@ -68,6 +73,8 @@ impl Segment {
         allocated: false,
         reserved: false,
         pinned: false,
+        checked: 0,
+        whole: 0,
         written: 0,
         written_blocks: 0,
     };
@@ -347,7 +354,8 @@ impl Segments {
     pub(super) fn unchoose(&mut self, segment: u32) {
         self.set_state(segment, State::Free);
         let freed = &mut self.list[segment as usize];
-        (freed.pinned, freed.written, freed.written_blocks) = (false, 0, 0);
+        (freed.pinned, freed.checked, freed.whole) = (false, 0, 0);
+        (freed.written, freed.written_blocks) = (0, 0);
         let set = if freed.allocated { &mut self.free_allocated } else { &mut self.free };
         set.insert(segment);
     }

@@ -2,6 +2,7 @@
 
 mod check;
 mod commit;
+mod compact;
 mod compare;
 mod convert;
 pub mod create;
@@ -47,6 +48,7 @@ enum Command {
     Rebase(rebase::Rebase),
     Flatten(flatten::Flatten),
     Commit(commit::Commit),
+    Compact(compact::Compact),
     Serve(serve::Serve),
 }
 
@@ -78,6 +80,7 @@ impl Cli {
             Command::Rebase(command) => command.run(&host).map(|()| 0),
             Command::Flatten(command) => command.run(&host).map(|()| 0),
             Command::Commit(command) => command.run(&host).map(|()| 0),
+            Command::Compact(command) => command.run(&host).map(|()| 0),
             Command::Serve(command) => command.run(&host).map(|()| 0),
         }
     }

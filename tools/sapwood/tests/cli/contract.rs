@@ -9,7 +9,7 @@ const READERS: [&str; 6] =
     ["info IN", "map IN", "map --output=json IN", "check IN", "convert -O raw IN out.raw", "compare IN IN"];
 
 /// Commands that open a disk for writing.
-const WRITERS: [&str; 7] = [
+const WRITERS: [&str; 8] = [
     "resize IN 16M",
     "serve IN --socket socket",
     "convert -n -f raw -O layer disk.raw IN",
@@ -17,10 +17,12 @@ const WRITERS: [&str; 7] = [
     "rebase -u -b disk.raw -F raw IN",
     "flatten IN",
     "commit IN",
+    "compact IN",
 ];
 
-const COMMANDS: [&str; 11] = [
-    "create", "info", "map", "check", "convert", "compare", "resize", "rebase", "flatten", "commit", "serve",
+const COMMANDS: [&str; 12] = [
+    "create", "info", "map", "check", "convert", "compare", "resize", "rebase", "flatten", "commit",
+    "compact", "serve",
 ];
 
 /// The code for "could not", which for compare must not be the one for "different".
@@ -192,6 +194,7 @@ fn quiet_commands_say_nothing() {
         "rebase -q -u -b disk.layer over.layer",
         "commit -q over.layer",
         "flatten -q over.layer",
+        "compact -q over.layer",
     ] {
         let answer = place.sapwood(line);
         assert_eq!((answer.code, answer.stdout.as_str(), answer.stderr.as_str()), (0, "", ""), "{line}");
