@@ -6,6 +6,7 @@
 //! syncs take no time. Times are printed (`--nocapture`), and decide nothing.
 #![allow(missing_docs, clippy::unwrap_used)]
 
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -50,6 +51,9 @@ struct Churn {
     versions: Vec<u32>,
     latencies: Vec<Duration>,
     occupied_max: f64,
+    /// Segments beyond what is allowed: those that hold something, and the whole file.
+    over_max: [u64; 2],
+    path: PathBuf,
     done: Vec<Done>,
     rng: Rng,
 }
@@ -71,7 +75,7 @@ fn fill(block: u64, version: u32) -> Vec<u8> {
 impl Churn {
     fn new(path: &Path, size: u64, tuning: Tuning) -> Self {
         let io = Io::new(UringEngine::new().unwrap());
-        let (path, inner) = (path.to_owned(), io.clone());
+        let (kept, path, inner) = (path.to_owned(), path.to_owned(), io.clone());
         let segment_size = (size / SEGMENTS).next_power_of_two().clamp(64 << 10, 4 << 20) as u32;
         let layer = block_on(&io, async move {
             let options = CreateLayer { size: Some(size), segment_size, ..CreateLayer::default() };
@@ -96,6 +100,8 @@ impl Churn {
             versions: vec![0; (size / BLOCK) as usize],
             latencies: Vec::new(),
             occupied_max: 0.0,
+            over_max: [0; 2],
+            path: kept,
             done: Vec::new(),
             rng: Rng::new(7),
         }
@@ -178,6 +184,10 @@ impl Churn {
                 let info = self.layer.info();
                 self.occupied_max =
                     self.occupied_max.max(info.occupied_bytes as f64 / info.allowed_bytes as f64);
+                let taken = std::fs::metadata(&self.path).unwrap().blocks() * 512;
+                let over = |bytes: u64| bytes.saturating_sub(info.allowed_bytes) / info.segment_size;
+                self.over_max[0] = self.over_max[0].max(over(info.occupied_bytes));
+                self.over_max[1] = self.over_max[1].max(over(taken));
             }
         }
         self.settle();
@@ -255,7 +265,7 @@ fn churn(name: &str, mix: Mix, amplification_max: [f64; 2]) {
     for pass in 0..passes {
         println!("{mix:?} pass {pass}: {}", churn.pass(Some(mix)));
     }
-    let occupied_max = churn.occupied_max;
+    let (occupied_max, over_max) = (churn.occupied_max, churn.over_max);
     let (info, versions) = churn.close();
     let (guest, all) = (info.traffic.guest - before.guest, info.traffic.total() - before.total());
     let amplification = all as f64 / guest as f64;
@@ -263,15 +273,16 @@ fn churn(name: &str, mix: Mix, amplification_max: [f64; 2]) {
     verify(&path, &versions);
     let amplification_max = amplification_max[usize::from(mib >= 2048)];
     assert!(amplification <= amplification_max, "{amplification}");
-    assert!(occupied_max <= 1.0, "{occupied_max}");
+    // What is in flight may begin two segments more; five lanes have two segments each, and some are kept back.
+    assert!(over_max[0] <= 2 && over_max[1] <= 18, "{over_max:?} segments");
 }
 
 #[test]
 fn random_overwrites_stay_within_their_bounds() {
-    churn("random overwrites", Mix::Uniform, [2.75, 2.5]);
+    churn("random overwrites", Mix::Uniform, [2.6, 2.5]);
 }
 
 #[test]
 fn overwrites_of_hot_and_cold_blocks_stay_within_their_bounds() {
-    churn("hot and cold overwrites", Mix::Hot, [2.3, 2.1]);
+    churn("hot and cold overwrites", Mix::Hot, [2.25, 2.15]);
 }

@@ -14,6 +14,7 @@ mod checked;
 mod choice;
 mod fixed;
 mod readers;
+mod space;
 mod usage;
 
 use std::collections::{BTreeSet, VecDeque};
@@ -452,36 +453,6 @@ impl Segments {
                 self.unchoose(index);
             }
         }
-    }
-
-    /// A free segment that still has the host's space, if there are more than `keep` of them; it
-    /// cannot be chosen until [`punched`](Self::punched).
-    pub(super) fn start_punch(&mut self, keep: usize) -> Option<u32> {
-        if self.free_allocated.len() <= keep {
-            return None;
-        }
-        let segment = self.free_allocated.pop_last()?;
-        self.set_state(segment, State::Punching);
-        self.punching += 1;
-        Some(segment)
-    }
-
-    /// The space of a segment was given back (or could not be).
-    pub(super) fn punched(&mut self, segment: u32, given_back: bool) {
-        self.punching -= 1;
-        let punched = &mut self.list[segment as usize];
-        punched.allocated = !given_back;
-        punched.reserved &= !given_back;
-        self.unchoose(segment);
-    }
-
-    /// Forgets the free segments at the end of the file and returns how many are left.
-    pub(super) fn trim(&mut self) -> u32 {
-        while self.list.last().is_some_and(|s| s.state == State::Free) {
-            self.list.pop();
-            self.forget_free(self.count());
-        }
-        self.count()
     }
 
     /// Notes a read of places looked up now; returns what to [`leave`](Self::leave) with.
