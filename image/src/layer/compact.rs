@@ -255,6 +255,10 @@ impl<'a, E: Engine> Pass<'a, E> {
             let (offset, settled, epoch) = {
                 let mut core = driver.layer.core();
                 let settled = core.segments.settled(segment, &core.log.published);
+                if settled == 0 {
+                    // The log has just left it, with records in flight.
+                    continue;
+                }
                 (core.segments.offset(segment), settled, core.segments.enter())
             };
             let len = settled as usize * BLOCK_BYTES;

@@ -161,6 +161,7 @@ impl<S: Subject> History<S> {
             Step::Commit => self.change_base(Control::Commit)?,
             Step::Checkpoint => self.order(Control::Checkpoint, None),
             Step::Clean => self.order(Control::Clean, None),
+            Step::Compact => self.order(Control::Compact, None),
             Step::Run { rounds } => self.run_rounds(rounds)?,
             Step::Pass { millis } => self.pass(Duration::from_millis(millis))?,
             Step::Drain => self.drain()?,

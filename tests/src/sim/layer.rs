@@ -196,6 +196,7 @@ impl Disk for Layer<SimEngine> {
                 },
                 Control::Checkpoint => self.checkpoint(&io).await,
                 Control::Clean => self.clean(&io).await.map(drop),
+                Control::Compact => self.compact(&io, |_, _| {}).await.map(drop),
                 Control::Resize(size) => self.resize(&io, size).await,
                 Control::Close => self.close(&io).await,
             };

@@ -79,6 +79,8 @@ pub enum Step {
     Checkpoint,
     /// The cleaner runs.
     Clean,
+    /// What is scattered is laid in order: in histories of their own, random ones have none.
+    Compact,
     /// The owner wants it to have no base.
     Flatten,
     /// The owner wants it to have another base.

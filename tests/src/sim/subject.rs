@@ -48,6 +48,8 @@ pub enum Control {
     Checkpoint,
     /// The cleaner moves something.
     Clean,
+    /// What is scattered is laid in order.
+    Compact,
     /// A new size in bytes.
     Resize(u64),
     /// It has no base any more.

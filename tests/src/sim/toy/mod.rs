@@ -372,7 +372,7 @@ impl Disk for ToyDisk {
     fn control(self: Arc<Self>, _: SimStorage, io: Io<SimEngine>, what: Control) -> Task<Result<(), String>> {
         Box::pin(async move {
             let result = match what {
-                Control::Checkpoint | Control::Clean => Ok(()),
+                Control::Checkpoint | Control::Clean | Control::Compact => Ok(()),
                 Control::Flatten | Control::Rebase | Control::Commit => Ok(()),
                 Control::Resize(size) => self.resize(&io, size / SECTOR).await,
                 Control::Close if self.log().latched => Err(DeviceError::Latched),
