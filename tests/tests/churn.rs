@@ -3,7 +3,7 @@
 //!
 //! The disk is small, and so are its segments; `SAPWOOD_CHURN_MIB` sets another size,
 //! `SAPWOOD_CHURN_PASSES` how often it is overwritten, `SAPWOOD_CHURN_DIR` where it lies: by default in memory, so that
-//! syncs take no time. Times are printed (`--nocapture`), and decide nothing.
+//! syncs take no time. A soak does 16 GiB below target/. Times are printed (`--nocapture`), and decide nothing.
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::os::unix::fs::MetadataExt;
@@ -58,11 +58,16 @@ struct Churn {
     rng: Rng,
 }
 
+/// Whether all of it is wanted: 16 GiB on a real disk.
+fn is_soak() -> bool {
+    std::env::var_os("SAPWOOD_SOAK").is_some()
+}
+
 fn folder() -> PathBuf {
     let memory = Path::new("/dev/shm");
     match std::env::var_os("SAPWOOD_CHURN_DIR") {
         Some(named) => named.into(),
-        None if memory.is_dir() => memory.to_owned(),
+        None if memory.is_dir() && !is_soak() => memory.to_owned(),
         None => env!("CARGO_TARGET_TMPDIR").into(),
     }
 }
@@ -254,7 +259,8 @@ fn churn(name: &str, mix: Mix, amplification_max: [f64; 2]) {
     }
     let folder = tempfile::tempdir_in(folder()).unwrap();
     let path = folder.path().join("churn.layer");
-    let mib = std::env::var("SAPWOOD_CHURN_MIB").map_or(512, |mib| mib.parse().unwrap());
+    let usual = if is_soak() { 16 << 10 } else { 512 };
+    let mib: u64 = std::env::var("SAPWOOD_CHURN_MIB").map_or(usual, |mib| mib.parse().unwrap());
     let size = mib * MIB;
     let tuning =
         Tuning { checkpoint_bytes: size / CHECKPOINTS, space_slack: Some(size / 10), ..Tuning::default() };

@@ -146,8 +146,9 @@ impl Core {
     /// Guests' data was put on record: so many blocks.
     pub(super) fn owe(&mut self, blocks: u64) {
         self.pace.debt = match self.is_over_target() {
-            // A quarter more than is written, so that the file comes back to its target.
-            true => self.pace.debt + (blocks + blocks.div_ceil(4)) as i64,
+            // A quarter more than is written, so that the file comes back to its target. Copies from a base do not
+            // wait, and must not make guests wait for long.
+            true => (self.pace.debt + (blocks + blocks.div_ceil(4)) as i64).min(4 * self.ahead_blocks()),
             false => 0,
         };
     }
