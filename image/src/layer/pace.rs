@@ -7,6 +7,7 @@
 //! the cleaner can do.
 
 use super::core::Core;
+use super::position::LANES;
 use sapwood_blockdev::engine::Time;
 use sapwood_blockdev::units::BLOCK_SIZE;
 
@@ -45,7 +46,10 @@ impl Core {
         let live = u128::from(self.live_bytes());
         let share = live * u128::from(self.tuning.space_percent) / 100;
         let slack = self.tuning.space_slack.unwrap_or((self.size / SLACK_PART).clamp(SLACK_MIN, SLACK_MAX));
-        u64::try_from(share).unwrap_or(u64::MAX).saturating_add(slack)
+        let wanted = u64::try_from(share).unwrap_or(u64::MAX).saturating_add(slack);
+        // On a block device there may be less; what is kept back and the log's own segments are needed beside it.
+        let others = self.reserve_segments() as u64 + 2 * LANES as u64 + 1;
+        wanted.min(u64::from(self.segments.limit()).saturating_sub(others) * self.segments.bytes())
     }
 
     fn live_bytes(&self) -> u64 {
