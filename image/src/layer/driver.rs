@@ -119,7 +119,7 @@ impl<E: Engine> Driver<E> {
 
     /// Allocates ranges of the file; where the file system cannot, it only makes the file long
     /// enough, so that no record is written past its end.
-    async fn reserve(&self, ranges: Vec<Range<u64>>) -> std::result::Result<(), Errno> {
+    pub(super) async fn reserve(&self, ranges: Vec<Range<u64>>) -> std::result::Result<(), Errno> {
         for range in ranges {
             let len = range.end - range.start;
             let allocate = Op::Allocate { file: self.layer.file(), offset: FileOffset(range.start), len };

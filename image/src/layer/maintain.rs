@@ -228,7 +228,7 @@ impl<E: Engine> Driver<E> {
             self.flush().await?;
         }
         let kept = self.layer.core().free_segments_kept();
-        self.punch_free(kept).await
+        self.punch_free(kept, 0).await
     }
 
     /// Waits until there is something to clean, but not before a time; `false` when the layer closes.
@@ -311,7 +311,7 @@ impl<E: Engine> Driver<E> {
             core.segments.reap();
             let main = core.log.head.main();
             core.log.opened = false;
-            let kept = core.kept_when_closed();
+            let kept = core.kept_when_closed().map(|count| core.segments.first_free(count));
             let count = if kept.is_none() { core.segments.trim() } else { core.segments.count() };
             let start = core.segments.offset(main.segment).0;
             let tail = start + u64::from(main.block) * BLOCK_SIZE..start + core.segments.bytes();
@@ -322,19 +322,25 @@ impl<E: Engine> Driver<E> {
         for range in ahead.into_iter().filter(|_| kept.is_none()) {
             self.punch(range).await?;
         }
-        self.punch_free(kept.unwrap_or(0)).await?;
+        let kept = kept.unwrap_or_default();
+        self.punch_free(0, kept.last().map_or(0, |last| last + 1)).await?;
+        for segment in kept {
+            let start = self.layer.core().segments.offset(segment).0;
+            // It may be a hole. What was given back above is room for it; if not, there is less to begin with.
+            let _ = self.reserve(vec![start..start + self.layer.core().segments.bytes()]).await;
+        }
         if !self.layer.file().is_device() {
             self.io.run(Op::Truncate { file: self.layer.file(), size }).await.result?;
         }
         self.sync_file().await
     }
 
-    /// Gives the space of free segments back to the host, but for the first `keep`.
-    async fn punch_free(&self, keep: usize) -> Result {
+    /// Gives the space of free segments from number `from` on back to the host, but for the first `keep`.
+    async fn punch_free(&self, keep: usize, from: u32) -> Result {
         loop {
             let (segment, range) = {
                 let mut core = self.layer.core();
-                let Some(segment) = core.segments.start_punch(keep) else { return Ok(()) };
+                let Some(segment) = core.segments.start_punch(keep, from) else { return Ok(()) };
                 let start = core.segments.offset(segment).0;
                 (segment, start..start + core.segments.bytes())
             };

@@ -71,10 +71,11 @@ impl Core {
     /// those, because they are much for what it holds, and the host was not full.
     pub(super) fn kept_when_closed(&self) -> Option<usize> {
         let live = self.segments.live_blocks() / u64::from(self.segments.segment_blocks());
+        // The spare one, too, and one to begin with.
+        let least = self.reserve_segments() + 2;
         match self.reserve.full {
-            true => Some(usize::MAX),
-            // The spare one, too, and one to begin with.
-            false => (live >= KEEPING_SEGMENTS).then(|| self.reserve_segments() + 2),
+            true => Some(self.segments.free_with_space().max(least)),
+            false => (live >= KEEPING_SEGMENTS).then_some(least),
         }
     }
 

@@ -3,10 +3,10 @@
 use super::{Segments, State};
 
 impl Segments {
-    /// A free segment that still has the host's space, if there are more than `keep` of them; it
-    /// cannot be chosen until [`punched`](Self::punched).
-    pub(in crate::layer) fn start_punch(&mut self, keep: usize) -> Option<u32> {
-        if self.free_allocated.len() <= keep {
+    /// A free segment, number `from` or later, that still has the host's space, if there are more than `keep`
+    /// of them; it cannot be chosen until [`punched`](Self::punched).
+    pub(in crate::layer) fn start_punch(&mut self, keep: usize, from: u32) -> Option<u32> {
+        if self.free_allocated.len() <= keep || self.free_allocated.last().is_none_or(|&last| last < from) {
             return None;
         }
         let segment = self.free_allocated.pop_last()?;
@@ -22,6 +22,19 @@ impl Segments {
         punched.allocated = !given_back;
         punched.reserved &= !given_back;
         self.unchoose(segment);
+    }
+
+    /// Free segments that still have the host's space.
+    pub(in crate::layer) fn free_with_space(&self) -> usize {
+        self.free_allocated.len()
+    }
+
+    /// The first free segments, which are taken first when the layer is opened again.
+    pub(in crate::layer) fn first_free(&self, count: usize) -> Vec<u32> {
+        let mut free: Vec<u32> = self.free.iter().chain(&self.free_allocated).copied().collect();
+        free.sort_unstable();
+        free.truncate(count);
+        free
     }
 
     /// Forgets the free segments at the end of the file and returns how many are left.
