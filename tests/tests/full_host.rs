@@ -122,45 +122,6 @@ fn full_host_refuses_writes_only_with_io_uring() {
     }
 }
 
-/// A layer that was closed on a full host, or before others filled that, is opened there: what it needs for
-/// that it has kept. Then discards make room.
-fn closed_layer_opens<E: Engine<File = HostFile>>(engines: Engines<E>, found_full: bool) {
-    let Some(host) = host_of("full host", 112 * MIB) else { return };
-    let mut full = Full::new(host, engines);
-    if !found_full {
-        // So much room that its last session knows of no full host.
-        fs::remove_file(&full.filler).unwrap();
-        writes_succeed_again(&mut full.load);
-        full.load.flush();
-        full.load.close();
-        full.load.open();
-        full.load.verify();
-    }
-    full.load.close();
-    let rest = File::create_new(full.filler.with_file_name("rest")).unwrap();
-    let mut taken = 0;
-    for bytes in [MIB, 64 << 10, 4 << 10] {
-        while rustix::fs::fallocate(&rest, FallocateFlags::empty(), taken, bytes).is_ok() {
-            taken += bytes;
-        }
-    }
-    full.load.open();
-    full.load.verify();
-    let half = full.load.blocks() / 2;
-    assert_eq!(full.load.discard(0, half).no_space, 0, "a discard needs no space of the host");
-    assert_eq!(full.load.flush().no_space, 0);
-    writes_succeed_again(&mut full.load);
-    full.ends_well();
-}
-
-#[test]
-#[ignore = "needs root"]
-fn full_host_lets_a_closed_layer_be_opened() {
-    for found_full in [true, false] {
-        closed_layer_opens::<BlockingEngine>(Arc::new(|| BlockingEngine::new().unwrap()), found_full);
-    }
-}
-
 /// A layer, larger than the loop device that holds it.
 fn full_device(device: &LoopDevice) -> Load<BlockingEngine> {
     let engines: Engines<BlockingEngine> = Arc::new(|| BlockingEngine::new().unwrap());

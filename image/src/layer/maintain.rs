@@ -325,9 +325,13 @@ impl<E: Engine> Driver<E> {
         let kept = kept.unwrap_or_default();
         self.punch_free(0, kept.last().map_or(0, |last| last + 1)).await?;
         for segment in kept {
-            let start = self.layer.core().segments.offset(segment).0;
+            let range = {
+                let core = self.layer.core();
+                let start = core.segments.offset(segment).0;
+                start..start + core.segments.bytes()
+            };
             // It may be a hole. What was given back above is room for it; if not, there is less to begin with.
-            let _ = self.reserve(vec![start..start + self.layer.core().segments.bytes()]).await;
+            let _ = self.reserve(std::iter::once(range).collect()).await;
         }
         if !self.layer.file().is_device() {
             self.io.run(Op::Truncate { file: self.layer.file(), size }).await.result?;
