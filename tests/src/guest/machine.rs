@@ -43,12 +43,14 @@ pub struct Disk {
     pub queues: u16,
     /// Whether the guest may see and switch the backend's write cache (`CONFIG_WCE`).
     pub config_wce: bool,
+    /// Whether QEMU connects again when the backend has gone.
+    pub reconnect: bool,
 }
 
 impl Disk {
     /// A disk with one queue.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into(), queues: 1, config_wce: true }
+        Self { socket: socket.into(), queues: 1, config_wce: true, reconnect: false }
     }
 
     /// A disk with one queue of `qemu-storage-daemon`. Its configuration space (10.0) says
@@ -56,6 +58,13 @@ impl Disk {
     /// may not look flushes.
     pub fn of_qemu(socket: impl Into<PathBuf>) -> Self {
         Self { config_wce: false, ..Self::new(socket) }
+    }
+
+    /// The same disk; when its backend has gone, QEMU waits for another at the same socket.
+    #[must_use]
+    pub fn reconnecting(mut self) -> Self {
+        self.reconnect = true;
+        self
     }
 
     /// The same disk with `queues` queues.
@@ -262,7 +271,8 @@ fn machine_arguments(spec: &GuestSpec, accelerator: Accelerator) -> Vec<String> 
 }
 
 fn disk_arguments(index: usize, disk: &Disk) -> Vec<String> {
-    let chardev = format!("socket,id=disk{index},path={}", disk.socket.display());
+    let reconnect = if disk.reconnect { ",reconnect-ms=100" } else { "" };
+    let chardev = format!("socket,id=disk{index},path={}{reconnect}", disk.socket.display());
     let device = format!(
         "vhost-user-blk-pci,id=vd{index},chardev=disk{index},num-queues={},config-wce={},addr={:#x}",
         disk.queues,
