@@ -4,6 +4,8 @@
 //! The frontend here keeps what QEMU keeps: the memory, the file of what is in flight, the
 //! descriptors. It does not know where the server was, and says "at the used index".
 
+#![allow(clippy::unwrap_used)] // A test, though not in a `#[test]` function.
+
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
