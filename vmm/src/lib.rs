@@ -8,6 +8,9 @@
 
 pub mod bus;
 pub mod config;
+pub mod interrupts;
 pub mod layout;
+pub mod pci;
+pub mod virtio;
 
 pub use config::{Config, Console, Disk, Ending};
