@@ -5,7 +5,7 @@
 //! - [`transport`]: the registers and the states that a driver leads a device through;
 //! - [`function`]: the same as a function on the bus;
 //! - [`rng`]: random numbers;
-//! - [`block`]: disks.
+//! - [`block`]: disks that vhost-user backends serve.
 //!
 //! Notifications reach a device, and interrupts the guest, by descriptors that KVM knows: no request of a guest
 //! passes through this process.
