@@ -28,7 +28,7 @@ pub fn serve(
 ) -> (Server, Arc<RawDevice<UringEngine>>) {
     let device = RawDevice::open(&HostStorage, file, read_only).unwrap();
     let options = Options { queues, ..Options::new(socket) };
-    (Server::start(Arc::clone(&device), options, || UringEngine::new()).unwrap(), device)
+    (Server::start(Arc::clone(&device), options, UringEngine::new).unwrap(), device)
 }
 
 /// In the other process: serves until it is killed. In the test's own process: nothing.
