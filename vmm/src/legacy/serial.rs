@@ -1,7 +1,8 @@
 //! The serial port: a 16550 whose output goes to a file, and a thread that feeds it what is typed.
 //!
 //! The port holds 64 bytes for the guest. What is typed beyond that stays where it is (in a pipe, in the terminal) until
-//! the guest has read on: nothing is lost, and nothing is kept without bound.
+//! the guest has read on: nothing is lost, and nothing is kept without bound. What is typed before the guest asks for
+//! interrupts for it waits as well, because a driver that starts throws away what it finds in the port.
 
 use std::fs::File;
 use std::io::{self, Read as _, Write};
@@ -22,8 +23,12 @@ use crate::machine::ending::Verdict;
 
 /// What is read from the input at once.
 const INPUT_BYTES: usize = 256;
-/// The modem control register, which switches the loop mode on and off: no input reaches the guest in that mode.
+/// Two registers on which it depends whether input can be put into the port: a change lets the thread look again.
+const INTERRUPT_ENABLE: u64 = 1;
 const MODEM_CONTROL: u64 = 4;
+/// Interrupts for received data, and all of those of a 16550. A driver that sets all of them tries the register out.
+const RECEIVED_DATA: u8 = 1;
+const ALL_INTERRUPTS: u8 = 0xf;
 /// How often output that nobody takes is looked at for the end of the machine.
 const OUTPUT_POLL: Timespec = Timespec { tv_sec: 0, tv_nsec: 20_000_000 };
 
@@ -102,7 +107,7 @@ impl BusDevice for Port {
             if let Err(error) = self.serial.write(register as u8, byte) {
                 log::debug!("serial port: {error:?}");
             }
-            if register == MODEM_CONTROL {
+            if register == MODEM_CONTROL || register == INTERRUPT_ENABLE {
                 self.events.room.signal();
             }
         }
@@ -243,7 +248,9 @@ impl Feeder {
             return;
         }
         let mut port = self.port.lock().unwrap_or_else(PoisonError::into_inner);
-        if port.serial.fifo_capacity() == 0 {
+        let enabled = port.serial.state().interrupt_enable;
+        let wanted = enabled & RECEIVED_DATA != 0 && enabled != ALL_INTERRUPTS;
+        if !wanted || port.serial.fifo_capacity() == 0 {
             return;
         }
         match port.serial.enqueue_raw_bytes(&self.waiting) {

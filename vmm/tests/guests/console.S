@@ -9,7 +9,10 @@
         .set LAPIC_SPURIOUS, 0xfee000f0
         .set LINE, 4
 
-main:   cmpb $'i', (%esi)
+main:   mov $(SERIAL + 1), %dx
+        mov $1, %al                     # interrupts for received data: only then there is any
+        out %al, %dx
+        cmpb $'i', (%esi)
         je by_interrupts
         mov $ready, %edi
         call puts
@@ -35,9 +38,6 @@ by_interrupts:
         movl $VECTOR, IOAPIC_DATA       # edge, not masked
         movl $(0x11 + 2 * LINE), IOAPIC_SELECT
         movl $0, IOAPIC_DATA            # to the first processor
-        mov $(SERIAL + 1), %dx
-        mov $1, %al                     # interrupts for received data
-        out %al, %dx
         mov $ready, %edi
         call puts
         sti
@@ -57,7 +57,10 @@ interrupt:
         call putc
         jmp 1b
 2:      movl $0, LAPIC_EOI
-        iret
+        pop %eax                        # as IRET would, which a KVM that interprets does not know
+        add $8, %esp
+        sti
+        jmp *%eax
 
 table:  .word 8 * (VECTOR + 1) - 1
         .long vectors

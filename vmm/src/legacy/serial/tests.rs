@@ -3,6 +3,7 @@ use super::*;
 use std::time::{Duration, Instant};
 
 const DATA: u64 = 0x3f8;
+const INTERRUPTS: u64 = 0x3f9;
 const LINE_STATUS: u64 = 0x3fd;
 const MODEM: u64 = 0x3fc;
 const LIMIT: Duration = Duration::from_secs(20);
@@ -53,6 +54,7 @@ impl Rig {
 fn input_is_not_lost_when_the_guest_is_slow() {
     let mut rig = rig(false);
     let sent: Vec<u8> = (0..5000u32).map(|n| (n % 251) as u8).collect();
+    rig.ports.write(INTERRUPTS, &[RECEIVED_DATA]);
     rig.typed.write_all(&sent).unwrap();
     thread::sleep(Duration::from_millis(50));
     assert_eq!(rig.take(sent.len()), sent);
@@ -63,12 +65,27 @@ fn input_is_not_lost_when_the_guest_is_slow() {
 fn input_waits_while_the_port_talks_to_itself() {
     const LOOP: u8 = 1 << 4;
     let mut rig = rig(false);
+    rig.ports.write(INTERRUPTS, &[RECEIVED_DATA]);
     rig.ports.write(MODEM, &[LOOP]);
     rig.typed.write_all(b"later").unwrap();
     thread::sleep(Duration::from_millis(50));
     assert_eq!(rig.get(LINE_STATUS) & 1, 0);
     rig.ports.write(MODEM, &[0]);
     assert_eq!(rig.take(5), b"later");
+}
+
+#[test]
+fn input_waits_for_a_driver() {
+    let mut rig = rig(false);
+    rig.typed.write_all(b"early").unwrap();
+    // A driver tries the register out, then it throws away what it finds.
+    for enabled in [ALL_INTERRUPTS, 0] {
+        rig.ports.write(INTERRUPTS, &[enabled]);
+        thread::sleep(Duration::from_millis(50));
+        assert_eq!(rig.get(LINE_STATUS) & 1, 0);
+    }
+    rig.ports.write(INTERRUPTS, &[RECEIVED_DATA | 4]);
+    assert_eq!(rig.take(5), b"early");
 }
 
 #[test]
