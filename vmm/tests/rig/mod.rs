@@ -1,4 +1,5 @@
 //! Small guests, assembled from their sources, in a process of their own: the example `boot`.
+#![allow(dead_code, reason = "each test file uses a part")]
 
 use std::fs;
 use std::io::{Read, Write};
