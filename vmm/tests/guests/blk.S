@@ -31,6 +31,9 @@
 # Interrupts: the legacy controllers are masked, a gate for each vector that can come, the local APIC on.
 main:   mov (%esi), %al
         mov %al, mode
+        mov $(SERIAL + 1), %dx
+        mov $1, %al                     # interrupts for received data: only then there is any
+        out %al, %dx
         mov $0xff, %al
         out %al, $0x21
         out %al, $0xa1
