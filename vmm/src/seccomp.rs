@@ -142,6 +142,21 @@ mod tests {
         assert_eq!(KVM_SIGNAL_MSI >> 16 & 0x3fff, size_of::<kvm_bindings::kvm_msi>() as u64);
     }
 
+    /// This very test once more, in a process of its own: there the filter is installed and something forbidden done.
+    #[test]
+    fn what_is_not_allowed_ends_the_process() {
+        const ROLE: &str = "SAPWOOD_VMM_TEST_RESTRICTED";
+        if std::env::var_os(ROLE).is_some() {
+            restrict().unwrap();
+            let _ = std::fs::File::open("/dev/null");
+            return;
+        }
+        let mut again = std::process::Command::new(std::env::current_exe().unwrap());
+        again.args(["--exact", "seccomp::tests::what_is_not_allowed_ends_the_process"]).env(ROLE, "1");
+        let status = again.output().unwrap().status;
+        assert_eq!(std::os::unix::process::ExitStatusExt::signal(&status), Some(libc::SIGSYS), "{status}");
+    }
+
     #[test]
     fn the_filter_is_one() {
         assert!(program().unwrap().len() < 4096);

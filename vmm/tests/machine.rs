@@ -67,6 +67,15 @@ fn a_second_processor() {
 }
 
 #[test]
+fn where_a_bios_would_start_again() {
+    if !kvm("where_a_bios_would_start_again") {
+        return;
+    }
+    let ended = Guest::assemble("processors").run(&["--cpus", "2", "--cmdline", "b"], "");
+    assert_eq!((ended.output.as_str(), ended.status), ("", Some(10)), "{ended:?}");
+}
+
+#[test]
 fn the_console_loses_nothing() {
     if !kvm("the_console_loses_nothing") {
         return;
@@ -124,6 +133,27 @@ fn bad_payloads_are_errors() {
     let large = guest.folder().join("initrd");
     std::fs::File::create(&large).unwrap().set_len(64 << 20).unwrap();
     fails(guest.run(&["--initrd", &large.to_string_lossy()], ""), "does not fit");
+}
+
+#[test]
+fn every_thread_is_restricted() {
+    if !kvm("every_thread_is_restricted") {
+        return;
+    }
+    let guest = Guest::assemble("ends");
+    let mut process = guest.start(&["--cpus", "2", "--cmdline", "h"]);
+    assert_eq!(read(process.output(), 1), "o");
+    let tasks = std::fs::read_dir(format!("/proc/{}/task", process.id())).unwrap();
+    let mut restricted = 0;
+    for task in tasks {
+        let status = std::fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        // A worker of the kernel's may be among them; it makes no system calls.
+        if !status.contains("Name:\tkvm") {
+            assert!(status.contains("Seccomp:\t2"), "{status}");
+            restricted += 1;
+        }
+    }
+    assert_eq!(restricted, 4, "the main thread, the console and two processors");
 }
 
 #[test]

@@ -19,7 +19,7 @@ use acpi_tables::{Aml, AmlSink};
 use vm_memory::{Bytes as _, GuestAddress};
 
 use super::BootError;
-use super::map::{ACPI, HIGH_START};
+use super::map::{ACPI, RESET_VECTOR};
 use crate::layout::{
     IOAPIC, LAPIC, PCI_CONFIG_PORTS, PCI_WINDOW, PVPANIC_PORT, RESET_PORT, SERIAL_IRQ, SERIAL_PORTS,
     SLEEP_PORTS,
@@ -49,7 +49,7 @@ pub const RESET_VALUE: u8 = 1;
 /// Writes the tables; returns the address of the root pointer.
 pub(super) fn write(memory: &super::GuestMemory, cpus: u8) -> Result<u64, BootError> {
     let tables = tables(cpus);
-    assert!(ACPI + tables.len() as u64 <= HIGH_START, "the tables of 255 processors have 3 KiB");
+    assert!(ACPI + tables.len() as u64 <= RESET_VECTOR, "the tables of 255 processors have 3 KiB");
     let failed = |error: vm_memory::GuestMemoryError| BootError::Tables(error.to_string());
     memory.write_slice(&tables, GuestAddress(ACPI)).map_err(failed)?;
     Ok(ACPI)
@@ -246,6 +246,6 @@ mod tests {
 
     #[test]
     fn the_tables_of_the_largest_machine_have_room() {
-        assert!(ACPI + tables(u8::MAX).len() as u64 <= HIGH_START);
+        assert!(ACPI + tables(u8::MAX).len() as u64 <= RESET_VECTOR);
     }
 }

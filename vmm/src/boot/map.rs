@@ -24,6 +24,8 @@ pub const CMDLINE_BYTES_MAX: usize = 0x1_0000;
 const LOW_END: u64 = 0x9_fc00;
 /// Where a BIOS would be: the ACPI tables, the root pointer first, which is looked for here.
 pub const ACPI: u64 = 0xe_0000;
+/// Where a processor in real mode starts, and where a BIOS would be entered to start again.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// The end of the ACPI tables at most, and the first address for a kernel.
 pub const HIGH_START: u64 = 0x10_0000;
 

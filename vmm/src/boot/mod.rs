@@ -18,9 +18,10 @@ use std::os::unix::fs::FileExt as _;
 use linux_loader::loader::elf::PvhBootCapability;
 use vm_memory::{Bytes as _, GuestAddress};
 
+use crate::layout::RESET_PORT;
 use crate::machine::memory::{GuestMemory, ranges};
 use crate::machine::registers::Entry;
-use map::{CMDLINE, CMDLINE_BYTES_MAX, HIGH_START};
+use map::{CMDLINE, CMDLINE_BYTES_MAX, HIGH_START, RESET_VECTOR};
 
 /// No kernel is larger (Linux's own linker script allows 1 GiB with everything in it).
 pub const KERNEL_BYTES_MAX: u64 = 1 << 30;
@@ -121,6 +122,7 @@ pub fn load(
     payload: &mut Payload,
 ) -> Result<Entry, BootError> {
     let rsdp = acpi::write(memory, cpus)?;
+    write_reset_code(memory)?;
     let low_end = ranges(memory_bytes)[0].1;
     let mut magic = [0; 4];
     let kernel_read = |error| BootError::Read { what: "kernel", error };
@@ -146,6 +148,28 @@ pub fn load(
             Ok(Entry::Linux64 { rip: loaded.kernel_load.0, zero_page })
         }
     }
+}
+
+/// What there is of a BIOS: code in real mode that resets the machine. Linux jumps to it to start again, because on a
+/// hardware-reduced machine without EFI it does not use the reset register itself (`reboot_init` in its
+/// arch/x86/kernel/reboot.c).
+fn write_reset_code(memory: &GuestMemory) -> Result<(), BootError> {
+    let [low, high] = (RESET_PORT as u16).to_le_bytes();
+    let code = [
+        0xba,
+        low,
+        high, //                mov dx, RESET_PORT
+        0xb0,
+        acpi::RESET_VALUE, //        mov al, RESET_VALUE
+        0xee,              //                           out dx, al
+        0xfa,
+        0xf4,
+        0xeb,
+        0xfc, //     1:  cli; hlt; jmp 1b
+    ];
+    memory
+        .write_slice(&code, GuestAddress(RESET_VECTOR))
+        .map_err(|error| BootError::Tables(error.to_string()))
 }
 
 /// Writes the command line to its place; `max` counts the NUL at its end.

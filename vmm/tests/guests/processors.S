@@ -1,4 +1,5 @@
-# Starts the second processor as an operating system does (INIT, then SIPI) and waits for what it writes.
+# Starts the second processor as an operating system does (INIT, then SIPI) and waits for what it writes. With `b` as the
+# first letter of the command line the second processor jumps to where a BIOS would start again.
         .include "pvh.inc"
 
         .set LAPIC_ICR_LOW, 0xfee00300
@@ -6,7 +7,9 @@
         .set TRAMPOLINE, 0x10000        # a page of the first MiB, whose number the SIPI carries
         .set ALIVE, 0x11000
 
-main:   mov $trampoline, %esi
+main:   mov (%esi), %al
+        mov %al, letter
+        mov $trampoline, %esi
         mov $TRAMPOLINE, %edi
         mov $(trampoline_end - trampoline), %ecx
         rep movsb
@@ -27,11 +30,15 @@ main:   mov $trampoline, %esi
 
         .code16
 trampoline:
-        mov $(ALIVE >> 4), %ax
+        mov $(TRAMPOLINE >> 4), %ax
         mov %ax, %ds
-        movl $0x1234, 0
+        cmpb $'b', letter - trampoline
+        je 2f
+        movl $0x1234, ALIVE - TRAMPOLINE
 1:      hlt
         jmp 1b
+2:      ljmp $0xf000, $0xfff0
+letter: .byte 0
 trampoline_end:
         .code32
 second: .asciz "the second processor runs\n"
