@@ -91,3 +91,20 @@ pub fn disk(directory: &Path, bytes: u64) -> (PathBuf, PathBuf) {
     std::fs::File::create(&file).unwrap().set_len(bytes).unwrap();
     (file, socket)
 }
+
+/// QEMU's backend.
+pub fn qemu_storage_daemon(file: &Path, socket: &Path) -> Process {
+    let child = Command::new("qemu-storage-daemon")
+        .arg("--blockdev")
+        .arg(format!("driver=file,node-name=disk,filename={}", file.display()))
+        .arg("--export")
+        .arg(format!(
+            "vhost-user-blk,id=e,node-name=disk,writable=on,num-queues=2,addr.type=unix,addr.path={}",
+            socket.display()
+        ))
+        .spawn()
+        .unwrap();
+    let process = Process(child);
+    eventually("qemu-storage-daemon listens", || std::os::unix::net::UnixStream::connect(socket).is_ok());
+    process
+}
