@@ -63,8 +63,17 @@ impl Process {
         process
     }
 
+    /// Stops it; returns when all its threads stand still.
     pub fn pause(&self) {
         kill_process(self.pid(), Signal::STOP).unwrap();
+        let tasks = format!("/proc/{}/task", self.0.id());
+        eventually("the backend stands still", || {
+            std::fs::read_dir(&tasks).unwrap().all(|task| {
+                let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+                // The state follows the name, which is in parentheses.
+                stat.rsplit_once(") ").unwrap().1.starts_with('T')
+            })
+        });
     }
 
     /// Ends it at once, in whatever it is doing.
