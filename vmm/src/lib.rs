@@ -6,8 +6,19 @@
 //! reach through a [`bus`] (`legacy/`, `pci/`, `virtio/`), and the loop that runs it all. `from_disk/` finds the kernel on
 //! the guest's own disk.
 
+pub mod boot;
 pub mod bus;
 pub mod config;
+pub mod event;
+pub mod interrupts;
 pub mod layout;
+pub mod legacy;
+pub mod machine;
+pub mod pci;
+pub mod probe;
+pub mod run;
+pub mod seccomp;
+pub mod virtio;
 
 pub use config::{Config, Console, Disk, Ending};
+pub use run::{Error, run};
