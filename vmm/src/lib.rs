@@ -8,6 +8,7 @@
 
 pub mod bus;
 pub mod config;
+pub mod from_disk;
 pub mod layout;
 
 pub use config::{Config, Console, Disk, Ending};
