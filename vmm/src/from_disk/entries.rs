@@ -131,8 +131,8 @@ fn order(a: &Entry, b: &Entry) -> Ordering {
 
 /// The pattern in `loader.conf` (loader.conf(5)); names that begin with `@` are for systemd-boot's own memory.
 fn default_of(text: &str) -> Option<String> {
-    let lines = text.lines().filter_map(|line| line.trim().split_once(char::is_whitespace));
-    let found = lines.filter(|(key, _)| *key == "default").last()?;
+    let mut lines = text.lines().filter_map(|line| line.trim().split_once(char::is_whitespace));
+    let found = lines.rfind(|(key, _)| *key == "default")?;
     let pattern = found.1.trim();
     (!pattern.is_empty() && !pattern.starts_with('@')).then(|| pattern.to_owned())
 }

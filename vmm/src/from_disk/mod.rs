@@ -13,6 +13,7 @@ mod grub;
 mod naming;
 mod root;
 mod script;
+mod superblock;
 mod table;
 mod version;
 mod view;

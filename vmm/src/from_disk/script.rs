@@ -190,15 +190,11 @@ impl Parser {
 
     fn condition(&mut self, depth: usize) -> Result<Statement, &'static str> {
         let mut branches = Vec::new();
-        loop {
-            // At `if`, `elif`, `else` or `fi`, or at the end of a script that is cut off.
-            let keyword = match self.tokens.next() {
-                Some(Token::Word(word)) => word.plain().unwrap_or_default().to_owned(),
-                _ => break,
-            };
-            let guard = match keyword.as_str() {
-                "fi" => break,
-                "else" => Vec::new(),
+        // At `if`, `elif`, `else` or `fi`, or at the end of a script that is cut off.
+        while let Some(Token::Word(word)) = self.tokens.next() {
+            let guard = match word.plain() {
+                Some("fi") => break,
+                Some("else") => Vec::new(),
                 _ => {
                     let guard = self.statements(&["then"], depth + 1)?;
                     self.tokens.next();

@@ -12,6 +12,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use ext4_view::{Ext4, Ext4Error};
 
+use super::superblock::Superblock;
 use super::table::{self, Partition};
 use super::view::View;
 
@@ -24,19 +25,6 @@ const PATH_BYTES_MAX: usize = 4096;
 const PARTS_MAX: usize = 64;
 /// Links that are followed on the way to a file.
 const LINKS_MAX: usize = 16;
-/// Offsets in the superblock of ext4 (kernel: `Documentation/filesystems/ext4/super.rst`), which lies 1 KiB from the start.
-const SUPERBLOCK: u64 = 1024;
-const BLOCKS_LOW_OFFSET: usize = 0x4;
-const FIRST_BLOCK_OFFSET: usize = 0x14;
-const BLOCK_LOG_OFFSET: usize = 0x18;
-const GROUP_BLOCKS_OFFSET: usize = 0x20;
-const MAGIC_OFFSET: usize = 0x38;
-const BLOCKS_HIGH_OFFSET: usize = 0x150;
-/// Blocks of 64 KiB are the largest.
-const BLOCK_LOG_MAX: u32 = 6;
-/// Groups of 128 MiB, the usual size, are 128 TiB then.
-const GROUPS_MAX: u64 = 1 << 20;
-
 enum FileSystem {
     Ext4(Ext4),
     Fat(fatfs::FileSystem<View>),
@@ -67,8 +55,8 @@ impl Volume {
     /// What there is instead, or what is wrong with it.
     pub fn open(partition: &Partition) -> Result<Self, String> {
         let view = &partition.view;
-        let opened = if check_ext4(view)? {
-            contained(|| Ext4::load(Box::new(view.clone())).map_err(io::Error::other)).map(|ext4| {
+        let opened = if let Some(superblock) = Superblock::of(view)? {
+            contained(|| superblock.load(view)).map(|ext4| {
                 let uuid = ext4.uuid().to_string();
                 (FileSystem::Ext4(ext4), uuid)
             })
@@ -327,29 +315,6 @@ fn find_in_fat<'a>(fat: &'a fatfs::FileSystem<View>, path: &str) -> io::Result<O
         });
     }
     Ok(found)
-}
-
-/// Whether this is ext2, ext3 or ext4, of a size that the crate can be let loose on.
-fn check_ext4(view: &View) -> Result<bool, String> {
-    let mut superblock = [0; 1024];
-    if view.fill(SUPERBLOCK, &mut superblock).is_err() || superblock[MAGIC_OFFSET..][..2] != [0x53, 0xef] {
-        return Ok(false);
-    }
-    let field = |at: usize| u32::from_le_bytes(superblock[at..at + 4].try_into().expect("four bytes"));
-    let blocks = u64::from(field(BLOCKS_LOW_OFFSET)) | u64::from(field(BLOCKS_HIGH_OFFSET)) << 32;
-    let (block_log, group_blocks) = (field(BLOCK_LOG_OFFSET), u64::from(field(GROUP_BLOCKS_OFFSET)));
-    let bad = |what: &str| Err(format!("ext4 with {what}"));
-    if block_log > BLOCK_LOG_MAX {
-        return bad("blocks that are too large");
-    }
-    if blocks.checked_mul(1024 << block_log).is_none_or(|bytes| bytes > view.len()) {
-        return bad("more blocks than the partition has");
-    }
-    let data = blocks.saturating_sub(u64::from(field(FIRST_BLOCK_OFFSET)));
-    if group_blocks == 0 || data.div_ceil(group_blocks) > GROUPS_MAX {
-        return bad("too many block groups");
-    }
-    Ok(true)
 }
 
 /// What else there is, for the message that says why no kernel was found.

@@ -40,23 +40,15 @@ impl Tree {
     }
 
     pub fn ext4(&self, mib: u64, uuid: &str) -> Vec<u8> {
-        let image = tempfile::NamedTempFile::new().unwrap();
-        image.as_file().set_len(mib * MIB).unwrap();
-        let mut command = tool("mke2fs");
-        command.args(["-q", "-F", "-t", "ext4", "-U", uuid, "-d"]).arg(self.folder.path()).arg(image.path());
-        run(&mut command, b"");
-        fs::read(image.path()).unwrap()
+        self.ext(mib, &["-t", "ext4", "-U", uuid])
     }
 
-    /// An old file system: no extents, no checksums.
-    pub fn ext2(&self, mib: u64) -> Vec<u8> {
+    /// ext2 to ext4, by the options of `mke2fs`.
+    pub fn ext(&self, mib: u64, options: &[&str]) -> Vec<u8> {
         let image = tempfile::NamedTempFile::new().unwrap();
         image.as_file().set_len(mib * MIB).unwrap();
         let mut command = tool("mke2fs");
-        command
-            .args(["-q", "-F", "-t", "ext2", "-b", "1024", "-d"])
-            .arg(self.folder.path())
-            .arg(image.path());
+        command.args(["-q", "-F"]).args(options).arg("-d").arg(self.folder.path()).arg(image.path());
         run(&mut command, b"");
         fs::read(image.path()).unwrap()
     }
@@ -111,6 +103,14 @@ fn tabled(command: &mut Command, input: &str, mib: u64, parts: &[(u64, &[u8])]) 
     fs::read(image.path()).unwrap()
 }
 
+/// What `debugfs` makes of an image.
+pub fn edit(image: &[u8], command: &str) -> Vec<u8> {
+    let file = tempfile::NamedTempFile::new().unwrap();
+    fs::write(file.path(), image).unwrap();
+    run(tool("debugfs").args(["-w", "-R", command]).arg(file.path()), b"");
+    fs::read(file.path()).unwrap()
+}
+
 /// A disk in memory.
 pub struct Memory(pub Vec<u8>);
 
@@ -124,6 +124,24 @@ impl DiskReader for Memory {
         let end = offset as usize + buf.len();
         assert!(buf.len() == from_disk::CHUNK || end == self.0.len(), "as the trait promises");
         buf.copy_from_slice(&self.0[offset as usize..end]);
+        Ok(())
+    }
+}
+
+/// An image on a disk of 32 TiB.
+pub struct Vast(pub Vec<u8>);
+
+impl DiskReader for Vast {
+    fn size(&self) -> u64 {
+        1 << 45
+    }
+
+    fn read_at(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        buf.fill(0);
+        if let Some(bytes) = self.0.get(offset as usize..) {
+            let len = bytes.len().min(buf.len());
+            buf[..len].copy_from_slice(&bytes[..len]);
+        }
         Ok(())
     }
 }
