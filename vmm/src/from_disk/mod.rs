@@ -38,6 +38,8 @@ pub const INITRD_BYTES_MAX: u64 = 1 << 30;
 const ENTRIES_MAX: usize = 256;
 /// Lines of what was tried, and names of entries, in a message.
 const LINES_MAX: usize = 24;
+/// Characters of a line, or of a title, that are shown.
+const SHOWN_CHARS_MAX: usize = 240;
 /// The console that the machine has.
 const CONSOLE: &str = "console=ttyS0";
 
@@ -210,8 +212,8 @@ impl System {
             kernel,
             initrd: (!candidate.initrds.is_empty()).then_some(initrd),
             cmdline: with_console(&candidate.cmdline),
-            title: candidate.title.clone(),
-            origin: format!("{}, {}", self.table, candidate.source),
+            title: printable(&candidate.title),
+            origin: format!("{}, {}", self.table, printable(&candidate.source)),
         }))
     }
 }
@@ -240,6 +242,11 @@ fn with_console(cmdline: &str) -> String {
     cmdline
 }
 
+/// Text from the disk as it may be shown on a terminal: without control characters, and not too long.
+fn printable(text: &str) -> String {
+    text.chars().map(|c| if c.is_control() { '?' } else { c }).take(SHOWN_CHARS_MAX).collect()
+}
+
 /// Lines for a message, indented, and not too many.
 fn lines<'a>(all: impl Iterator<Item = &'a str>) -> String {
     let mut text = String::new();
@@ -248,7 +255,7 @@ fn lines<'a>(all: impl Iterator<Item = &'a str>) -> String {
             text.push_str("\n  and more");
             break;
         }
-        let _ = write!(text, "\n  {line}");
+        let _ = write!(text, "\n  {}", printable(line));
     }
     text
 }
