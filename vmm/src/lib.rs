@@ -11,6 +11,7 @@ pub mod bus;
 pub mod config;
 pub mod event;
 pub mod interrupts;
+pub mod from_disk;
 pub mod layout;
 pub mod legacy;
 pub mod machine;

@@ -1,5 +1,6 @@
 //! The `sapwood` command: makes, looks at, copies and serves virtual disks.
 
+mod boot;
 mod cli;
 mod control;
 mod host;
