@@ -221,7 +221,7 @@ fn long_and_hostile_chains_of_the_random_number_device() {
     driver.set_available(0, QUEUE_SIZE * 100);
     driver.kick(0);
     support::eventually("it needs a reset", || driver.status() == STATUS_OK | 64);
-    assert_eq!(machine.kvm.interrupts(), [CONFIG_INTERRUPT]);
+    support::eventually("the interrupt", || machine.kvm.interrupts().contains(&CONFIG_INTERRUPT));
     assert_eq!(driver.read8(driver.isr), 2);
     assert_eq!(driver.read8(driver.isr), 0, "reading clears it");
     driver.start(VERSION_1);
@@ -243,31 +243,7 @@ fn random_accesses_are_harmless() {
         let mut driver = Driver::find(&machine, SLOT);
         let mut random = Random(seed * 0x9e37_79b9);
         driver.start(VERSION_1);
-        for _ in 0..3000 {
-            let len = 1 << random.below(4);
-            let data = if random.below(3) == 0 { random.below(256) } else { random.next() }.to_le_bytes();
-            let data = &data[..len];
-            let parts = [0, 0x1000, 0x2000, 0x3000, 0x4000, 0x6000, 0x7ff8];
-            let part = parts[random.below(parts.len() as u64) as usize];
-            let address = driver.bar() + part + random.below(0x48);
-            match random.below(8) {
-                0 => machine.read(address, &mut vec![0; len]),
-                1 => {
-                    machine.ports.write(0xcf8, &(0x8000_0800 | random.below(256) as u32).to_le_bytes());
-                    machine.ports.read(0xcfc + random.below(4), &mut vec![0; len]);
-                }
-                2 if random.below(4) == 0 => {
-                    machine.ports.write(0xcf8, &(0x8000_0800 | random.below(256) as u32).to_le_bytes());
-                    machine.ports.write(0xcfc + random.below(4), data);
-                    // Bring the memory back most of the time, or nothing else would be reached.
-                    machine.config_write(SLOT, 0x10, 0xc000_0000);
-                    machine.config_write(SLOT, 4, 6);
-                }
-                _ => machine.write(address, data),
-            }
-        }
-        machine.config_write(SLOT, 0x10, 0xc000_0000);
-        machine.config_write(SLOT, 4, 2);
+        driver.disturb(&mut random, 3000);
         driver.start(VERSION_1);
         works(&mut driver);
     }

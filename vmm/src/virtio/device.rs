@@ -3,8 +3,10 @@
 //! held up by a backend, and what the guest wants is a state, not a queue of orders that could grow.
 
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -130,6 +132,11 @@ impl Link {
         wanted.end || wanted.epoch != self.reached.load(Ordering::Acquire)
     }
 
+    /// Whether the machine ends.
+    pub fn is_ending(&self) -> bool {
+        lock(&self.wanted).end
+    }
+
     /// For the device's thread: an epoch has been brought about.
     pub fn reach(&self, epoch: u64) {
         self.reached.store(epoch, Ordering::Release);
@@ -236,17 +243,24 @@ pub struct Device {
     pub link: Arc<Link>,
 }
 
+/// How long a device's thread may take to end in order.
+const END_MAX: Duration = Duration::from_secs(2);
+
 /// The thread of a device. Dropping it ends it.
 pub struct Worker {
     link: Arc<Link>,
     thread: Option<JoinHandle<()>>,
+    /// Closed when the thread ends.
+    ended: Receiver<()>,
+    /// When it has to have ended, once it was told to.
+    deadline: Option<Instant>,
     /// Makes it leave what it waits for besides the wake event.
     interrupt: Box<dyn Fn() + Send + Sync>,
 }
 
 impl Worker {
-    /// Runs `body` in a thread of its own until it returns, which it does soon after the end is wanted and
-    /// `interrupt` has been called.
+    /// Runs `body` in a thread of its own until it returns, which it does soon after the end is wanted, at the latest
+    /// when `interrupt` has been called.
     ///
     /// # Errors
     /// The system has no threads left.
@@ -256,15 +270,29 @@ impl Worker {
         interrupt: impl Fn() + Send + Sync + 'static,
         body: impl FnOnce() + Send + 'static,
     ) -> std::io::Result<Self> {
-        let thread = std::thread::Builder::new().name(name).spawn(body)?;
-        Ok(Self { link: Arc::clone(link), thread: Some(thread), interrupt: Box::new(interrupt) })
+        let (end, ended) = channel::<()>();
+        let thread = std::thread::Builder::new().name(name).spawn(move || {
+            body();
+            drop(end);
+        })?;
+        let interrupt = Box::new(interrupt);
+        Ok(Self { link: Arc::clone(link), thread: Some(thread), ended, deadline: None, interrupt })
+    }
+
+    /// Tells the thread to end, without waiting.
+    pub fn tell_end(&mut self) {
+        self.link.want(|wanted| wanted.end = true);
+        self.deadline.get_or_insert_with(|| Instant::now() + END_MAX);
     }
 }
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.link.want(|wanted| wanted.end = true);
-        (self.interrupt)();
+        self.tell_end();
+        let left = self.deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        if let Err(RecvTimeoutError::Timeout) = self.ended.recv_timeout(left.unwrap_or(END_MAX)) {
+            (self.interrupt)();
+        }
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             log::error!("a device's thread panicked");
         }

@@ -90,8 +90,7 @@ impl Failure {
 /// The devices of a machine. Dropping them ends their threads: not before the processors have stopped.
 pub struct Devices {
     root: Arc<Mutex<Root>>,
-    /// Held for its end.
-    _workers: Vec<Worker>,
+    workers: Vec<Worker>,
     failure: Arc<Failure>,
     notified: Vec<Arc<AtomicU64>>,
 }
@@ -150,7 +149,7 @@ impl Devices {
             workers.push(worker);
         }
         let root = Arc::new(Mutex::new(root));
-        Ok(Self { root, _workers: workers, failure, notified })
+        Ok(Self { root, workers, failure, notified })
     }
 
     /// Puts the devices where the processors reach them.
@@ -167,6 +166,13 @@ impl Devices {
     /// if the guest does nothing unusual.
     pub fn notified(&self) -> u64 {
         self.notified.iter().map(|count| count.load(Ordering::Relaxed)).sum()
+    }
+}
+
+impl Drop for Devices {
+    fn drop(&mut self) {
+        // All at once: each waits a while for a backend that does not answer.
+        self.workers.iter_mut().for_each(Worker::tell_end);
     }
 }
 

@@ -120,8 +120,8 @@ impl Active {
         self.start.queues.first()?.as_ref().map(|queue| &*queue.kick)
     }
 
-    /// Answers what is available. At most a queue full at a time, so that a driver that never stops asking does not
-    /// keep the thread from its orders.
+    /// Answers what is available. A driver that never stops asking does not keep the thread from what else is wanted
+    /// of it, which `interrupted` tells.
     fn serve(
         &mut self,
         memory: &GuestMemoryMmap<()>,

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use vm_memory::{Bytes, GuestAddress};
 
-use super::{HIGH, Machine, eventually};
+use super::{HIGH, Machine, Random, eventually};
 
 /// Entries in each queue.
 pub const QUEUE_SIZE: u16 = 16;
@@ -192,7 +192,7 @@ impl<'a> Driver<'a> {
 
     fn set_interrupts(&self) {
         let control = self.machine.config_read(self.slot, self.msix);
-        self.machine.config_write(self.slot, self.msix, control | 1 << 31);
+        self.machine.config_write(self.slot, self.msix, control & !(1 << 30) | 1 << 31);
         for entry in 0..=self.queue_count() {
             let at = self.table + u64::from(entry) * 16;
             self.write32(at, 0xfee0_0000);
@@ -316,5 +316,39 @@ impl<'a> Driver<'a> {
             found.is_some()
         });
         found.unwrap()
+    }
+
+    /// Accesses of any kind to any part of the device, and then its memory where it was.
+    pub fn disturb(&self, random: &mut Random, count: usize) {
+        let (machine, bar) = (self.machine, self.bar());
+        let select = |random: &mut Random| {
+            let address = 0x8000_0000 | self.slot << 11 | random.below(256) as u32;
+            machine.ports.write(0xcf8, &address.to_le_bytes());
+            0xcfc + random.below(4)
+        };
+        let restore = || {
+            machine.config_write(self.slot, 0x10, bar as u32);
+            machine.config_write(self.slot, 4, 6);
+        };
+        for _ in 0..count {
+            let len = 1 << random.below(4);
+            let data = if random.below(3) == 0 { random.below(256) } else { random.next() }.to_le_bytes();
+            let parts =
+                [self.common, self.isr, self.config, self.notify, self.table, self.pending, bar + 0x7ff8];
+            let address = parts[random.below(parts.len() as u64) as usize] + random.below(0x48);
+            match random.below(16) {
+                0 | 1 => machine.read(address, &mut vec![0; len]),
+                2 => machine.ports.read(select(random), &mut vec![0; len]),
+                3 => {
+                    machine.ports.write(select(random), &data[..len]);
+                    // Or nothing else would be reached for long.
+                    if random.below(2) == 0 {
+                        restore();
+                    }
+                }
+                _ => machine.write(address, &data[..len]),
+            }
+        }
+        restore();
     }
 }

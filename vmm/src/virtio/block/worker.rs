@@ -93,7 +93,7 @@ impl<R: Fn(Error)> Disk<R> {
         loop {
             let wanted = self.link.take();
             if wanted.end {
-                // The guest does not run any more, but its memory is to be left alone before it goes.
+                // The guest does not run any more, but what it has asked for is to be done in order.
                 return self.stop();
             }
             self.obey(wanted);
