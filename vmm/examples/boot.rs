@@ -1,6 +1,6 @@
 //! Runs a machine with its serial port on standard input and output.
 //!
-//! `boot KERNEL [--initrd FILE] [--cmdline TEXT] [--mem MIB] [--cpus N] [--disk SOCKET]... [--escape] [--probe]`
+//! `boot KERNEL [--initrd FILE] [--cmdline TEXT] [--mem MIB] [--cpus N] [--disk SOCKET]... [--escape] [--no-input]`, or `boot --probe`
 //!
 //! It ends with status 0 where the guest powered off, 10 for a reboot, 11 for a panic, 12 for a crash, 13 where it was
 //! stopped, 1 for an error.

@@ -1,3 +1,5 @@
+//! Kernels as they should be, and hostile ones.
+
 use super::*;
 
 use std::io::Write as _;

@@ -170,6 +170,7 @@ impl Input {
             waiting: Vec::new(),
         };
         let thread = thread::Builder::new().name("console".to_owned()).spawn(move || {
+            let _on_panic = feeder.verdict.on_panic();
             if let Err(error) = feeder.run() {
                 log::warn!("the console takes no more input: {error}");
             }

@@ -51,15 +51,44 @@ impl Verdict {
         &self.shared.event
     }
 
+    /// Keep this on a thread of the machine: the machine ends when the thread panics, and does not go on without it.
+    pub fn on_panic(&self) -> OnPanic {
+        OnPanic(self.clone())
+    }
+
     /// How it ended; once.
     pub fn take(&self) -> Option<Result<Ending, Error>> {
         self.shared.first.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }
 
+/// See [`Verdict::on_panic`].
+pub struct OnPanic(Verdict);
+
+impl Drop for OnPanic {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.end(Err(Error::Thread));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_thread_that_panics_ends_the_machine() {
+        let verdict = Verdict::new().unwrap();
+        let on_panic = verdict.on_panic();
+        std::thread::spawn(move || {
+            let _on_panic = on_panic;
+            panic!("a mistake of ours");
+        })
+        .join()
+        .unwrap_err();
+        assert!(matches!(verdict.take(), Some(Err(Error::Thread))));
+    }
 
     #[test]
     fn the_first_is_right() {

@@ -70,6 +70,7 @@ impl Threads {
             let ready = ready.clone();
             let name = format!("cpu{}", cpu.id);
             let thread = thread::Builder::new().name(name).spawn(move || {
+                let _on_panic = cpu.verdict.on_panic();
                 // Once when the thread is there, once when it may begin.
                 ready.wait();
                 ready.wait();

@@ -1,3 +1,5 @@
+//! The serial port with a pipe at each end.
+
 use super::*;
 
 use std::time::{Duration, Instant};
