@@ -125,10 +125,10 @@ fn kill(running: &mut Running, which: &str) -> String {
     let children = running.children();
     let (pid, _) =
         children.iter().find(|(_, line)| line.contains(which)).unwrap_or_else(|| panic!("{children:?}"));
-    kill_process(Pid::from_raw(*pid).unwrap(), Signal::KILL).unwrap();
+    kill_process(Pid::from_raw(*pid).expect("it runs"), Signal::KILL).expect("it runs");
     assert_eq!(running.ends().code(), Some(1));
     let mut said = String::new();
-    running.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    running.child.stderr.take().expect("text").read_to_string(&mut said).expect("text");
     said
 }
 

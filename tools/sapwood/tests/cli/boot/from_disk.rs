@@ -11,19 +11,19 @@ use super::{Lab, has_kvm};
 fn lab() -> Lab {
     let lab = Lab::new("", POWER_OFF);
     let tree = lab.place.path("tree");
-    fs::create_dir_all(tree.join("boot")).unwrap();
-    fs::create_dir_all(tree.join("etc")).unwrap();
-    fs::write(tree.join("etc/fstab"), "").unwrap();
-    fs::write(tree.join("boot/vmlinuz-6.1.0-2"), guests::kernel("new\n", POWER_OFF)).unwrap();
-    fs::write(tree.join("boot/initrd.img-6.1.0-2"), "an initial file system").unwrap();
-    fs::write(tree.join("boot/vmlinuz-6.1.0-1"), guests::kernel("old\n", RESTART)).unwrap();
-    fs::File::create(lab.place.path("disk.raw")).unwrap().set_len(16 << 20).unwrap();
+    fs::create_dir_all(tree.join("boot")).expect("a folder");
+    fs::create_dir_all(tree.join("etc")).expect("a folder");
+    fs::write(tree.join("etc/fstab"), "").expect("a file");
+    fs::write(tree.join("boot/vmlinuz-6.1.0-2"), guests::kernel("new\n", POWER_OFF)).expect("a file");
+    fs::write(tree.join("boot/initrd.img-6.1.0-2"), "an initial file system").expect("a file");
+    fs::write(tree.join("boot/vmlinuz-6.1.0-1"), guests::kernel("old\n", RESTART)).expect("a file");
+    fs::File::create(lab.place.path("disk.raw")).expect("a file").set_len(16 << 20).expect("a file");
     let mut format = Command::new("mke2fs");
     format.env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin").args(["-q", "-F", "-t", "ext4", "-d"]).arg(&tree);
     assert!(
         format.arg(lab.place.path("disk.raw")).status().expect("mke2fs is installed (e2fsprogs)").success()
     );
-    fs::remove_file(lab.place.path("disk.layer")).unwrap();
+    fs::remove_file(lab.place.path("disk.layer")).expect("a file");
     lab.place.sapwood("create -b disk.raw -F raw disk.layer").text();
     lab
 }

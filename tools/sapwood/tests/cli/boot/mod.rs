@@ -38,8 +38,8 @@ struct Lab {
 impl Lab {
     fn new(text: &str, then: Then) -> Self {
         let place = Place::new();
-        fs::write(place.path("kernel"), guests::kernel(text, then)).unwrap();
-        fs::create_dir(place.path("tmp")).unwrap();
+        fs::write(place.path("kernel"), guests::kernel(text, then)).expect("a file");
+        fs::create_dir(place.path("tmp")).expect("a folder");
         place.sapwood("create disk.layer 64M").text();
         Self { place }
     }
@@ -78,7 +78,7 @@ impl Lab {
     fn is_clean(&self) {
         let left = processes_of(&self.place.path("tmp"));
         assert!(left.is_empty(), "{left:?}");
-        let left: Vec<_> = fs::read_dir(self.place.path("tmp")).unwrap().collect();
+        let left: Vec<_> = fs::read_dir(self.place.path("tmp")).expect("a folder").collect();
         assert!(left.is_empty(), "{left:?}");
         let info = self.place.sapwood("info --output=json disk.layer").json();
         assert_eq!(info["dirty-flag"], false);
@@ -126,10 +126,10 @@ impl Running {
     fn ends(&mut self) -> std::process::ExitStatus {
         let mut status = None;
         wait_until("sapwood boot ends", || {
-            status = self.child.try_wait().unwrap();
+            status = self.child.try_wait().expect("its status");
             status.is_some()
         });
-        status.unwrap()
+        status.expect("it has ended")
     }
 
     /// Its children, each with its command line.
@@ -158,7 +158,7 @@ struct Process {
 /// All that there are, but for those that have ended and wait for their parent.
 fn processes() -> Vec<Process> {
     let mut all = Vec::new();
-    for entry in fs::read_dir("/proc").unwrap().flatten() {
+    for entry in fs::read_dir("/proc").expect("a folder").flatten() {
         let Ok(pid) = entry.file_name().to_string_lossy().parse() else { continue };
         let read = |name: &str| fs::read(entry.path().join(name)).unwrap_or_default();
         let line = String::from_utf8_lossy(&read("cmdline")).replace('\0', " ");
@@ -191,10 +191,10 @@ fn wait_until(what: &str, mut happened: impl FnMut() -> bool) {
 
 /// Sockets below a folder.
 fn sockets(folder: &Path) -> Vec<PathBuf> {
-    let inner = fs::read_dir(folder).unwrap().flatten().map(|entry| entry.path());
+    let inner = fs::read_dir(folder).expect("a folder").flatten().map(|entry| entry.path());
     inner
         .filter(|path| path.is_dir())
-        .flat_map(|path| fs::read_dir(path).unwrap().flatten())
+        .flat_map(|path| fs::read_dir(path).expect("a folder").flatten())
         .map(|e| e.path())
         .collect()
 }

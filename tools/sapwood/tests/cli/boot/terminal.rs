@@ -23,14 +23,15 @@ struct Session {
 
 impl Session {
     fn start(lab: &Lab, arguments: &str) -> Self {
-        let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).unwrap();
-        grantpt(&user).unwrap();
-        unlockpt(&user).unwrap();
-        let name = ptsname(&user, Vec::new()).unwrap().into_string().unwrap();
-        let terminal = OpenOptions::new().read(true).write(true).open(name).unwrap();
-        let before = tcgetattr(&terminal).unwrap();
-        let stdio = || Stdio::from(terminal.try_clone().unwrap());
-        let child = lab.command(arguments).stdin(stdio()).stdout(stdio()).stderr(stdio()).spawn().unwrap();
+        let user = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).expect("a terminal");
+        grantpt(&user).expect("a terminal");
+        unlockpt(&user).expect("a terminal");
+        let name = ptsname(&user, Vec::new()).expect("a terminal").into_string().expect("a terminal");
+        let terminal = OpenOptions::new().read(true).write(true).open(name).expect("it can be read");
+        let before = tcgetattr(&terminal).expect("a terminal");
+        let stdio = || Stdio::from(terminal.try_clone().expect("a terminal"));
+        let child =
+            lab.command(arguments).stdin(stdio()).stdout(stdio()).stderr(stdio()).spawn().expect("it starts");
         Self { user: user.into(), terminal, child, before }
     }
 
@@ -41,19 +42,19 @@ impl Session {
         while !String::from_utf8_lossy(&shown).contains(text) {
             let second = Timespec { tv_sec: 1, tv_nsec: 0 };
             let mut fds = [PollFd::new(&self.user, PollFlags::IN)];
-            if poll(&mut fds, Some(&second)).unwrap() > 0 {
+            if poll(&mut fds, Some(&second)).expect("it can be waited for") > 0 {
                 let mut buffer = [0; 256];
-                let n = self.user.read(&mut buffer).unwrap();
+                let n = self.user.read(&mut buffer).expect("it can be read");
                 shown.extend(&buffer[..n]);
             }
             assert!(Instant::now() < deadline, "{:?}", String::from_utf8_lossy(&shown));
         }
-        String::from_utf8(shown).unwrap()
+        String::from_utf8(shown).expect("text")
     }
 
     fn is_raw(&self) -> bool {
         !tcgetattr(&self.terminal)
-            .unwrap()
+            .expect("a terminal")
             .local_modes
             .intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG)
     }
@@ -63,11 +64,11 @@ impl Session {
     fn ends(&mut self, code: i32) {
         let mut status = None;
         wait_until("sapwood boot ends", || {
-            status = self.child.try_wait().unwrap();
+            status = self.child.try_wait().expect("its status");
             status.is_some()
         });
-        assert_eq!(status.unwrap().code(), Some(code));
-        let after = tcgetattr(&self.terminal).unwrap();
+        assert_eq!(status.expect("it has ended").code(), Some(code));
+        let after = tcgetattr(&self.terminal).expect("a terminal");
         let modes = |t: &Termios| (t.input_modes, t.output_modes, t.control_modes, t.local_modes);
         assert_eq!(modes(&after), modes(&self.before));
     }
