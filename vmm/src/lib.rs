@@ -10,6 +10,7 @@ pub mod boot;
 pub mod bus;
 pub mod config;
 pub mod event;
+pub mod from_disk;
 pub mod interrupts;
 pub mod layout;
 pub mod legacy;

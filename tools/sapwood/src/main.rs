@@ -1,5 +1,6 @@
 //! The `sapwood` command: makes, looks at, copies and serves virtual disks.
 
+mod boot;
 mod cli;
 mod control;
 mod host;
@@ -39,4 +40,14 @@ fn main() -> ExitCode {
             }
         },
     }
+}
+
+/// A failed assertion ends the process, whatever thread it is in: going on with a state that is
+/// known to be wrong is worse than recovering from a stop.
+fn abort_on_panic() {
+    let report = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        report(panic);
+        std::process::abort();
+    }));
 }

@@ -1,5 +1,6 @@
 //! The command line: one file per command.
 
+mod boot;
 mod check;
 mod commit;
 mod compact;
@@ -21,6 +22,7 @@ mod size;
 
 use clap::{Parser, Subcommand};
 
+use crate::boot::Worker;
 use crate::host::{EngineKind, Host};
 
 /// Copy-on-write disks for virtual machines: make them, look at them, copy them, serve them
@@ -50,6 +52,9 @@ enum Command {
     Commit(commit::Commit),
     Compact(compact::Compact),
     Serve(serve::Serve),
+    Boot(boot::Boot),
+    #[command(hide = true)]
+    BootWorker(Worker),
 }
 
 impl Cli {
@@ -68,20 +73,24 @@ impl Cli {
 
     /// Does what was asked; the exit code.
     pub fn run(self) -> anyhow::Result<u8> {
-        let host = Host::new(self.engine);
-        match self.command {
-            Command::Create(command) => command.run(&host).map(|()| 0),
-            Command::Info(command) => command.run(&host).map(|()| 0),
-            Command::Map(command) => command.run(&host).map(|()| 0),
-            Command::Check(command) => command.run(&host),
-            Command::Convert(command) => command.run(&host).map(|()| 0),
-            Command::Compare(command) => command.run(&host),
-            Command::Resize(command) => command.run(&host).map(|()| 0),
-            Command::Rebase(command) => command.run(&host).map(|()| 0),
-            Command::Flatten(command) => command.run(&host).map(|()| 0),
-            Command::Commit(command) => command.run(&host).map(|()| 0),
-            Command::Compact(command) => command.run(&host).map(|()| 0),
-            Command::Serve(command) => command.run(&host).map(|()| 0),
+        let Self { command, engine } = self;
+        // Not for those that need none: it tries what the kernel offers.
+        let host = || Host::new(engine);
+        match command {
+            Command::Create(command) => command.run(&host()).map(|()| 0),
+            Command::Info(command) => command.run(&host()).map(|()| 0),
+            Command::Map(command) => command.run(&host()).map(|()| 0),
+            Command::Check(command) => command.run(&host()),
+            Command::Convert(command) => command.run(&host()).map(|()| 0),
+            Command::Compare(command) => command.run(&host()),
+            Command::Resize(command) => command.run(&host()).map(|()| 0),
+            Command::Rebase(command) => command.run(&host()).map(|()| 0),
+            Command::Flatten(command) => command.run(&host()).map(|()| 0),
+            Command::Commit(command) => command.run(&host()).map(|()| 0),
+            Command::Compact(command) => command.run(&host()).map(|()| 0),
+            Command::Serve(command) => command.run(&host()).map(|()| 0),
+            Command::Boot(command) => command.run(),
+            Command::BootWorker(worker) => worker.run(),
         }
     }
 }

@@ -8,6 +8,7 @@ use std::thread::{self, JoinHandle};
 use anyhow::Context;
 use clap::Args;
 use rustix::fs::Mode;
+use rustix::process::Signal;
 use sapwood_blockdev::device::{BlockDevice, Geometry};
 use sapwood_blockdev::io::{Io, block_on};
 use sapwood_blockdev::storage::HostStorage;
@@ -20,6 +21,7 @@ use signal_hook::iterator::Signals;
 
 use super::reading::Reading;
 use super::{output, size};
+use crate::boot::{CHILD_OF, end_with, remove_folder_of};
 use crate::control::{Control, Served};
 use crate::host::{Host, HostEngine};
 
@@ -79,6 +81,10 @@ pub struct Serve {
     #[command(flatten)]
     reading: Reading,
 
+    /// Stop when this process, the one that started this one, has ended
+    #[arg(long = CHILD_OF, value_name = "PID", hide = true)]
+    child_of: Option<u32>,
+
     /// The disk
     #[arg(value_name = "DISK")]
     path: PathBuf,
@@ -86,7 +92,10 @@ pub struct Serve {
 
 impl Serve {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
-        abort_on_panic();
+        if let Some(parent) = self.child_of {
+            end_with(parent, Signal::TERM)?;
+        }
+        crate::abort_on_panic();
         // Before there are threads: the socket, and all else we make, is this user's alone.
         rustix::process::umask(Mode::RWXG | Mode::RWXO);
         let mut signals = signals().context("cannot take signals")?;
@@ -109,6 +118,9 @@ impl Serve {
             log::error!("the maintenance thread panicked");
         }
         log_map(&disk);
+        if self.child_of.is_some() {
+            remove_folder_of(&self.socket);
+        }
         served?;
         closed?;
         log::info!("stopped: everything is durable");
@@ -189,16 +201,6 @@ async fn open(
     let committed = layer::commit(storage, io, path, false, Tuning::default(), &mut |_, _| {}).await?;
     log::info!("{}: it is merged into {}", path.display(), committed.base.display());
     Disk::open(storage, io, path, options).await
-}
-
-/// A failed assertion ends the process, whatever thread it is in: going on with a state that is
-/// known to be wrong is worse than recovering from a stop.
-fn abort_on_panic() {
-    let report = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |panic| {
-        report(panic);
-        std::process::abort();
-    }));
 }
 
 /// The signals that end the server. From the second one on they end the process.

@@ -9,7 +9,7 @@ const READERS: [&str; 6] =
     ["info IN", "map IN", "map --output=json IN", "check IN", "convert -O raw IN out.raw", "compare IN IN"];
 
 /// Commands that open a disk for writing.
-const WRITERS: [&str; 8] = [
+const WRITERS: [&str; 9] = [
     "resize IN 16M",
     "serve IN --socket socket",
     "convert -n -f raw -O layer disk.raw IN",
@@ -18,11 +18,12 @@ const WRITERS: [&str; 8] = [
     "flatten IN",
     "commit IN",
     "compact IN",
+    "boot --skip-probe IN",
 ];
 
-const COMMANDS: [&str; 12] = [
+const COMMANDS: [&str; 13] = [
     "create", "info", "map", "check", "convert", "compare", "resize", "rebase", "flatten", "commit",
-    "compact", "serve",
+    "compact", "serve", "boot",
 ];
 
 /// The code for "could not", which for compare must not be the one for "different".

@@ -2,6 +2,7 @@
 //! each does.
 
 mod bases;
+mod boot;
 mod contract;
 mod control;
 mod device;
