@@ -13,4 +13,5 @@ echo poweroff >/run/sapwood/ending
 echo SAPWOOD-BEGIN
 /bin/sh /run/sapwood/script.sh
 echo "SAPWOOD-RESULT $?"
-systemctl --no-block "$(cat /run/sapwood/ending)"
+# At once: no unit holds anything that unmounting does not bring to the disk.
+systemctl --force "$(cat /run/sapwood/ending)"
