@@ -36,7 +36,6 @@ value up $(cut -d' ' -f1 /proc/uptime)
 /// Names the inner tests that run: a part of their names.
 const FILTER: &str = "SAPWOOD_NESTED";
 
-
 #[test]
 #[ignore = "boots guests: cargo xtask test --only nested"]
 fn in_a_guest_that_has_kvm() -> Result<()> {
