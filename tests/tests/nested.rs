@@ -17,7 +17,7 @@ use sapwood_tests::guest::lab::Lab;
 use sapwood_tests::guest::{Assets, Backend, BackendSpec, Disk, Guest, GuestSpec, Vmm, sapwood_program};
 
 /// All inner tests together may take as long.
-const ALL_LIMIT: Duration = Duration::from_secs(900);
+const ALL_LIMIT: Duration = Duration::from_secs(1500);
 /// Memory of the guest in which the others run, in MiB: theirs, and their layers.
 const OUTER_MEMORY_MIB: u32 = 3072;
 
@@ -102,7 +102,7 @@ mod kvm {
     use super::*;
 
     /// How long one guest may take.
-    const GUEST_LIMIT: Duration = Duration::from_secs(240);
+    const GUEST_LIMIT: Duration = Duration::from_secs(600);
     /// The exit code of `sapwood boot` when the guest's kernel panicked (docs/cli.md).
     const EXIT_PANIC: i32 = 10;
     const DATA_MIB: u32 = 64;
@@ -197,7 +197,7 @@ value sum $(sha256sum </dev/vdb | cut -c1-64)
         lab.sapwood(&["create", "-f", "layer", "-b", text(&base)?, "-F", "raw", text(&disk)?])?;
         let data = lab.data();
         let mut arguments = words(&[text(&disk)?, "--disk", text(&data)?, "--cpus", "2", "--memory", "512M"]);
-        arguments.extend(words(&["--append", "quiet systemd.show_status=no", "--timeout", "230"]));
+        arguments.extend(words(&["--append", "quiet systemd.show_status=no", "--timeout", "590"]));
         let spec = BootSpec { arguments, script: WRITE_REBOOT_LOOK.to_owned(), limit: GUEST_LIMIT };
         let guest = Guest::boot_from_disk(&spec, &sapwood_program()?)?;
         let (code, report) = guest.exit()?;
