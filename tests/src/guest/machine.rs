@@ -235,10 +235,11 @@ impl Guest {
     /// The report, and what the VMM and the kernel wrote.
     fn end(mut self) -> Result<(GuestReport, String)> {
         let left = self.deadline.saturating_duration_since(Instant::now());
-        if let Err(error) = self.vmm.wait(left) {
-            bail!("{error:#}\n{}", self.state());
-        }
-        let context = format!("{}\n{}", self.vmm.stderr(), self.console());
+        let status = match self.vmm.wait(left) {
+            Ok(status) => status,
+            Err(error) => bail!("{error:#}\n{}", self.state()),
+        };
+        let context = format!("{status}: {}\n{}", self.vmm.stderr(), self.console());
         let report = self.lines.finish(self.started);
         if report.timed_out() || report.status().is_none() {
             bail!("the guest ended before its script: {}\n{context}", report.tail(TAIL_LINES));
