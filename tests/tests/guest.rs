@@ -1,5 +1,6 @@
 //! Real Debian guests on Sapwood disks: what they wrote is there after a restart, a killed guest, a
 //! backend stopped under load and a killed backend; and `sapwood convert` agrees with what they saw.
+//! With a frontend that connects again, the guest goes on over kills of its backend.
 //!
 //! Each test boots guests for a minute or more, so that a plain `cargo test` leaves them out:
 //! `cargo xtask test --only guests` runs them.
@@ -105,6 +106,33 @@ while :; do
     rm /mnt/scratch
     quietly fstrim /mnt
 done
+"#;
+
+/// Writes and verifies for 45 s, behind the page cache's back. Whatever becomes of the backends
+/// meanwhile, the guest must not notice.
+const WRITE_AND_VERIFY: &str = r#"
+mkfs.ext4 -q -E lazy_itable_init=0,lazy_journal_init=0 /dev/vdb 160m
+mount /dev/vdb /mnt
+mark "at work"
+end=$(($(date +%s) + 45))
+rounds=0
+while [ $(date +%s) -lt $end ]; do
+    rounds=$((rounds + 1))
+    quietly fio --name=files --directory=/mnt --size=4m --numjobs=2 --ioengine=libaio --iodepth=32 \
+        --direct=1 --rw=randwrite --bs=4k --verify=crc32c --verify_fatal=1 --fsync=64
+    quietly fio --name=raw --filename=/dev/vdb --offset=170m --size=8m --ioengine=libaio --iodepth=32 \
+        --direct=1 --rw=randtrimwrite --bs=8k --verify=crc32c --verify_fatal=1
+    head -c 3000000 /dev/urandom >/mnt/fill
+    sha256sum </mnt/fill >/tmp/sum
+    sync
+    echo 3 >/proc/sys/vm/drop_caches
+    sha256sum </mnt/fill | cmp - /tmp/sum
+done
+value rounds $rounds
+umount /mnt
+quietly e2fsck -fn /dev/vdb
+if dmesg | grep -i "i/o error"; then exit 1; fi
+value sum $(sha256sum </dev/vdb)
 "#;
 
 /// What is left is a clean file system with every file that was reported durable.
@@ -231,4 +259,26 @@ fn a_killed_backend_loses_nothing_durable() -> Result<()> {
         let report = guest.kill()?;
         Ok((report, lab.serve()?))
     })
+}
+
+#[test]
+#[ignore = "boots guests: cargo xtask test --only guests"]
+fn a_guest_does_not_notice_that_its_backends_are_killed_and_started_again() -> Result<()> {
+    const KILLS: u32 = 10;
+    let lab = Lab::new(DATA_MIB)?;
+    let mut served = lab.serve()?;
+    let disks = served.disks().into_iter().map(Disk::reconnecting).collect();
+    let guest = lab.boot(disks, WRITE_AND_VERIFY)?;
+    guest.wait_for("at work", READY_LIMIT)?;
+    for _ in 0..KILLS {
+        thread::sleep(Duration::from_millis(2500));
+        served.kill()?;
+        served = lab.serve()?;
+    }
+    let report = guest.succeed()?;
+    served.stop()?;
+    lab.check()?;
+    assert_eq!(device_sum(&report), lab.convert_data("data.raw")?);
+    println!("{KILLS} kills in {} rounds", report.value("rounds").unwrap_or_default());
+    Ok(())
 }

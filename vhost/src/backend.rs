@@ -23,6 +23,7 @@ use vhost::vhost_user::{
 use crate::config::{self, CONFIG_BYTES, WRITEBACK_OFFSET};
 use crate::features::{Features, protocol_offered};
 use crate::guest::{GuestMap, Place, REGIONS_MAX, Region};
+use crate::inflight::Inflight;
 use crate::notify::{Kick, Notifier};
 use crate::queue::{Ring, RingAddresses};
 use crate::worker::{Start, Worker};
@@ -50,6 +51,7 @@ pub(crate) struct Backend<D> {
     map: GuestMap,
     features: Features,
     protocol: VhostUserProtocolFeatures,
+    inflight: Option<Inflight>,
     writeback: bool,
 }
 
@@ -64,7 +66,8 @@ impl<D: BlockDevice> Backend<D> {
         let vrings = workers.iter().map(|_| Vring::default()).collect();
         let protocol = VhostUserProtocolFeatures::empty();
         let (map, features) = (GuestMap::default(), Features::default());
-        let backend = Self { device, workers, vrings, map, features, protocol, writeback: true };
+        let (inflight, writeback) = (None, true);
+        let backend = Self { device, workers, vrings, map, features, protocol, inflight, writeback };
         // Before a driver has accepted FLUSH it cannot ask for durability.
         backend.apply_write_cache();
         backend
@@ -116,8 +119,16 @@ impl<D: BlockDevice> Backend<D> {
         }
         let map = self.map.private_copy();
         let event_idx = self.features.has(Features::EVENT_IDX);
+        let region = self.inflight.as_ref().and_then(|inflight| inflight.queue(index));
+        let tracked = region.is_some();
         let started = Ring::new(&map, addresses, vring.size, vring.base, event_idx)
             .map_err(io::Error::other)
+            .and_then(|mut ring| {
+                if let Some(region) = region {
+                    ring.track(region).map_err(|error| io::Error::other(format!("inflight: {error}")))?;
+                }
+                Ok(ring)
+            })
             .and_then(|ring| {
                 self.workers[index].start(Start {
                     ring,
@@ -129,7 +140,13 @@ impl<D: BlockDevice> Backend<D> {
                 })
             });
         match started {
-            Ok(()) => vring.running = true,
+            Ok(()) => {
+                vring.running = true;
+                if tracked {
+                    // A predecessor may have died between publishing and signalling.
+                    vring.call.signal();
+                }
+            }
             Err(error) => {
                 log::error!("queue {index} cannot run: {error}");
                 vring.error.signal();
@@ -159,6 +176,12 @@ impl<D: BlockDevice> Backend<D> {
         changed
     }
 
+    fn change_inflight(&mut self, inflight: Inflight) {
+        self.stop_all();
+        self.inflight = Some(inflight);
+        self.start_all();
+    }
+
     fn apply_write_cache(&self) {
         self.device.set_write_cache(self.features.write_cache(self.writeback));
     }
@@ -183,9 +206,11 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Backend<D> {
     }
 
     /// Back to the state after connecting, except what belongs to the connection: the protocol
-    /// features and the memory, which the frontend keeps its own account of.
+    /// features and the memory, which the frontend keeps its own account of. Nothing is in flight,
+    /// and the rings begin anew.
     fn reset_device(&mut self) -> Result<()> {
         self.stop_all();
+        self.inflight = None;
         self.vrings.fill_with(Vring::default);
         self.features = Features::default();
         self.writeback = true;
@@ -358,12 +383,27 @@ impl<D: BlockDevice> VhostUserBackendReqHandlerMut for Backend<D> {
         unsupported()
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        unsupported()
+    /// The frontend sends it back with SET_INFLIGHT_FD, at the latest to the next backend: what is
+    /// in flight is kept in it from now on.
+    fn get_inflight_fd(&mut self, wanted: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let made = Inflight::create(wanted.num_queues, wanted.queue_size, self.vrings.len());
+        // There is no answer that says no, so the session ends.
+        let (inflight, message, file) = made.map_err(|error| {
+            log::warn!("GET_INFLIGHT_FD: {error}");
+            Error::InvalidParam
+        })?;
+        self.change_inflight(inflight);
+        Ok((message, file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        unsupported()
+    /// A region that cannot be used ends the session: without it requests would be lost silently.
+    fn set_inflight_fd(&mut self, message: &VhostUserInflight, file: File) -> Result<()> {
+        let inflight = Inflight::map(message, &file, self.vrings.len()).map_err(|error| {
+            log::warn!("SET_INFLIGHT_FD: {error}");
+            Error::InvalidParam
+        })?;
+        self.change_inflight(inflight);
+        Ok(())
     }
 
     fn set_device_state_fd(

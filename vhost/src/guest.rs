@@ -117,31 +117,39 @@ impl Region {
     /// # Errors
     /// A range that cannot be, a file too short, what mmap(2) says.
     pub fn map(place: Place, file: impl AsFd, offset: u64) -> Result<Self, RegionError> {
-        let stat = fstat(&file).map_err(io::Error::from)?;
-        let (size, len) = (u64::try_from(stat.st_size).unwrap_or(0), place.len);
-        let end = offset.checked_add(len).ok_or(RegionError::Range { address: offset, len })?;
-        if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && size < end {
-            return Err(RegionError::FileTooShort { offset, len, size });
-        }
-        // Huge pages (hugetlbfs tells them as the block size) can only be mapped whole.
-        let unit = u64::try_from(stat.st_blksize).unwrap_or(0).max(4096).next_power_of_two();
-        let lead = offset % unit;
-        let whole = (lead + len)
-            .checked_next_multiple_of(unit)
-            .and_then(|len| usize::try_from(len).ok())
-            .filter(|len| isize::try_from(*len).is_ok())
-            .ok_or(RegionError::Range { address: place.guest, len })?;
-        let mapping = Mapping::new(&file, offset - lead, whole)?;
-        // SAFETY: the mapping is readable and writable for `whole` bytes until its last owner is
-        // gone, `lead + len` of which are used; nothing borrows from it.
-        let window =
-            unsafe { SharedBuf::from_raw(mapping.start.add(lead as usize), len as usize, Arc::new(mapping)) };
+        let window = map_file(file, offset, place.len)?;
         Self::new(place, window)
     }
 
     fn end(&self) -> u64 {
         self.place.guest + self.place.len
     }
+}
+
+/// Maps `len` bytes from `offset` of a file, shared.
+///
+/// # Errors
+/// A range that cannot be, a file too short, what mmap(2) says.
+pub(crate) fn map_file(file: impl AsFd, offset: u64, len: u64) -> Result<SharedBuf, RegionError> {
+    let stat = fstat(&file).map_err(io::Error::from)?;
+    let size = u64::try_from(stat.st_size).unwrap_or(0);
+    let wraps = RegionError::Range { address: offset, len };
+    let Some(end) = offset.checked_add(len) else { return Err(wraps) };
+    if FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile && size < end {
+        return Err(RegionError::FileTooShort { offset, len, size });
+    }
+    // Huge pages (hugetlbfs tells them as the block size) can only be mapped whole.
+    let unit = u64::try_from(stat.st_blksize).unwrap_or(0).max(4096).next_power_of_two();
+    let lead = offset % unit;
+    let whole = (lead + len)
+        .checked_next_multiple_of(unit)
+        .and_then(|len| usize::try_from(len).ok())
+        .filter(|len| isize::try_from(*len).is_ok());
+    let Some(whole) = whole else { return Err(wraps) };
+    let mapping = Mapping::new(&file, offset - lead, whole)?;
+    // SAFETY: the mapping is readable and writable for `whole` bytes until its last owner is
+    // gone, `lead + len` of which are used; nothing borrows from it.
+    Ok(unsafe { SharedBuf::from_raw(mapping.start.add(lead as usize), len as usize, Arc::new(mapping)) })
 }
 
 /// A shared mapping, undone on drop.
@@ -170,7 +178,7 @@ impl Drop for Mapping {
     fn drop(&mut self) {
         // SAFETY: mapped in `new` with this address and length, and no window is left.
         if let Err(error) = unsafe { munmap(self.start.as_ptr().cast(), self.len) } {
-            log::error!("unmapping guest memory: {error}");
+            log::error!("unmapping shared memory: {error}");
         }
     }
 }

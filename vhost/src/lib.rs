@@ -6,6 +6,7 @@
 //! - [`features`], [`config`]: what is offered, what was accepted, the configuration space;
 //! - [`guest`]: the guest's memory, mapped from the frontend's file descriptors;
 //! - [`queue`]: a split virtqueue's rings, with EVENT_IDX both ways;
+//! - [`inflight`]: what is in flight, in memory that a killed backend's successor gets;
 //! - [`request`]: from a descriptor chain to a checked request and back to a status byte;
 //! - `notify`, `spin`: kick and call descriptors, polling before sleeping;
 //! - `worker`: one thread with one engine, one device queue and one virtqueue;
@@ -22,6 +23,7 @@ mod backend;
 pub mod config;
 pub mod features;
 pub mod guest;
+pub mod inflight;
 mod notify;
 pub mod queue;
 pub mod request;

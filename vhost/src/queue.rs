@@ -6,6 +6,7 @@
 //!   notify, each has a SeqCst fence between the two: one of both sees the other (section 2.7.7.1
 //!   and 2.7.10).
 //! - Requests in flight never exceed the queue size; an index that says so breaks the ring.
+//! - A ring that is [tracked](Ring::track) gives what its predecessor left in flight first.
 #![allow(unsafe_code)]
 
 use std::num::Wrapping;
@@ -15,6 +16,7 @@ use sapwood_blockdev::buffer::SharedBuf;
 use thiserror::Error;
 
 use crate::guest::GuestMap;
+use crate::inflight::{InflightError, QueueRegion, Tracker, stored};
 use crate::request::layout::DESCRIPTOR_BYTES;
 
 /// Entries in a queue at most (section 2.7).
@@ -50,6 +52,9 @@ pub enum RingError {
         /// Entries in the queue.
         size: u16,
     },
+    /// A head that is no descriptor cannot be tracked.
+    #[error("head {0} is not in the table")]
+    Head(u16),
 }
 
 /// Where the parts of a queue lie, in the frontend's addresses.
@@ -76,6 +81,9 @@ pub struct Ring {
     known: u16,
     next_used: Wrapping<u16>,
     published: Wrapping<u16>,
+    tracker: Option<Tracker>,
+    /// What is to be done again, last first.
+    again: Vec<u16>,
 }
 
 impl Ring {
@@ -117,7 +125,32 @@ impl Ring {
             known: 0,
             next_used,
             published: next_used,
+            tracker: None,
+            again: Vec::new(),
         })
+    }
+
+    /// Keeps account of what is in flight in a region, and takes over what is in it. Where the
+    /// driver's requests go on is then known from the region: a frontend whose backend died can
+    /// only guess (QEMU says the used index).
+    ///
+    /// # Errors
+    /// Contents that make no sense.
+    pub fn track(&mut self, region: QueueRegion) -> Result<(), InflightError> {
+        let (tracker, left) = Tracker::new(region, self.size, self.next_used.0)?;
+        if left.used_before {
+            // There are at most as many as the queue has entries.
+            self.next_available = self.next_used + Wrapping(left.again.len() as u16);
+        }
+        self.again = left.again;
+        self.again.reverse();
+        self.tracker = Some(tracker);
+        Ok(())
+    }
+
+    /// Requests pushed and not published.
+    pub fn unpublished(&self) -> usize {
+        usize::from((self.next_used - self.published).0)
     }
 
     /// Entries in the queue.
@@ -140,6 +173,9 @@ impl Ring {
     /// # Errors
     /// An index that makes no sense: nothing more can be taken from this ring.
     pub fn pop(&mut self) -> Result<Option<u16>, RingError> {
+        if let Some(head) = self.again.pop() {
+            return Ok(Some(head));
+        }
         if self.known == 0 {
             self.known = self.look()?;
             if self.known == 0 {
@@ -149,9 +185,16 @@ impl Ring {
         let slot = usize::from(self.next_available.0 % self.size);
         let mut head = [0; AVAIL_ENTRY];
         self.available.read_at(RING_HEADER + slot * AVAIL_ENTRY, &mut head);
+        let head = u16::from_le_bytes(head);
+        if let Some(tracker) = &mut self.tracker {
+            if !tracker.holds(head) {
+                return Err(RingError::Head(head));
+            }
+            tracker.take(head);
+        }
         self.known -= 1;
         self.next_available += 1;
-        Ok(Some(u16::from_le_bytes(head)))
+        Ok(Some(head))
     }
 
     /// How many requests are available.
@@ -168,9 +211,13 @@ impl Ring {
     /// [`publish`](Self::publish).
     pub fn push(&mut self, head: u16, len: u32) {
         let slot = usize::from(self.next_used.0 % self.size);
-        let entry = u64::from(head) | u64::from(len) << 32;
-        self.used.write_at(RING_HEADER + slot * USED_ENTRY, &entry.to_le_bytes());
+        let (entry, offset) = (u64::from(head) | u64::from(len) << 32, RING_HEADER + slot * USED_ENTRY);
+        self.used.write_at(offset, &entry.to_le_bytes());
+        stored(&self.used, offset);
         self.next_used += 1;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.push(head);
+        }
     }
 
     /// Shows the driver what was pushed. Returns whether it wants to be notified of it.
@@ -180,7 +227,11 @@ impl Ring {
             return false;
         }
         word(&self.used, INDEX_OFFSET).store(new.0.to_le(), Ordering::Release);
+        stored(&self.used, INDEX_OFFSET);
         self.published = new;
+        if let Some(tracker) = &mut self.tracker {
+            tracker.published(new.0);
+        }
         fence(Ordering::SeqCst);
         if self.event_idx {
             let offset = RING_HEADER + usize::from(self.size) * AVAIL_ENTRY;

@@ -166,8 +166,11 @@ impl Active {
         }
     }
 
+    /// Whether the driver has not heard of as many requests as there can be: what was answered
+    /// is published before more is taken, whatever the driver makes available meanwhile.
     fn is_full(&self) -> bool {
-        self.flights.len() >= usize::from(self.start.ring.size())
+        let Start { ring, .. } = &self.start;
+        self.flights.len() + ring.unpublished() >= usize::from(ring.size())
     }
 
     /// The next request's head, unless there is none or may be none.

@@ -272,6 +272,28 @@ fn machines_end_while_their_backend_is_away() {
     backend.kill();
 }
 
+/// A backend of another make, which keeps no note of what is in flight.
+#[test]
+fn a_backend_of_qemu() {
+    let directory = tempfile::tempdir().unwrap();
+    let (file, socket) = server::disk(directory.path(), SIZE);
+    let mut backend = server::qemu_storage_daemon(&file, &socket);
+    let machine = Machine::new(&[disk(&socket)], 2).unwrap();
+    let mut driver = Driver::find(&machine, SLOT);
+    assert_eq!((driver.queue_count(), capacity(&driver)), (2, SIZE / 512));
+    for round in 0..2 {
+        driver.start(FEATURES | MQ);
+        driver.write8(driver.config + 32, 0);
+        works(&mut driver, round, 1 + round as u8);
+        backend.kill();
+        std::fs::remove_file(&socket).unwrap();
+        backend = server::qemu_storage_daemon(&file, &socket);
+        works(&mut driver, 100, 3 + round as u8);
+        driver.reset();
+    }
+    assert!(machine.devices.failure().take().is_none());
+}
+
 /// A guest that resets at any time, while requests are in flight.
 #[test]
 fn resets_while_queues_run() {

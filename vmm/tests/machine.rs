@@ -153,7 +153,7 @@ fn every_thread_is_restricted() {
             restricted += 1;
         }
     }
-    assert_eq!(restricted, 4, "the main thread, the console and two processors");
+    assert_eq!(restricted, 5, "the main thread, the console, random numbers and two processors");
 }
 
 #[test]

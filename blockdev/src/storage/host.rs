@@ -24,8 +24,9 @@ const STAT_BLOCK_SIZE: u64 = 512;
 
 /// How long a lock is waited for whose holder has ended.
 const ENDED_HOLDER_WAIT: Duration = Duration::from_secs(10);
-/// How long, when nobody is seen to hold it: it may have been given up just now.
-const UNKNOWN_HOLDER_WAIT: Duration = Duration::from_millis(50);
+/// How long, when nobody is seen to hold it: it may have been given up just now, or in a PID
+/// namespace, where a holder whose end was waited for is no longer shown, be as above.
+const UNKNOWN_HOLDER_WAIT: Duration = Duration::from_secs(2);
 /// How often it is looked at meanwhile.
 const HOLDER_PAUSE: Duration = Duration::from_millis(2);
 

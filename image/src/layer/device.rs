@@ -129,6 +129,7 @@ impl<E: Engine> Layer<E> {
             live_blocks,
             used_bytes: core.segments.used_bytes() + PREAMBLE_BYTES,
             allowed_bytes: core.allowed_bytes(),
+            beside_bytes: core.beside_bytes(),
             occupied_bytes: core.segments.occupied_bytes(),
             traffic: core.log.traffic,
             lanes: core.log.head.lanes().count(),

@@ -149,8 +149,11 @@ pub struct LayerInfo {
     pub live_blocks: u64,
     /// Bytes of the file that are in use: its start, and the segments that the map or the log uses.
     pub used_bytes: u64,
-    /// Bytes that the file may take before guests wait for the cleaner, and bytes of segments that it takes.
+    /// Bytes that segments may take before guests wait for the cleaner.
     pub allowed_bytes: u64,
+    /// Bytes that the file may take beside: the log's own segments, and what is kept back for a full host. The more
+    /// of the map has changed since a checkpoint, the more that is.
+    pub beside_bytes: u64,
     /// Bytes of segments that are not free, those included that are on their way to be.
     pub occupied_bytes: u64,
     /// What was written since the layer was made.

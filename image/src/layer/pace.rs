@@ -47,9 +47,14 @@ impl Core {
         let share = live * u128::from(self.tuning.space_percent) / 100;
         let slack = self.tuning.space_slack.unwrap_or((self.size / SLACK_PART).clamp(SLACK_MIN, SLACK_MAX));
         let wanted = u64::try_from(share).unwrap_or(u64::MAX).saturating_add(slack);
-        // On a block device there may be less; what is kept back and the log's own segments are needed beside it.
-        let others = self.reserve_segments() as u64 + 2 * LANES as u64 + 1;
-        wanted.min(u64::from(self.segments.limit()).saturating_sub(others) * self.segments.bytes())
+        // On a block device there may be less.
+        let all = u64::from(self.segments.limit()) * self.segments.bytes();
+        wanted.min(all.saturating_sub(self.beside_bytes()))
+    }
+
+    /// Bytes that the file may take beside: two segments for each lane of the log and a spare one, and what is kept back.
+    pub(super) fn beside_bytes(&self) -> u64 {
+        (self.reserve_segments() as u64 + 2 * LANES as u64 + 1) * self.segments.bytes()
     }
 
     fn live_bytes(&self) -> u64 {

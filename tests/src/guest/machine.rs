@@ -44,12 +44,14 @@ pub struct Disk {
     pub queues: u16,
     /// Whether the guest may see and switch the backend's write cache (`CONFIG_WCE`).
     pub config_wce: bool,
+    /// Whether QEMU connects again when the backend has gone.
+    pub reconnect: bool,
 }
 
 impl Disk {
     /// A disk with one queue.
     pub fn new(socket: impl Into<PathBuf>) -> Self {
-        Self { socket: socket.into(), queues: 1, config_wce: true }
+        Self { socket: socket.into(), queues: 1, config_wce: true, reconnect: false }
     }
 
     /// A disk with one queue of `qemu-storage-daemon`. Its configuration space (10.0) says
@@ -57,6 +59,13 @@ impl Disk {
     /// may not look flushes.
     pub fn of_qemu(socket: impl Into<PathBuf>) -> Self {
         Self { config_wce: false, ..Self::new(socket) }
+    }
+
+    /// The same disk; when its backend has gone, QEMU waits for another at the same socket.
+    #[must_use]
+    pub fn reconnecting(mut self) -> Self {
+        self.reconnect = true;
+        self
     }
 
     /// The same disk with `queues` queues.

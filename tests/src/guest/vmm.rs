@@ -112,7 +112,8 @@ fn qemu_arguments(accelerator: Accelerator, spec: &GuestSpec, files: &Files) -> 
 }
 
 fn qemu_disk(index: usize, disk: &Disk) -> Vec<String> {
-    let chardev = format!("socket,id=disk{index},path={}", disk.socket.display());
+    let reconnect = if disk.reconnect { ",reconnect-ms=100" } else { "" };
+    let chardev = format!("socket,id=disk{index},path={}{reconnect}", disk.socket.display());
     let device = format!(
         "vhost-user-blk-pci,id=vd{index},chardev=disk{index},num-queues={},config-wce={},addr={:#x}",
         disk.queues,

@@ -63,8 +63,17 @@ impl Process {
         process
     }
 
+    /// Stops it; returns when all its threads stand still.
     pub fn pause(&self) {
         kill_process(self.pid(), Signal::STOP).unwrap();
+        let tasks = format!("/proc/{}/task", self.0.id());
+        eventually("the backend stands still", || {
+            std::fs::read_dir(&tasks).unwrap().all(|task| {
+                let stat = std::fs::read_to_string(task.unwrap().path().join("stat")).unwrap();
+                // The state follows the name, which is in parentheses.
+                stat.rsplit_once(") ").unwrap().1.starts_with('T')
+            })
+        });
     }
 
     /// Ends it at once, in whatever it is doing.
@@ -90,4 +99,21 @@ pub fn disk(directory: &Path, bytes: u64) -> (PathBuf, PathBuf) {
     let (file, socket) = (directory.join("disk.raw"), directory.join("disk.sock"));
     std::fs::File::create(&file).unwrap().set_len(bytes).unwrap();
     (file, socket)
+}
+
+/// QEMU's backend.
+pub fn qemu_storage_daemon(file: &Path, socket: &Path) -> Process {
+    let child = Command::new("qemu-storage-daemon")
+        .arg("--blockdev")
+        .arg(format!("driver=file,node-name=disk,filename={}", file.display()))
+        .arg("--export")
+        .arg(format!(
+            "vhost-user-blk,id=e,node-name=disk,writable=on,num-queues=2,addr.type=unix,addr.path={}",
+            socket.display()
+        ))
+        .spawn()
+        .unwrap();
+    let process = Process(child);
+    eventually("qemu-storage-daemon listens", || std::os::unix::net::UnixStream::connect(socket).is_ok());
+    process
 }

@@ -206,6 +206,7 @@ pub fn json(info: &DiskInfo) -> Value {
             "dead-bytes": layer.dead_blocks * BLOCK_SIZE,
             "map-bytes": layer.map_stored_bytes,
             "allowed-bytes": layer.allowed_bytes,
+            "beside-bytes": layer.beside_bytes,
             "written-bytes": {
                 "guest": written(layer.traffic.guest),
                 "moved": written(layer.traffic.moved),
@@ -258,6 +259,7 @@ fn of_json(value: &Value) -> Option<DiskInfo> {
             sequence: data["sequence"].as_u64()?,
             clean: value["dirty-flag"] == false,
             allowed_bytes: data["allowed-bytes"].as_u64()?,
+            beside_bytes: data["beside-bytes"].as_u64()?,
             occupied_bytes: 0,
             traffic: Traffic {
                 guest: written("guest")?,

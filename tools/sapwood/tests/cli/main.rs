@@ -11,5 +11,6 @@ mod layer;
 mod online;
 mod qcow2;
 mod raw;
+mod restart;
 mod serve;
 mod served;

@@ -31,6 +31,9 @@ pub const CONFIG_BYTES: usize = 60;
 const ANSWER_MAX: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
 /// `VHOST_USER_F_PROTOCOL_FEATURES`.
 const FEATURE_PROTOCOL: u64 = 1 << 30;
+/// A driver's access to the configuration: 0 in the specification ("Virtio device config space"), where 1 is
+/// migration. The crate's names are for other values.
+const BY_DRIVER: VhostUserConfigFlags = VhostUserConfigFlags::empty();
 /// Queues that a message can name.
 const QUEUES_MAX: u64 = 256;
 
@@ -140,8 +143,7 @@ impl Connection {
     /// The message fails.
     pub fn config(&mut self) -> Result<Vec<u8>, Error> {
         let buffer = [0; CONFIG_BYTES];
-        let flags = VhostUserConfigFlags::WRITABLE;
-        let config = self.frontend.get_config(0, CONFIG_BYTES as u32, flags, &buffer);
+        let config = self.frontend.get_config(0, CONFIG_BYTES as u32, BY_DRIVER, &buffer);
         Ok(tried("GET_CONFIG", config)?.1)
     }
 
@@ -150,8 +152,7 @@ impl Connection {
     /// # Errors
     /// The message fails.
     pub fn set_writeback(&mut self, byte: u8) -> Result<(), Error> {
-        let flags = VhostUserConfigFlags::WRITABLE;
-        tried("SET_CONFIG", self.frontend.set_config(CONFIG_WRITEBACK as u32, flags, &[byte]))
+        tried("SET_CONFIG", self.frontend.set_config(CONFIG_WRITEBACK as u32, BY_DRIVER, &[byte]))
     }
 
     /// Whether the backend keeps note of what is in flight.
