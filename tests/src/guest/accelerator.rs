@@ -5,13 +5,15 @@
 //! QEMU's version, and found anew when either changes.
 
 use std::fs;
+use std::io::{Seek, Write};
 use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Assets, Guest, GuestSpec};
+use super::vmm::QEMU;
+use super::{Assets, Guest, GuestSpec, Vmm};
 
 /// A guest under real KVM reaches its script in two or three seconds.
 const TRY_LIMIT: Duration = Duration::from_secs(20);
@@ -66,13 +68,37 @@ impl Accelerator {
     }
 }
 
+/// Whether the processor that QEMU's TCG emulates at its fullest (`-cpu max`) has AMD's virtualization, so that a guest
+/// has a KVM of its own.
+///
+/// # Errors
+/// QEMU cannot be started, or does not answer.
+pub fn tcg_has_svm() -> Result<bool> {
+    const QUESTION: &str = r#"{"execute": "qmp_capabilities"}
+{"execute": "query-cpu-model-expansion", "arguments": {"type": "full", "model": {"name": "max"}}}
+{"execute": "quit"}
+"#;
+    let mut question = tempfile::tempfile().context("making a temporary file")?;
+    question.write_all(QUESTION.as_bytes())?;
+    question.rewind()?;
+    let mut qemu = Command::new("timeout");
+    qemu.args(["60", QEMU, "-accel", "tcg", "-machine", "none", "-nodefaults", "-display", "none"]);
+    let output = qemu.args(["-qmp", "stdio"]).stdin(question).output();
+    let output = output.with_context(|| format!("running {QEMU}"))?;
+    let answer = String::from_utf8_lossy(&output.stdout);
+    if !answer.contains("\"model\"") {
+        bail!("{QEMU} does not describe its processor: {answer}{}", String::from_utf8_lossy(&output.stderr));
+    }
+    Ok(answer.contains("\"svm\": true"))
+}
+
 fn kvm_boots(assets: &Assets) -> bool {
     let usable = fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
     if !usable {
         return false;
     }
     let spec = GuestSpec::diskless("mark alive");
-    match Guest::boot_with(&spec, assets, Accelerator::Kvm) {
+    match Guest::boot_with(&spec, assets, &Vmm::Qemu(Accelerator::Kvm)) {
         Ok(guest) => guest.wait_for("alive", TRY_LIMIT).is_ok(),
         Err(_) => false,
     }
@@ -80,7 +106,7 @@ fn kvm_boots(assets: &Assets) -> bool {
 
 fn machine_key() -> Result<String> {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
-    let output = Command::new("qemu-system-x86_64").arg("--version").output();
+    let output = Command::new(QEMU).arg("--version").output();
     let output = output.context("running qemu-system-x86_64: run `cargo xtask setup`")?;
     if !output.status.success() {
         bail!("qemu-system-x86_64 --version ended with {}", output.status);
@@ -98,7 +124,7 @@ fn recall(file: &Path, key: &str) -> Option<Accelerator> {
 fn remember(file: &Path, key: &str, found: Accelerator) -> Result<()> {
     let directory = file.parent().unwrap_or(Path::new("."));
     let mut staged = tempfile::NamedTempFile::new_in(directory)?;
-    std::io::Write::write_all(&mut staged, format!("{key}\n{}\n", found.name()).as_bytes())?;
+    staged.write_all(format!("{key}\n{}\n", found.name()).as_bytes())?;
     staged.persist(file)?;
     Ok(())
 }

@@ -1,21 +1,24 @@
 #!/bin/busybox sh
 # The guest's first process: loads the drivers, finds the disks, enters the root file system.
 # The kernel's command line says what to do: sapwood.root (a device, or "none"), sapwood.disks
-# (how many virtio disks must appear).
+# (how many virtio disks must appear), sapwood.modules (a further list of drivers: "kvm").
 /bin/busybox --install -s /bin
 export PATH=/bin:/usr/sbin:/usr/bin:/sbin
 mount -t devtmpfs dev /dev
 mount -t proc proc /proc
 mount -t sysfs sys /sys
-for module in $(cat /modules/order); do
-    insmod "/modules/$module.ko" || echo "init: cannot load $module"
-done
 
 option() {
     for word in $(cat /proc/cmdline); do
         case $word in "sapwood.$1="*) echo "${word#*=}" ;; esac
     done
 }
+
+modules=/modules/order
+[ -z "$(option modules)" ] || modules="$modules /modules/order.$(option modules)"
+for module in $(cat $modules); do
+    insmod "/modules/$module.ko" || echo "init: cannot load $module"
+done
 
 tries=0
 while [ "$(ls -d /sys/block/vd* 2>/dev/null | wc -l)" -lt "$(option disks)" ]; do

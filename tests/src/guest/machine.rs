@@ -1,7 +1,7 @@
 //! One virtual machine: what it is made of, how it starts, how it ends.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -12,14 +12,15 @@ use super::accelerator::Accelerator;
 use super::child::OwnedChild;
 use super::cpio::Archive;
 use super::report::{GuestReport, Lines, Waited};
+use super::vmm::{Files, Vmm};
 
-const QEMU: &str = "qemu-system-x86_64";
 /// Beyond the script's own limit: time to boot and to switch off.
 const BOOT_ALLOWANCE: Duration = Duration::from_secs(90);
 /// How many lines of output a message shows.
 const TAIL_LINES: usize = 30;
-/// The first PCI slot for disks; lower ones belong to the chipset.
-const FIRST_SLOT: usize = 4;
+/// How the script of a disk that boots by itself begins.
+const SCRIPT_MAGIC: &str = "#sapwood 1\n";
+const SECTOR: usize = 512;
 
 const INIT: &str = include_str!("init.sh");
 const START: &str = include_str!("start.sh");
@@ -90,6 +91,10 @@ pub struct GuestSpec {
     pub cpus: u32,
     /// How long the script may take, in whole seconds; the guest switches itself off after it.
     pub limit: Duration,
+    /// Programs and other files that the guest finds in `/run/sapwood`, by name.
+    pub files: Vec<(String, PathBuf)>,
+    /// Whether it loads KVM, to run guests itself.
+    pub kvm: bool,
 }
 
 impl GuestSpec {
@@ -103,6 +108,8 @@ impl GuestSpec {
             memory_mib: 512,
             cpus: 2,
             limit: Duration::from_secs(600),
+            files: Vec::new(),
+            kvm: false,
         }
     }
 
@@ -112,10 +119,22 @@ impl GuestSpec {
     }
 }
 
+/// A guest that `sapwood boot` starts from a disk with a kernel of its own, as `cargo xtask setup` makes one
+/// ([`Assets::bootable_image`]).
+#[derive(Clone, Debug)]
+pub struct BootSpec {
+    /// The arguments of `sapwood boot`. The disk with the script is added as the last one.
+    pub arguments: Vec<String>,
+    /// As for [`GuestSpec`], `lib.sh` included.
+    pub script: String,
+    /// How long all may take.
+    pub limit: Duration,
+}
+
 /// A running guest. Dropping it ends it like a power cut.
 #[derive(Debug)]
 pub struct Guest {
-    qemu: OwnedChild,
+    vmm: OwnedChild,
     lines: Lines,
     started: Instant,
     deadline: Instant,
@@ -123,41 +142,53 @@ pub struct Guest {
 }
 
 impl Guest {
-    /// Starts a guest with the fastest accelerator that works on this machine.
+    /// Starts a guest in QEMU with the fastest accelerator that works on this machine.
     ///
     /// # Errors
     /// QEMU cannot be started.
     pub fn boot(spec: &GuestSpec, assets: &Assets) -> Result<Self> {
-        Self::boot_with(spec, assets, Accelerator::detect(assets)?)
+        Self::boot_with(spec, assets, &Vmm::Qemu(Accelerator::detect(assets)?))
     }
 
-    /// Starts a guest with the given accelerator.
+    /// Starts a guest in the given VMM.
     ///
     /// # Errors
-    /// QEMU cannot be started.
-    pub fn boot_with(spec: &GuestSpec, assets: &Assets, accelerator: Accelerator) -> Result<Self> {
+    /// The VMM cannot be started.
+    pub fn boot_with(spec: &GuestSpec, assets: &Assets, vmm: &Vmm) -> Result<Self> {
         let work = tempfile::tempdir().context("making a directory for the guest")?;
         let mut initramfs =
             fs::read(&assets.initramfs).with_context(|| format!("reading {}", assets.initramfs.display()))?;
-        initramfs.extend(scripts(&spec.script));
-        fs::write(work.path().join("initramfs"), initramfs)?;
-        let mut arguments = machine_arguments(spec, accelerator);
-        arguments.extend(words(&["-kernel", &assets.kernel.to_string_lossy()]));
-        for (option, file) in [("-initrd", "initramfs"), ("-serial", "console")] {
-            let prefix = if option == "-serial" { "file:" } else { "" };
-            let path = work.path().join(file);
-            arguments.extend(words(&[option, &format!("{prefix}{}", path.display())]));
-        }
-        // The second serial port: what the script writes.
-        arguments.extend(words(&["-chardev", "stdio,id=out,signal=off", "-serial", "chardev:out"]));
-        for (index, disk) in spec.disks.iter().enumerate() {
-            arguments.extend(disk_arguments(index, disk));
-        }
+        initramfs.extend(additions(spec)?);
+        let files = Files {
+            kernel: assets.kernel.clone(),
+            initramfs: work.path().join("initramfs"),
+            console: work.path().join("console"),
+        };
+        fs::write(&files.initramfs, initramfs)?;
+        Self::start(&vmm.program(), &vmm.arguments(spec, &files), spec.limit + BOOT_ALLOWANCE, work)
+    }
+
+    /// Starts a guest from a disk with a kernel of its own.
+    ///
+    /// # Errors
+    /// `program`, a `sapwood`, cannot be started.
+    pub fn boot_from_disk(spec: &BootSpec, program: &Path) -> Result<Self> {
+        let work = tempfile::tempdir().context("making a directory for the guest")?;
+        let disk = work.path().join("script");
+        let mut script = format!("{SCRIPT_MAGIC}{LIBRARY}{}", spec.script).into_bytes();
+        script.resize(script.len().next_multiple_of(SECTOR), b'\n');
+        fs::write(&disk, script)?;
+        let mut arguments = vec!["boot".to_owned()];
+        arguments.extend(spec.arguments.iter().cloned());
+        arguments.extend(["--disk".to_owned(), format!("{},format=raw,readonly", disk.display())]);
+        Self::start(&program.display().to_string(), &arguments, spec.limit, work)
+    }
+
+    fn start(program: &str, arguments: &[String], limit: Duration, work: tempfile::TempDir) -> Result<Self> {
         let started = Instant::now();
-        let mut qemu = OwnedChild::start(QEMU, &arguments, Stdio::piped())?;
-        let pipe = qemu.take_stdout().context("QEMU's output is a pipe")?;
-        let lines = Lines::collect(pipe);
-        Ok(Self { qemu, lines, started, deadline: started + spec.limit + BOOT_ALLOWANCE, work })
+        let mut vmm = OwnedChild::start(program, arguments, Stdio::piped())?;
+        let pipe = vmm.take_stdout().context("a VMM's output is a pipe")?;
+        Ok(Self { vmm, lines: Lines::collect(pipe), started, deadline: started + limit, work })
     }
 
     /// Waits until the script said `mark NAME`, at most `limit`.
@@ -179,7 +210,7 @@ impl Guest {
     /// # Errors
     /// It had ended by itself before.
     pub fn kill(mut self) -> Result<GuestReport> {
-        self.qemu.kill()?;
+        self.vmm.kill()?;
         Ok(self.lines.finish(self.started))
     }
 
@@ -192,13 +223,32 @@ impl Guest {
         Ok(self.end()?.0)
     }
 
-    /// The report, and what QEMU and the kernel wrote.
+    /// Waits until the VMM has ended, and gives its exit code (`None`: a signal ended it) and what the guest said. The
+    /// script need not have ended.
+    ///
+    /// # Errors
+    /// It takes longer than it may; the message holds the output.
+    pub fn exit(mut self) -> Result<(Option<i32>, GuestReport)> {
+        let left = self.deadline.saturating_duration_since(Instant::now());
+        match self.vmm.wait(left) {
+            Ok(status) => Ok((status.code(), self.lines.finish(self.started))),
+            Err(error) => bail!("{error:#}\n{}", self.state()),
+        }
+    }
+
+    /// What the guest said so far.
+    pub fn so_far(&self) -> GuestReport {
+        self.lines.report(self.started)
+    }
+
+    /// The report, and what the VMM and the kernel wrote.
     fn end(mut self) -> Result<(GuestReport, String)> {
         let left = self.deadline.saturating_duration_since(Instant::now());
-        if let Err(error) = self.qemu.wait(left) {
-            bail!("{error:#}\n{}", self.state());
-        }
-        let context = format!("{}\n{}", self.qemu.stderr(), self.console());
+        let status = match self.vmm.wait(left) {
+            Ok(status) => status,
+            Err(error) => bail!("{error:#}\n{}", self.state()),
+        };
+        let context = format!("{status}: {}\n{}", self.vmm.stderr(), self.console());
         let report = self.lines.finish(self.started);
         if report.timed_out() || report.status().is_none() {
             bail!("the guest ended before its script: {}\n{context}", report.tail(TAIL_LINES));
@@ -229,55 +279,21 @@ impl Guest {
     fn state(&self) -> String {
         let lines = self.lines.so_far();
         let tail = lines[lines.len().saturating_sub(TAIL_LINES)..].join("\n");
-        format!("{}\n{tail}\nconsole:\n{}", self.qemu.stderr(), self.console())
+        format!("{}\n{tail}\nconsole:\n{}", self.vmm.stderr(), self.console())
     }
 }
 
-fn words(words: &[&str]) -> Vec<String> {
-    words.iter().map(|&word| word.to_owned()).collect()
-}
-
 /// What is appended to the initial file system: everything but the drivers.
-fn scripts(script: &str) -> Vec<u8> {
+fn additions(spec: &GuestSpec) -> Result<Vec<u8>> {
     let mut archive = Archive::new();
     archive.file("init", 0o755, INIT.as_bytes());
     archive.directory("sapwood");
     archive.file("sapwood/start.sh", 0o644, START.as_bytes());
     archive.file("sapwood/lib.sh", 0o644, LIBRARY.as_bytes());
-    archive.file("sapwood/script.sh", 0o644, script.as_bytes());
-    archive.finish()
-}
-
-fn machine_arguments(spec: &GuestSpec, accelerator: Accelerator) -> Vec<String> {
-    let memory = spec.memory_mib;
-    let root = match spec.root {
-        Root::FirstDisk => "/dev/vda",
-        Root::Initramfs => "none",
-    };
-    let command_line = format!(
-        "console=ttyS0 loglevel=4 panic=1 random.trust_cpu=on tsc=reliable mitigations=off \
-         sapwood.root={root} sapwood.disks={} sapwood.limit={}",
-        spec.disks.len(),
-        spec.limit.as_secs()
-    );
-    let mut arguments = words(&["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot"]);
-    arguments.extend(words(&["-machine", "q35,memory-backend=memory"]));
-    // Shared memory: the backend reads and writes the guest's buffers itself.
-    let object = format!("memory-backend-memfd,id=memory,size={memory}M,share=on");
-    arguments.extend(words(&["-object", &object, "-m", &format!("{memory}M")]));
-    arguments.extend(words(&["-smp", &spec.cpus.to_string(), "-append", &command_line]));
-    arguments.extend(accelerator.arguments());
-    arguments
-}
-
-fn disk_arguments(index: usize, disk: &Disk) -> Vec<String> {
-    let reconnect = if disk.reconnect { ",reconnect-ms=100" } else { "" };
-    let chardev = format!("socket,id=disk{index},path={}{reconnect}", disk.socket.display());
-    let device = format!(
-        "vhost-user-blk-pci,id=vd{index},chardev=disk{index},num-queues={},config-wce={},addr={:#x}",
-        disk.queues,
-        if disk.config_wce { "on" } else { "off" },
-        FIRST_SLOT + index
-    );
-    words(&["-chardev", &chardev, "-device", &device])
+    archive.file("sapwood/script.sh", 0o644, spec.script.as_bytes());
+    for (name, path) in &spec.files {
+        let bytes = fs::read(path).with_context(|| format!("reading {}", path.display()))?;
+        archive.file(&format!("sapwood/{name}"), 0o755, &bytes);
+    }
+    Ok(archive.finish())
 }

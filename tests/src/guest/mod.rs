@@ -1,4 +1,4 @@
-//! Real guests: boots a Debian kernel in QEMU with disks from vhost-user-blk backends.
+//! Real guests: boots a Debian kernel in QEMU, or with `sapwood boot`, with disks from vhost-user-blk backends.
 //!
 //! A guest runs a shell script, given as text, in a Debian root file system (its first disk) or in
 //! the initial file system alone. What the script writes comes back line by line over a serial
@@ -15,14 +15,16 @@ pub mod cpio;
 pub mod lab;
 pub mod machine;
 pub mod report;
+pub mod vmm;
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 
 pub use backend::{Backend, BackendSpec};
-pub use machine::{Disk, Guest, GuestSpec, Root};
+pub use machine::{BootSpec, Disk, Guest, GuestSpec, Root};
 pub use report::GuestReport;
+pub use vmm::Vmm;
 
 /// The files a guest is made of.
 #[derive(Clone, Debug)]
@@ -33,6 +35,8 @@ pub struct Assets {
     pub initramfs: PathBuf,
     /// A raw image: ext4 with a small Debian, no partition table. Never written: it is a base.
     pub root_image: PathBuf,
+    /// A raw image that boots by itself: GPT, one partition, a small Debian with a kernel. Never written.
+    pub bootable_image: PathBuf,
     /// Where the answer to "does KVM really work here" is kept.
     pub accelerator: PathBuf,
 }
@@ -52,10 +56,12 @@ impl Assets {
             kernel: guest.join("kernel/vmlinuz"),
             initramfs: guest.join("kernel/initramfs.cpio"),
             root_image: guest.join("root/root.raw"),
+            bootable_image: guest.join("bootable/disk.raw"),
             accelerator: guest.join("accelerator"),
         };
-        for file in [&assets.kernel, &assets.initramfs, &assets.root_image] {
-            ensure!(file.is_file(), "{} is missing: run `cargo xtask setup`", file.display());
+        let files = [&assets.kernel, &assets.initramfs, &assets.root_image, &assets.bootable_image];
+        for file in files {
+            ensure!(file.exists(), "{} is missing: run `cargo xtask setup`", file.display());
         }
         Ok(assets)
     }

@@ -128,6 +128,11 @@ impl Lines {
         if let Some(reader) = self.reader.take() {
             let _ = reader.join();
         }
+        self.report(started)
+    }
+
+    /// The report of what came so far.
+    pub fn report(&self, started: Instant) -> GuestReport {
         let state = lock(&self.shared.0);
         GuestReport {
             lines: state.lines.clone(),

@@ -1,10 +1,11 @@
-# Runs the test's script with the second serial port as its output, says how it ended, powers off.
-# The kernel's own messages stay on the first serial port.
+# Runs the test's script with a serial port as its output, says how it ended, powers off. The port is
+# sapwood.output on the kernel's command line; the kernel's own messages are on the first one.
 run=/run/sapwood
 box=$run/busybox
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin HOME=/root LC_ALL=C
-exec </dev/null >/dev/ttyS1 2>&1
-$box stty -F /dev/ttyS1 raw
+port=/dev/$($box sed -n 's/.*sapwood\.output=\([a-zA-Z0-9]*\).*/\1/p' /proc/cmdline)
+exec </dev/null >"$port" 2>&1
+$box stty -F "$port" raw
 $box mkdir -p /dev/shm /dev/pts
 $box mount -t tmpfs tmpfs /dev/shm
 $box mount -t devpts devpts /dev/pts
@@ -28,5 +29,5 @@ $box umount -a -r 2>/dev/null
 $box mount -o remount,ro / 2>/dev/null
 echo "SAPWOOD-RESULT $status"
 # Setting a terminal's mode waits until everything written to it has left.
-$box stty -F /dev/ttyS1 raw
+$box stty -F "$port" raw
 $box poweroff -f

@@ -7,8 +7,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use sapwood_tests::guest::accelerator::Accelerator;
-use sapwood_tests::guest::{Assets, Backend, BackendSpec, Disk, Guest, GuestReport, GuestSpec};
+use sapwood_tests::guest::{Assets, Backend, BackendSpec, Disk, Guest, GuestReport, GuestSpec, Vmm};
 
 use crate::process;
 use crate::setup::{self, Outcome};
@@ -37,7 +36,7 @@ pub fn run(workspace: &Workspace) -> Result<bool> {
     for layer in &demo.layers {
         demo.create(layer)?;
     }
-    println!("\nboth guests boot at once, each from its layer ({})", demo.accelerator.name());
+    println!("\nboth guests boot at once, each from its layer ({})", demo.vmm.name());
     demo.round(1, &write_script)?;
     println!("\nthey boot again and look");
     demo.round(2, &look_script)?;
@@ -53,7 +52,7 @@ pub fn run(workspace: &Workspace) -> Result<bool> {
 struct Demo {
     program: PathBuf,
     assets: Assets,
-    accelerator: Accelerator,
+    vmm: Vmm,
     directory: PathBuf,
     layers: Vec<PathBuf>,
 }
@@ -67,8 +66,8 @@ impl Demo {
         }
         fs::create_dir_all(&directory)?;
         let layers = NAMES.map(|name| directory.join(format!("{name}.layer"))).into();
-        let accelerator = Accelerator::detect(&assets)?;
-        Ok(Self { program, assets, accelerator, directory, layers })
+        let vmm = Vmm::preferred(&assets, &program)?;
+        Ok(Self { program, assets, vmm, directory, layers })
     }
 
     fn sapwood(&self, arguments: &[&str], disk: &Path) -> Result<String> {
@@ -120,7 +119,7 @@ impl Demo {
             let backend = Backend::start(&self.serve(layer), &socket)?;
             let script = script(NAMES[index], NAMES[1 - index]);
             let spec = GuestSpec { cpus: 1, ..GuestSpec::new(vec![Disk::new(&socket)], script) };
-            let guest = Guest::boot_with(&spec, &self.assets, self.accelerator)?;
+            let guest = Guest::boot_with(&spec, &self.assets, &self.vmm)?;
             running.push((NAMES[index], backend, guest));
         }
         for (name, backend, guest) in running {

@@ -40,6 +40,7 @@ const NEEDED: &[Needed] = &[
     needed("mmdebstrap", "mmdebstrap", false),
     needed("fio", "fio", false),
     needed("mke2fs", "e2fsprogs", false),
+    needed("sfdisk", "fdisk", false),
     needed("mkfs.xfs", "xfsprogs", false),
     needed("mkfs.vfat", "dosfstools", false),
     needed("mcopy", "mtools", false),

@@ -15,18 +15,30 @@ use super::apt;
 use crate::process;
 
 /// Raised when the code below makes something else of the same packages.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const META_PACKAGE: &str = "linux-image-cloud-amd64";
 const BUSYBOX_PACKAGE: &str = "busybox-static";
 const UNPACK_LIMIT: Duration = Duration::from_secs(60);
 
 /// The modules a guest may need, dependencies aside, in the order of loading.
-const MODULES: &[&str] =
-    &["crc32c_generic", "virtio_pci", "virtio_mmio", "virtio_blk", "virtio_console", "ext4", "xfs"];
+const MODULES: &[&str] = &[
+    "crc32c_generic",
+    "virtio_pci",
+    "virtio_mmio",
+    "virtio_blk",
+    "virtio_console",
+    "virtio_rng",
+    "pvpanic_mmio",
+    "ext4",
+    "xfs",
+];
+/// What a guest loads that runs guests itself; only when its command line says so.
+const KVM_MODULES: &[&str] = &["irqbypass", "kvm", "kvm_amd"];
 
 /// Describes what [`make`] makes.
 pub fn recipe() -> String {
-    format!("{VERSION} {META_PACKAGE} {BUSYBOX_PACKAGE} {}\n", MODULES.join(" "))
+    let modules = [MODULES, KVM_MODULES].concat().join(" ");
+    format!("{VERSION} {META_PACKAGE} {BUSYBOX_PACKAGE} {modules}\n")
 }
 
 /// Makes `vmlinuz`, `initramfs.cpio` and `release` (the kernel's version) in `into`.
@@ -70,16 +82,20 @@ fn initial_file_system(busybox: &[u8], modules: &Modules) -> Result<Vec<u8>> {
     }
     archive.file("bin/busybox", 0o755, busybox);
     let mut order = Vec::new();
-    for name in MODULES {
-        modules.load(name, &mut order)?;
+    // A list holds what the lists before it do not.
+    for (list, wanted) in [("order", MODULES), ("order.kvm", KVM_MODULES)] {
+        let begin = order.len();
+        for name in wanted {
+            modules.load(name, &mut order)?;
+        }
+        let mut names = String::new();
+        for (name, bytes) in &order[begin..] {
+            archive.file(&format!("modules/{name}.ko"), 0o644, bytes);
+            names.push_str(name);
+            names.push('\n');
+        }
+        archive.file(&format!("modules/{list}"), 0o644, names.as_bytes());
     }
-    let mut names = String::new();
-    for (name, bytes) in &order {
-        archive.file(&format!("modules/{name}.ko"), 0o644, bytes);
-        names.push_str(name);
-        names.push('\n');
-    }
-    archive.file("modules/order", 0o644, names.as_bytes());
     Ok(archive.finish())
 }
 

@@ -1,7 +1,8 @@
 //! Brings a machine to where tests and demo run: packages of the host, a guest kernel, a guest
-//! root file system. What is there already costs nothing and needs no network.
+//! root file system, a disk that boots by itself. What is there already costs nothing and needs no network.
 
 mod apt;
+mod bootable;
 mod cache;
 mod kernel;
 mod rootfs;
@@ -32,7 +33,8 @@ pub fn ensure(guest: &Path) -> Result<Outcome> {
     lock.lock().context("waiting for another set-up")?;
     let missing = apt::missing();
     let stale = !cache::is_fresh(guest, "kernel", &kernel::recipe())
-        || !cache::is_fresh(guest, "root", &rootfs::recipe());
+        || !cache::is_fresh(guest, "root", &rootfs::recipe())
+        || !cache::is_fresh(guest, "bootable", &bootable::recipe());
     if !missing.is_empty() || stale {
         if let Some(reason) = apt::unable() {
             let wanted = if missing.is_empty() { "the guest's files" } else { &missing.join(", ") };
@@ -42,10 +44,12 @@ pub fn ensure(guest: &Path) -> Result<Outcome> {
     }
     let kernel = cache::directory(guest, "kernel", &kernel::recipe(), kernel::make)?;
     let root = cache::directory(guest, "root", &rootfs::recipe(), rootfs::make)?;
+    let bootable = cache::directory(guest, "bootable", &bootable::recipe(), bootable::make)?;
     Ok(Outcome::Ready(Assets {
         kernel: kernel.join("vmlinuz"),
         initramfs: kernel.join("initramfs.cpio"),
         root_image: root.join("root.raw"),
+        bootable_image: bootable.join("disk.raw"),
         accelerator: guest.join("accelerator"),
     }))
 }

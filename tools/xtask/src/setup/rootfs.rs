@@ -31,7 +31,7 @@ pub fn make(into: &Path) -> Result<()> {
     let image = into.join("root.raw");
     fs::File::create(&image)?.set_len(u64::from(SIZE_MIB) << 20)?;
     let tree = into.join("tree");
-    let made = bootstrap(&tree, &into.join("debian.sources")).and_then(|()| {
+    let made = bootstrap(PACKAGES, &tree, &into.join("debian.sources")).and_then(|()| {
         let mut format = apt::privileged("mke2fs");
         format.args(["-q", "-F", "-t", "ext4", "-L", "root", "-m", "0", "-E"]);
         format.arg("lazy_itable_init=0,lazy_journal_init=0,root_owner=0:0");
@@ -44,12 +44,17 @@ pub fn make(into: &Path) -> Result<()> {
     made
 }
 
-fn bootstrap(tree: &Path, sources: &Path) -> Result<()> {
+/// Makes a Debian of the essential packages and `packages` in the directory `tree`; `sources` becomes apt's configuration
+/// for it.
+///
+/// # Errors
+/// mmdebstrap fails; the message holds what it wrote.
+pub fn bootstrap(packages: &[&str], tree: &Path, sources: &Path) -> Result<()> {
     let source = apt::release_source()?.with_suite(SUITE);
     fs::write(sources, source.to_deb822())?;
     let mut command = apt::privileged("mmdebstrap");
     command.args(["--quiet", "--mode=root", "--format=directory", "--variant=essential"]);
-    command.arg(format!("--include={}", PACKAGES.join(",")));
+    command.arg(format!("--include={}", packages.join(",")));
     command.arg("--aptopt=APT::Install-Recommends \"false\";");
     for option in apt::proxy_options() {
         command.arg(format!("--aptopt={option}"));

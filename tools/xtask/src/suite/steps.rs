@@ -7,6 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use sapwood_tests::guest::accelerator::tcg_has_svm;
 
 use super::fuzz;
 use super::{Step, Verdict};
@@ -97,6 +98,7 @@ impl<'a> Suite<'a> {
         }
         steps.extend(fuzz::steps(self.workspace, self.effort)?);
         steps.push(Step::new("guests", || self.guests()));
+        steps.push(Step::new("nested", || self.nested()));
         Ok(steps)
     }
 
@@ -185,16 +187,31 @@ impl<'a> Suite<'a> {
     }
 
     fn guests(&self) -> Result<Verdict> {
+        // One guest at a time: under TCG each takes as many host threads as it has processors.
+        self.guest_tests("guest", &["--test-threads=1", "--show-output"])
+    }
+
+    /// `sapwood boot` under KVM, in a guest that has it.
+    fn nested(&self) -> Result<Verdict> {
+        if let Some(reason) = self.unable()? {
+            return Ok(Verdict::Skipped(reason));
+        }
+        if !tcg_has_svm()? {
+            return Ok(Verdict::Skipped("QEMU's emulated processor has no SVM here".to_owned()));
+        }
+        self.guest_tests("nested", &["--exact", "in_a_guest_that_has_kvm", "--nocapture"])
+    }
+
+    fn guest_tests(&self, test: &str, options: &[&str]) -> Result<Verdict> {
         if let Some(reason) = self.unable()? {
             return Ok(Verdict::Skipped(reason));
         }
         if !self.program().is_file() {
             self.build()?;
         }
-        // One guest at a time: under TCG each takes as many host threads as it has processors.
-        let arguments = ["test", "--package", "sapwood-tests", "--test", "guest", "--"];
+        let arguments = ["test", "--package", "sapwood-tests", "--test", test, "--", "--ignored"];
         let mut command = self.command(&arguments);
-        command.args(["--ignored", "--test-threads=1", "--show-output"]);
+        command.args(options);
         process::run(&mut command, minutes(30)).map(|()| Verdict::Passed)
     }
 }
