@@ -98,7 +98,7 @@ impl Serve {
         crate::abort_on_panic();
         // Before there are threads: the socket, and all else we make, is this user's alone.
         rustix::process::umask(Mode::RWXG | Mode::RWXO);
-        let mut signals = signals().context("cannot take signals")?;
+        let mut signals = self.signals().context("cannot take signals")?;
         let options = OpenDisk { tuning: self.tuning(), ..self.reading.open(self.format, self.readonly) };
         let (io, storage, path) = (host.io()?, host.storage(), self.path.clone());
         let opening = {
@@ -139,6 +139,19 @@ impl Serve {
         drop(control);
         server.stop();
         Ok(())
+    }
+
+    /// The signals that end the server. From the second one on they end the process, unless it follows another one: then a signal
+    /// may come from that one and again from who ends both, and whoever has no time kills it.
+    fn signals(&self) -> std::io::Result<Signals> {
+        let asked = Arc::new(AtomicBool::new(false));
+        for signal in [SIGTERM, SIGINT] {
+            if self.child_of.is_none() {
+                flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, Arc::clone(&asked))?;
+                flag::register(signal, Arc::clone(&asked))?;
+            }
+        }
+        Signals::new([SIGTERM, SIGINT])
     }
 
     fn tuning(&self) -> Tuning {
@@ -201,16 +214,6 @@ async fn open(
     let committed = layer::commit(storage, io, path, false, Tuning::default(), &mut |_, _| {}).await?;
     log::info!("{}: it is merged into {}", path.display(), committed.base.display());
     Disk::open(storage, io, path, options).await
-}
-
-/// The signals that end the server. From the second one on they end the process.
-fn signals() -> std::io::Result<Signals> {
-    let asked = Arc::new(AtomicBool::new(false));
-    for signal in [SIGTERM, SIGINT] {
-        flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, Arc::clone(&asked))?;
-        flag::register(signal, Arc::clone(&asked))?;
-    }
-    Signals::new([SIGTERM, SIGINT])
 }
 
 /// Starts the thread that does the disk's work in the background, until the disk is closed.
