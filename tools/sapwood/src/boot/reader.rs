@@ -14,6 +14,7 @@ use sapwood_image::{Disk, DiskQueue, OpenDisk};
 use sapwood_vmm::from_disk::{CHUNK, DiskReader};
 
 use super::events::Interruption;
+use super::server::with_options;
 
 /// An open disk. It is locked, as any that is read, until this is dropped: before a server opens it for writing.
 pub struct Reader {
@@ -32,7 +33,8 @@ impl Reader {
         let io = Io::new(BlockingEngine::new().context("cannot make an engine")?);
         let (at, inner): (PathBuf, _) = (path.to_owned(), io.clone());
         let options = OpenDisk { read_only: true, ..options };
-        let disk = block_on(&io, async move { Disk::open(&HostStorage, &inner, &at, options).await })?;
+        let disk = block_on(&io, async move { Disk::open(&HostStorage, &inner, &at, options).await })
+            .map_err(with_options)?;
         let queue = disk.queue_on(Io::new(BlockingEngine::new().context("cannot make an engine")?));
         let size = disk.geometry().size;
         Ok(Self { queue, memory: SharedBuf::heap(CHUNK), size, interruption })

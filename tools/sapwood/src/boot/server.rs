@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use rustix::process::Signal;
+use sapwood_image::{ErrorKind, ImageError};
 use tempfile::TempDir;
 
 use super::child::{Running, again};
@@ -197,6 +198,17 @@ pub fn arguments(disk: &DiskSpec, cpus: u8, socket: &Path) -> Vec<String> {
         words.push(path.display().to_string());
     }
     words
+}
+
+/// Why a disk cannot be opened, with the way in which `sapwood boot` writes the options that the message may name.
+pub fn with_options(error: ImageError) -> anyhow::Error {
+    match error.kind {
+        ErrorKind::Unsupported(_) | ErrorKind::Invalid(_) => anyhow::anyhow!(
+            "{:#} (for sapwood boot: DISK,format=raw or DISK,readonly; an image with backing files needs a layer over it)",
+            anyhow::Error::from(error)
+        ),
+        _ => error.into(),
+    }
 }
 
 /// A folder that only this user can enter.

@@ -21,7 +21,7 @@ use signal_hook::iterator::Signals;
 
 use super::reading::Reading;
 use super::{output, size};
-use crate::boot::{CHILD_OF, end_with, remove_folder_of};
+use crate::boot::{CHILD_OF, end_with, remove_folder_of, with_options};
 use crate::control::{Control, Served};
 use crate::host::{Host, HostEngine};
 
@@ -105,7 +105,8 @@ impl Serve {
             let io = io.clone();
             async move { open(&storage, &io, &path, options).await }
         };
-        let disk = block_on(&io, opening)?;
+        let opened = block_on(&io, opening);
+        let disk = if self.child_of.is_some() { opened.map_err(with_options)? } else { opened? };
         log_map(&disk);
         let maintenance = if self.readonly { None } else { Some(maintain(host, &disk)?) };
         let served = self.serve(*host, &disk, &mut signals);

@@ -288,6 +288,7 @@ fn what_is_missing_is_named() {
     let lab = Lab::new("", POWER_OFF);
     lab.boot("missing.layer").fails(1, &["missing.layer", "No such file", "did not start"]);
     lab.boot("disk.layer --disk missing.raw,format=raw").fails(1, &["missing.raw", "did not start"]);
+    lab.boot("--disk kernel").fails(1, &["kernel: ", "DISK,format=raw", "did not start"]);
     lab.boot("disk.layer --initrd missing.img").fails(1, &["--initrd missing.img", "No such file"]);
     lab.boot("disk.layer --initrd tmp").fails(1, &["--initrd tmp", "not a file"]);
     lab.boot("disk.layer --console file=missing/log").fails(1, &["missing/log", "No such file"]);
