@@ -11,6 +11,7 @@ pub mod bus;
 pub mod config;
 pub mod event;
 pub mod from_disk;
+pub mod inherited;
 pub mod interrupts;
 pub mod layout;
 pub mod legacy;

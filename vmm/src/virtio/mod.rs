@@ -46,13 +46,12 @@ pub enum Error {
     #[error("{0} disks: there can be at most {DISKS_MAX}")]
     TooManyDisks(usize),
     /// A backend does not answer, or is not one.
-    #[error("{}: {source}", socket.display())]
+    #[error("{}: {error}", socket.display())]
     Disk {
         /// The backend's socket.
         socket: PathBuf,
         /// What is wrong.
-        #[source]
-        source: block::Error,
+        error: block::Error,
     },
     /// Interrupts could not be made.
     #[error(transparent)]
@@ -130,10 +129,10 @@ impl Devices {
         for disk in disks {
             let report = Arc::clone(&failure);
             let socket = disk.socket.clone();
-            let started = block::start(disk, memory, cpus, move |source| {
-                report.report(Error::Disk { socket: socket.clone(), source });
+            let started = block::start(disk, memory, cpus, move |error| {
+                report.report(Error::Disk { socket: socket.clone(), error });
             });
-            devices.push(started.map_err(|source| Error::Disk { socket: disk.socket.clone(), source })?);
+            devices.push(started.map_err(|error| Error::Disk { socket: disk.socket.clone(), error })?);
         }
         devices.push(rng::start(memory.clone())?);
 

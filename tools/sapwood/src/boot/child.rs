@@ -88,8 +88,7 @@ pub fn number(file: &impl AsFd) -> RawFd {
     file.as_fd().as_raw_fd()
 }
 
-/// An inherited file, opened anew by its number.
+/// An inherited file, by its number; the caller's from now on.
 pub fn inherited(number: RawFd) -> anyhow::Result<File> {
-    File::open(format!("/proc/self/fd/{number}"))
-        .with_context(|| format!("cannot use inherited file {number}"))
+    sapwood_vmm::inherited::take(number).with_context(|| format!("cannot use inherited file {number}"))
 }

@@ -7,6 +7,7 @@ use anyhow::{Context, bail};
 use sapwood_image::OpenDisk;
 use sapwood_vmm::from_disk::{self, Found};
 
+use super::events::Interruption;
 use super::plan::{Boot, DiskPlace, Machine};
 use super::reader::Reader;
 
@@ -21,8 +22,9 @@ pub struct Payload {
     pub cmdline: String,
 }
 
-/// Opens the files that are given, or finds those on the first disk, which nobody may be writing.
-pub fn open(machine: &Machine) -> anyhow::Result<Payload> {
+/// Opens the files that are given, or finds those on the first disk, which nobody may be writing. The search fails soon after
+/// an interruption.
+pub fn open(machine: &Machine, interruption: Interruption) -> anyhow::Result<Payload> {
     match &machine.boot {
         Boot::Files { kernel, initrd, cmdline } => Ok(Payload {
             kernel: open_file(kernel, "kernel")?,
@@ -30,7 +32,7 @@ pub fn open(machine: &Machine) -> anyhow::Result<Payload> {
             cmdline: cmdline.clone(),
         }),
         Boot::FirstDisk { entry, append } => {
-            let mut found = find(machine, entry.as_deref())?;
+            let mut found = find(machine, entry.as_deref(), interruption)?;
             found.append(append.as_deref().unwrap_or_default());
             log::info!("{}: {}", found.title, found.origin);
             Ok(Payload { kernel: found.kernel, initrd: found.initrd, cmdline: found.cmdline })
@@ -47,7 +49,7 @@ fn open_file(path: &Path, option: &str) -> anyhow::Result<File> {
 }
 
 /// Finds a kernel on the first disk. It is closed again before this returns.
-fn find(machine: &Machine, entry: Option<&str>) -> anyhow::Result<Found> {
+fn find(machine: &Machine, entry: Option<&str>, interruption: Interruption) -> anyhow::Result<Found> {
     let first = machine.disks.first().context("no disk to find a kernel on")?;
     let DiskPlace::File { path, format, .. } = &first.place else {
         bail!(
@@ -55,6 +57,6 @@ fn find(machine: &Machine, entry: Option<&str>) -> anyhow::Result<Found> {
             first.name().display()
         );
     };
-    let reader = Reader::open(path, OpenDisk { format: *format, ..OpenDisk::default() })?;
+    let reader = Reader::open(path, OpenDisk { format: *format, ..OpenDisk::default() }, interruption)?;
     from_disk::find(Box::new(reader), entry).with_context(|| path.display().to_string())
 }

@@ -24,6 +24,6 @@ pub use child::{CHILD_OF, end_with};
 pub use machine::probe;
 pub use plan::{Boot, ConsoleSpec, DiskSpec, Machine};
 pub use qemu::script;
-pub use server::remove_folder_of;
+pub use server::{remove_folder_of, with_options};
 pub use supervisor::{Outcome, run};
 pub use worker::Worker;

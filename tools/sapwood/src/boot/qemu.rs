@@ -7,6 +7,7 @@ use std::path::Path;
 
 use anyhow::Context;
 
+use super::events::Interruption;
 use super::kernel::{self, Payload};
 use super::plan::{Boot, ConsoleSpec, DiskPlace, Machine};
 use super::server;
@@ -63,7 +64,7 @@ fn start(machine: &Machine, extract: Option<&Path>) -> anyhow::Result<Option<Sta
             cmdline: cmdline.clone(),
         })),
         (Boot::FirstDisk { .. }, Some(folder)) => {
-            let Payload { kernel, initrd, cmdline } = kernel::open(machine)?;
+            let Payload { kernel, initrd, cmdline } = kernel::open(machine, Interruption::default())?;
             fs::create_dir_all(folder).with_context(|| name(folder))?;
             let save = |mut file: File, to: &str| {
                 let to = folder.join(to);

@@ -13,26 +13,31 @@ use sapwood_blockdev::units::GuestOffset;
 use sapwood_image::{Disk, DiskQueue, OpenDisk};
 use sapwood_vmm::from_disk::{CHUNK, DiskReader};
 
+use super::events::Interruption;
+use super::server::with_options;
+
 /// An open disk. It is locked, as any that is read, until this is dropped: before a server opens it for writing.
 pub struct Reader {
     queue: DiskQueue<BlockingEngine>,
     memory: SharedBuf,
     size: u64,
+    interruption: Interruption,
 }
 
 impl Reader {
-    /// Opens the disk at `path`, for reading whatever `options` say.
+    /// Opens the disk at `path`, for reading whatever `options` say. After an interruption it reads no more.
     ///
     /// # Errors
     /// It cannot be opened, or something has it open for writing.
-    pub fn open(path: &Path, options: OpenDisk) -> anyhow::Result<Self> {
+    pub fn open(path: &Path, options: OpenDisk, interruption: Interruption) -> anyhow::Result<Self> {
         let io = Io::new(BlockingEngine::new().context("cannot make an engine")?);
         let (at, inner): (PathBuf, _) = (path.to_owned(), io.clone());
         let options = OpenDisk { read_only: true, ..options };
-        let disk = block_on(&io, async move { Disk::open(&HostStorage, &inner, &at, options).await })?;
+        let disk = block_on(&io, async move { Disk::open(&HostStorage, &inner, &at, options).await })
+            .map_err(with_options)?;
         let queue = disk.queue_on(Io::new(BlockingEngine::new().context("cannot make an engine")?));
         let size = disk.geometry().size;
-        Ok(Self { queue, memory: SharedBuf::heap(CHUNK), size })
+        Ok(Self { queue, memory: SharedBuf::heap(CHUNK), size, interruption })
     }
 }
 
@@ -42,6 +47,9 @@ impl DiskReader for Reader {
     }
 
     fn read_at(&mut self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
+        if self.interruption.has_come() {
+            return Err(io::Error::other("the search was interrupted"));
+        }
         let command = Command::Read(self.memory.slice(0..buf.len()).into());
         device::run(&mut self.queue, GuestOffset(offset), buf.len() as u64, command)
             .map_err(io::Error::other)?;
@@ -54,11 +62,13 @@ impl DiskReader for Reader {
 mod tests {
     use std::fs;
     use std::process::Command as Process;
+    use std::time::Duration;
 
     use sapwood_image::Format;
     use sapwood_image::layer::{self, BaseSpec, CreateLayer, Layer, OpenLayer};
     use sapwood_vmm::from_disk::{self, FindError};
 
+    use super::super::events::Events;
     use super::*;
 
     /// Makes a layer over `base`, writes `bytes` into it at `offset`, and closes it.
@@ -88,7 +98,7 @@ mod tests {
         let above = [7; 8192];
         layer_over(&base, &path, CHUNK as u64 - 4096, &above);
         bytes[CHUNK - 4096..][..8192].copy_from_slice(&above);
-        let mut reader = Reader::open(&path, OpenDisk::default()).unwrap();
+        let mut reader = Reader::open(&path, OpenDisk::default(), Interruption::default()).unwrap();
         assert_eq!(reader.size(), bytes.len() as u64);
         for (index, expected) in bytes.chunks(CHUNK).enumerate() {
             let mut found = vec![0; expected.len()];
@@ -96,7 +106,23 @@ mod tests {
             assert!(found == expected, "chunk {index}");
         }
         assert!(reader.read_at(3 * CHUNK as u64, &mut [0; 512]).is_err(), "beyond the end");
-        assert!(Reader::open(&folder.path().join("none"), OpenDisk::default()).is_err());
+        assert!(
+            Reader::open(&folder.path().join("none"), OpenDisk::default(), Interruption::default()).is_err()
+        );
+    }
+
+    #[test]
+    fn nothing_is_read_after_an_interruption() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("disk.raw");
+        fs::File::create(&path).unwrap().set_len(CHUNK as u64).unwrap();
+        let options = || OpenDisk { format: Some(Format::Raw), ..OpenDisk::default() };
+        let over = Events::new(Some(Duration::ZERO)).unwrap().interruption();
+        for (interruption, reads) in [(Interruption::default(), true), (over, false)] {
+            assert_eq!(interruption.has_come(), !reads);
+            let mut reader = Reader::open(&path, options(), interruption).unwrap();
+            assert_eq!(reader.read_at(0, &mut [0; 512]).is_ok(), reads);
+        }
     }
 
     #[test]
@@ -113,8 +139,11 @@ mod tests {
         format.env("PATH", "/usr/sbin:/sbin:/usr/bin:/bin").args(["-q", "-F", "-t", "ext4", "-d"]);
         assert!(format.arg(&tree).arg(&base).status().unwrap().success());
         layer_over(&base, &path, 0, &[0; 512]);
-        let mut found =
-            from_disk::find(Box::new(Reader::open(&path, OpenDisk::default()).unwrap()), None).unwrap();
+        let mut found = from_disk::find(
+            Box::new(Reader::open(&path, OpenDisk::default(), Interruption::default()).unwrap()),
+            None,
+        )
+        .unwrap();
         let mut kernel = String::new();
         io::Read::read_to_string(&mut found.kernel, &mut kernel).unwrap();
         assert_eq!(kernel, "the kernel");
@@ -123,7 +152,10 @@ mod tests {
         file_system[..4].copy_from_slice(b"XFSB");
         fs::remove_file(&path).unwrap();
         layer_over(&base, &path, 0, &file_system);
-        let hidden = from_disk::find(Box::new(Reader::open(&path, OpenDisk::default()).unwrap()), None);
+        let hidden = from_disk::find(
+            Box::new(Reader::open(&path, OpenDisk::default(), Interruption::default()).unwrap()),
+            None,
+        );
         assert!(matches!(hidden, Err(FindError::Nothing { tried, .. }) if tried.contains("XFS")));
     }
 }

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use rustix::process::Signal;
+use sapwood_image::{ErrorKind, ImageError};
 use tempfile::TempDir;
 
 use super::child::{Running, again};
@@ -21,6 +22,10 @@ use super::plan::{DiskPlace, DiskSpec};
 const SETTLED_AFTER: Duration = Duration::from_secs(10);
 /// Longest ready line that is read, in bytes: more than a path has.
 const READY_BYTES_MAX: usize = 16 << 10;
+
+/// Longest path of a folder for what is temporary: an address of a socket has 108 bytes (unix(7)), and this leaves room for
+/// `/sapwood-boot-XXXXXX/disk99.sock` and a NUL.
+const FOLDER_BYTES_MAX: usize = 108 - 33;
 
 /// All servers of a machine, and the folder of their sockets.
 pub struct Servers {
@@ -116,8 +121,8 @@ impl Servers {
             loop {
                 match events.wait(&[server.running.ended()], None)? {
                     Wake::Ready(_) => break,
-                    // From the second signal on it ends at once.
-                    Wake::Insisted => server.running.signal(Signal::TERM),
+                    // It recovers when it is next opened.
+                    Wake::Insisted => server.running.signal(Signal::KILL),
                     Wake::Asked | Wake::Late => {}
                 }
             }
@@ -195,15 +200,27 @@ pub fn arguments(disk: &DiskSpec, cpus: u8, socket: &Path) -> Vec<String> {
     words
 }
 
+/// Why a disk cannot be opened, with the way in which `sapwood boot` writes the options that the message may name.
+pub fn with_options(error: ImageError) -> anyhow::Error {
+    match error.kind {
+        ErrorKind::Unsupported(_) | ErrorKind::Invalid(_) => anyhow::anyhow!(
+            "{:#} (for sapwood boot: DISK,format=raw or DISK,readonly; an image with backing files needs a layer over it)",
+            anyhow::Error::from(error)
+        ),
+        _ => error.into(),
+    }
+}
+
 /// A folder that only this user can enter.
 fn folder() -> anyhow::Result<TempDir> {
+    let place = std::env::temp_dir();
+    if place.as_os_str().len() > FOLDER_BYTES_MAX {
+        bail!("{}: too long a path for sockets (TMPDIR names another)", place.display());
+    }
     let mut builder = tempfile::Builder::new();
     let made = builder.prefix("sapwood-boot-").permissions(Permissions::from_mode(0o700)).tempdir();
     made.with_context(|| {
-        format!(
-            "cannot make a folder for sockets in {} (TMPDIR names another)",
-            std::env::temp_dir().display()
-        )
+        format!("cannot make a folder for sockets in {} (TMPDIR names another)", place.display())
     })
 }
 

@@ -46,7 +46,7 @@ pub fn run(machine: &Machine) -> anyhow::Result<Outcome> {
         })?;
     }
     let console = Streams::open(&machine.console)?;
-    let _terminal = console.terminal()?;
+    console.explain();
     loop {
         let ending = run_once(machine, &console, &mut events)?;
         return Ok(match (ending, events.asked()) {
@@ -63,11 +63,15 @@ pub fn run(machine: &Machine) -> anyhow::Result<Outcome> {
 
 /// Boots the guest once, with servers of its own.
 fn run_once(machine: &Machine, console: &Streams, events: &mut Events) -> anyhow::Result<Ending> {
-    let payload = kernel::open(machine)?;
+    let payload = kernel::open(machine, events.interruption());
+    if events.has_happened()? {
+        return Ok(Ending::Stopped);
+    }
+    let payload = payload?;
     let Some(mut servers) = Servers::start(&machine.disks, machine.cpus, events)? else {
         return Ok(Ending::Stopped);
     };
-    let ended = guest(machine, &payload, console, &mut servers, events);
+    let ended = guest(machine, payload, console, &mut servers, events);
     let stopped = servers.stop(events);
     if let (Err(_), Err(error)) = (&ended, &stopped) {
         log::error!("{error:#}");
@@ -78,17 +82,24 @@ fn run_once(machine: &Machine, console: &Streams, events: &mut Events) -> anyhow
 /// Runs the worker until it ends.
 fn guest(
     machine: &Machine,
-    payload: &Payload,
+    payload: Payload,
     console: &Streams,
     servers: &mut Servers,
     events: &mut Events,
 ) -> anyhow::Result<Ending> {
-    let (mut worker, mut stop) = start_worker(machine, payload, console, servers)?;
+    // Only now: before, and while the servers stop, Ctrl-C is a signal, and the escape would reach nobody.
+    let _terminal = console.terminal()?;
+    let (mut worker, mut stop) = start_worker(machine, &payload, console, servers)?;
+    // The worker has them, and lets them go when they are in the guest's memory.
+    drop(payload);
     let mut limit = None;
     let mut killed = false;
     loop {
         let mut watched: Vec<BorrowedFd<'_>> = vec![worker.ended()];
-        watched.extend(servers.ended());
+        if events.asked().is_none() {
+            // Who told us to end may have told the servers, too: then none is started again.
+            watched.extend(servers.ended());
+        }
         match events.wait(&watched, limit)? {
             Wake::Ready(0) if killed => return Ok(Ending::Stopped),
             Wake::Ready(0) => return worker::ending(worker.wait()?),
@@ -162,12 +173,18 @@ impl Streams {
         self.is_interactive() && io::stdin().is_terminal()
     }
 
+    /// Says what the keys do on a terminal.
+    fn explain(&self) {
+        if self.is_terminal() {
+            eprintln!("sapwood: Ctrl-A X ends the virtual machine; Ctrl-A Ctrl-A is a Ctrl-A for the guest");
+        }
+    }
+
     /// Prepares the terminal, if there is one.
     fn terminal(&self) -> anyhow::Result<Option<RawTerminal>> {
         if !self.is_terminal() {
             return Ok(None);
         }
-        eprintln!("sapwood: Ctrl-A X ends the virtual machine; Ctrl-A Ctrl-A is a Ctrl-A for the guest");
         RawTerminal::enter().context("cannot switch the terminal to raw mode")
     }
 

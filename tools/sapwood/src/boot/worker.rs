@@ -15,7 +15,7 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::Signal;
 use sapwood_vmm::{Config, Console, Disk, Ending};
 use serde::{Deserialize, Serialize};
-use signal_hook::consts::{SIGHUP, SIGINT};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM};
 
 use super::child::{self, CHILD_OF, end_with};
 use super::machine;
@@ -80,15 +80,17 @@ impl Worker {
     pub fn run(self) -> anyhow::Result<u8> {
         end_with(self.parent, Signal::KILL)?;
         crate::abort_on_panic();
-        // The terminal sends these to the supervisor, too, which decides.
-        for signal in [SIGINT, SIGHUP] {
+        // The terminal, or who ends all processes of a service, sends these to the supervisor, too, which decides.
+        for signal in [SIGINT, SIGHUP, SIGQUIT, SIGTERM] {
             signal_hook::flag::register(signal, Arc::new(AtomicBool::new(false)))?;
         }
         let handover = child::inherited(self.handover)?;
         let handover: Handover =
             serde_json::from_reader(handover).context("the description of the machine")?;
         let stop = child::inherited(handover.stop)?;
-        let ending = machine::run(handover.config()?, stop)?;
+        let config = handover.config()?;
+        sapwood_vmm::inherited::close_others().context("cannot close what was inherited")?;
+        let ending = machine::run(config, stop)?;
         let code = CODES.iter().find(|(known, _)| *known == ending).map(|(_, code)| *code);
         code.context("the machine ended in an unknown way")
     }

@@ -21,7 +21,7 @@ use signal_hook::iterator::Signals;
 
 use super::reading::Reading;
 use super::{output, size};
-use crate::boot::{CHILD_OF, end_with, remove_folder_of};
+use crate::boot::{CHILD_OF, end_with, remove_folder_of, with_options};
 use crate::control::{Control, Served};
 use crate::host::{Host, HostEngine};
 
@@ -98,14 +98,15 @@ impl Serve {
         crate::abort_on_panic();
         // Before there are threads: the socket, and all else we make, is this user's alone.
         rustix::process::umask(Mode::RWXG | Mode::RWXO);
-        let mut signals = signals().context("cannot take signals")?;
+        let mut signals = self.signals().context("cannot take signals")?;
         let options = OpenDisk { tuning: self.tuning(), ..self.reading.open(self.format, self.readonly) };
         let (io, storage, path) = (host.io()?, host.storage(), self.path.clone());
         let opening = {
             let io = io.clone();
             async move { open(&storage, &io, &path, options).await }
         };
-        let disk = block_on(&io, opening)?;
+        let opened = block_on(&io, opening);
+        let disk = if self.child_of.is_some() { opened.map_err(with_options)? } else { opened? };
         log_map(&disk);
         let maintenance = if self.readonly { None } else { Some(maintain(host, &disk)?) };
         let served = self.serve(*host, &disk, &mut signals);
@@ -139,6 +140,19 @@ impl Serve {
         drop(control);
         server.stop();
         Ok(())
+    }
+
+    /// The signals that end the server. From the second one on they end the process, unless it follows another one: then a signal
+    /// may come from that one and again from who ends both, and whoever has no time kills it.
+    fn signals(&self) -> std::io::Result<Signals> {
+        let asked = Arc::new(AtomicBool::new(false));
+        for signal in [SIGTERM, SIGINT] {
+            if self.child_of.is_none() {
+                flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, Arc::clone(&asked))?;
+                flag::register(signal, Arc::clone(&asked))?;
+            }
+        }
+        Signals::new([SIGTERM, SIGINT])
     }
 
     fn tuning(&self) -> Tuning {
@@ -201,16 +215,6 @@ async fn open(
     let committed = layer::commit(storage, io, path, false, Tuning::default(), &mut |_, _| {}).await?;
     log::info!("{}: it is merged into {}", path.display(), committed.base.display());
     Disk::open(storage, io, path, options).await
-}
-
-/// The signals that end the server. From the second one on they end the process.
-fn signals() -> std::io::Result<Signals> {
-    let asked = Arc::new(AtomicBool::new(false));
-    for signal in [SIGTERM, SIGINT] {
-        flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, Arc::clone(&asked))?;
-        flag::register(signal, Arc::clone(&asked))?;
-    }
-    Signals::new([SIGTERM, SIGINT])
 }
 
 /// Starts the thread that does the disk's work in the background, until the disk is closed.

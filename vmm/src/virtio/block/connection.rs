@@ -86,7 +86,7 @@ pub type Inflight = (VhostUserInflight, File);
 
 /// Adds what was tried to an error of the protocol.
 fn tried<T>(what: &'static str, result: vhost::Result<T>) -> Result<T, Error> {
-    result.map_err(|source| Error::Message { what, source })
+    result.map_err(|error| Error::Message { what, error })
 }
 
 impl Connection {

@@ -57,12 +57,12 @@ const CONFIG_WRITEBACK: usize = 32;
 /// Offset of `num_queues`.
 const CONFIG_QUEUES: usize = 34;
 
-/// What is wrong with a backend.
+/// What is wrong with a backend. Each message says all: there is no source that would be said once more.
 #[derive(Debug, Error)]
 pub enum Error {
     /// Nobody listens.
     #[error("cannot connect: {0}; a backend must listen there (`sapwood serve DISK --socket PATH` is one)")]
-    Connect(#[source] io::Error),
+    Connect(io::Error),
     /// It takes the connection, and no more.
     #[error("the backend does not answer: it serves one machine at a time, and may be serving another")]
     Silent,
@@ -76,13 +76,12 @@ pub enum Error {
     #[error("the backend has come back with {0}; start it with the same disk and options")]
     Different(&'static str),
     /// A message failed.
-    #[error("{what}: {source}")]
+    #[error("{what}: {error}")]
     Message {
         /// What was tried.
         what: &'static str,
         /// What came of it.
-        #[source]
-        source: vhost::Error,
+        error: vhost::Error,
     },
     /// Requests are lost.
     #[error(

@@ -1,14 +1,16 @@
 //! How guests end, and how the user ends them.
 
+use std::fs;
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal, kill_process};
 
 use super::guests::{PANIC, POWER_OFF, RESTART, Then};
 use super::{Lab, Running, has_kvm, processes_of, sockets, wait_until};
-use crate::harness::Place;
+use crate::harness::{Answer, Place};
 use crate::serve::Server;
 
 /// Boots a guest that ends in some way: the exit code and the message.
@@ -102,6 +104,65 @@ fn a_signal_stops_it() {
         assert_eq!(running.ends().code(), Some(130));
         lab.is_clean();
     }
+}
+
+/// As `systemctl stop` does, or a terminal that closes.
+#[test]
+fn a_signal_to_all_processes_stops_it_cleanly() {
+    if !has_kvm("a_signal_to_all_processes_stops_it_cleanly") {
+        return;
+    }
+    for (signal, times) in [(Signal::TERM, 1), (Signal::HUP, 3), (Signal::QUIT, 1)] {
+        let lab = Lab::new("hello\n", Then::Halt);
+        let mut running = lab.start("disk.layer");
+        assert_eq!(running.line(), "hello\n");
+        let children = running.children();
+        assert_eq!(children.len(), 2, "{children:?}");
+        for _ in 0..times {
+            running.signal(signal);
+        }
+        let group = |line: &str| signal == Signal::TERM || line.contains("boot-worker");
+        for (pid, _) in children.iter().filter(|(_, line)| group(line)) {
+            // It may have ended by now.
+            let _ = kill_process(Pid::from_raw(*pid).unwrap(), signal);
+        }
+        assert_eq!(running.ends().code(), Some(130));
+        let mut said = String::new();
+        running.child.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+        assert!(!said.contains("unexpectedly") && !said.contains("cleanly"), "{said}");
+        lab.is_clean();
+    }
+}
+
+#[test]
+fn the_worker_has_only_what_it_needs() {
+    if !has_kvm("the_worker_has_only_what_it_needs") {
+        return;
+    }
+    let lab = Lab::new("hello\n", Then::Halt);
+    fs::write(lab.place.path("initrd"), "an initial file system").unwrap();
+    fs::write(lab.place.path("secret"), "of the user").unwrap();
+    // A file that the user's shell has open, too.
+    let boot = lab.command("--initrd initrd disk.layer");
+    let mut shell = Command::new("sh");
+    shell.args(["-c", "exec \"$@\" 9<secret", "sh"]).arg(boot.get_program()).args(boot.get_args());
+    shell.current_dir(lab.place.path("")).env("TMPDIR", lab.place.path("tmp"));
+    shell.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut running = Running::start(&mut shell);
+    assert_eq!(running.line(), "hello\n");
+    let (worker, _) = running.children().into_iter().find(|(_, line)| line.contains("boot-worker")).unwrap();
+    let open = |pid: i32| -> Vec<String> {
+        let files = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+        files.filter_map(|file| Some(fs::read_link(file.path()).ok()?.display().to_string())).collect()
+    };
+    assert!(open(running.child.id() as i32).iter().any(|file| file.ends_with("/secret")), "that is the test");
+    // Neither that nor the kernel, which the guest has in its memory.
+    for name in ["/secret", "/kernel", "/initrd", "sapwood-handover"] {
+        assert!(!open(worker).iter().any(|file| file.contains(name)), "{name} in {:?}", open(worker));
+    }
+    running.signal(Signal::TERM);
+    assert_eq!(running.ends().code(), Some(130));
+    lab.is_clean();
 }
 
 #[test]
@@ -227,10 +288,20 @@ fn what_is_missing_is_named() {
     let lab = Lab::new("", POWER_OFF);
     lab.boot("missing.layer").fails(1, &["missing.layer", "No such file", "did not start"]);
     lab.boot("disk.layer --disk missing.raw,format=raw").fails(1, &["missing.raw", "did not start"]);
+    lab.boot("--disk kernel").fails(1, &["kernel: ", "DISK,format=raw", "did not start"]);
     lab.boot("disk.layer --initrd missing.img").fails(1, &["--initrd missing.img", "No such file"]);
     lab.boot("disk.layer --initrd tmp").fails(1, &["--initrd tmp", "not a file"]);
     lab.boot("disk.layer --console file=missing/log").fails(1, &["missing/log", "No such file"]);
+    fs::create_dir(lab.place.path(&"x".repeat(100))).unwrap();
+    let mut command = lab.command("disk.layer");
+    command.env("TMPDIR", lab.place.path(&"x".repeat(100)));
+    Answer::of(command.output().unwrap()).fails(1, &["too long", "TMPDIR"]);
     lab.is_clean();
+    if has_kvm("what_is_missing_is_named") {
+        let answer = lab.boot("--disk socket=missing.sock");
+        assert_eq!(answer.stderr.matches("cannot connect").count(), 1, "{answer:?}");
+        answer.fails(1, &["missing.sock: cannot connect", "No such file", "sapwood serve"]);
+    }
     let place = Place::new();
     place.sapwood("boot --skip-probe --disk socket=s").fails(1, &["s", "--kernel"]);
     place.sapwood("boot --skip-probe --kernel missing").fails(1, &["--kernel missing", "No such file"]);

@@ -51,7 +51,7 @@ fn what_is_not_on_the_disk_is_said() {
     lab.boot_any("--skip-probe disk.layer --entry nonsense").fails(1, &["disk.layer", "nonsense", "6.1.0-1"]);
     lab.place.sapwood("create empty.layer 8M").text();
     lab.boot_any("--skip-probe empty.layer").fails(1, &["empty.layer", "no kernel", "--kernel"]);
-    lab.boot_any("--skip-probe disk.raw").fails(1, &["disk.raw", "format"]);
+    lab.boot_any("--skip-probe disk.raw").fails(1, &["disk.raw", "DISK,format=raw"]);
     lab.is_clean();
 }
 

@@ -1,5 +1,6 @@
 //! `sapwood boot`, tried with guests of a few instructions under `/dev/kvm`, and without it.
 
+mod cost;
 mod ends;
 mod from_disk;
 mod guests;
