@@ -68,6 +68,8 @@ pub enum DiskPlace {
         format: Option<Format>,
         /// The guest may only read it.
         read_only: bool,
+        /// Where its server takes orders.
+        control: Option<PathBuf>,
     },
     /// One that runs already.
     Socket(PathBuf),
@@ -114,7 +116,7 @@ fn parts(text: &str) -> Vec<String> {
 impl FromStr for DiskSpec {
     type Err = String;
 
-    /// Reads `FILE[,format=FORMAT][,readonly][,queues=N]` or `socket=PATH[,queues=N]`.
+    /// Reads `FILE[,format=FORMAT][,readonly][,queues=N][,control=PATH]` or `socket=PATH[,queues=N]`.
     fn from_str(text: &str) -> Result<Self, String> {
         let parts = parts(text);
         let (first, options) = parts.split_first().ok_or("a disk has a name")?;
@@ -123,7 +125,7 @@ impl FromStr for DiskSpec {
         if name.is_empty() {
             return Err("which disk? Write FILE or socket=PATH first".to_owned());
         }
-        let (mut format, mut read_only, mut queues) = (None, false, None);
+        let (mut format, mut read_only, mut queues, mut control) = (None, false, None, None);
         for option in options {
             match option.split_once('=').unwrap_or((option, "")) {
                 ("format", name) if socket.is_none() => {
@@ -134,13 +136,14 @@ impl FromStr for DiskSpec {
                     let number = number.parse().ok().filter(|n| (1..=256).contains(n));
                     queues = Some(number.ok_or("queues is a number from 1 to 256")?);
                 }
-                ("format" | "readonly" | "read-only", _) if socket.is_some() => {
+                ("control", path) if socket.is_none() && !path.is_empty() => control = Some(path.into()),
+                ("format" | "readonly" | "read-only" | "control", _) if socket.is_some() => {
                     return Err(format!("{option}: the server at the socket decides that"));
                 }
                 _ => {
                     return Err(format!(
-                        "unknown option '{option}': there are format=raw|layer|qcow2, readonly and queues=N (a comma in \
-                         a file's name is written twice)"
+                        "unknown option '{option}': there are format=raw|layer|qcow2, readonly, queues=N and \
+                         control=PATH (a comma in a name is written twice)"
                     ));
                 }
             }
@@ -152,7 +155,7 @@ impl FromStr for DiskSpec {
         }
         let place = match socket {
             Some(path) => DiskPlace::Socket(path.into()),
-            None => DiskPlace::File { path: first.into(), format, read_only },
+            None => DiskPlace::File { path: first.into(), format, read_only, control },
         };
         Ok(Self { place, queues })
     }
@@ -176,7 +179,7 @@ mod tests {
     use super::*;
 
     fn file(path: &str, format: Option<Format>, read_only: bool) -> DiskPlace {
-        DiskPlace::File { path: path.into(), format, read_only }
+        DiskPlace::File { path: path.into(), format, read_only, control: None }
     }
 
     #[test]
@@ -193,6 +196,8 @@ mod tests {
             DiskSpec { place: DiskPlace::Socket("/run/s".into()), queues: Some(256) }
         );
         assert_eq!(disk("a,format=qcow2,read-only").place, file("a", Some(Format::Qcow2), true));
+        let DiskPlace::File { control, .. } = disk("a,control=b,,c").place else { panic!("a file") };
+        assert_eq!(control, Some("b,c".into()));
         assert_eq!((disk("a").queues(2), disk("a,queues=5").queues(2)), (2, 5));
         for (bad, why) in [
             ("", "which disk"),
@@ -204,6 +209,8 @@ mod tests {
             ("a,", "''"),
             ("a,readonly=no", "readonly=no"),
             ("socket=s,readonly", "the server"),
+            ("socket=s,control=c", "the server"),
+            ("a,control=", "control="),
             ("a,format=qcow2", "readonly"),
         ] {
             let error = bad.parse::<DiskSpec>().unwrap_err();

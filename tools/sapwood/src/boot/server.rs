@@ -189,11 +189,12 @@ fn read_some(pipe: &mut ChildStdout, line: &mut Vec<u8>) -> anyhow::Result<bool>
 /// The arguments of `sapwood serve` for a disk.
 pub fn arguments(disk: &DiskSpec, cpus: u8, socket: &Path) -> Vec<String> {
     let mut words = Vec::new();
-    if let DiskPlace::File { path, format, read_only } = &disk.place {
+    if let DiskPlace::File { path, format, read_only, control } = &disk.place {
         words.extend(format.map(|format| format!("--format={format}")));
         words.extend(read_only.then(|| "--readonly".to_owned()));
         words.push(format!("--queues={}", disk.queues(cpus)));
         words.push(format!("--socket={}", socket.display()));
+        words.extend(control.as_ref().map(|control| format!("--control={}", control.display())));
         words.push("--".to_owned());
         words.push(path.display().to_string());
     }

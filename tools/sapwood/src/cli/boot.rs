@@ -40,8 +40,8 @@ const CMDLINE: &str = "console=ttyS0";
 Exit codes: 0 the guest powered off, 1 error, 10 its kernel panicked, 11 a processor crashed, 12 it restarted
 (--no-reboot), 64 wrong usage, 124 the time was over, 130 ended by the user.")]
 pub struct Boot {
-    /// One more disk: FILE[,format=raw|layer|qcow2][,readonly][,queues=N] or, served already,
-    /// socket=PATH[,queues=N]. The guest sees the disks in the order given, DISK first
+    /// One more disk: FILE[,format=raw|layer|qcow2][,readonly][,queues=N][,control=PATH] or, served
+    /// already, socket=PATH[,queues=N]. The guest sees the disks in the order given, DISK first
     #[arg(long = "disk", value_name = "DISK")]
     disks: Vec<DiskSpec>,
 

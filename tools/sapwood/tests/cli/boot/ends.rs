@@ -106,6 +106,22 @@ fn a_signal_stops_it() {
     }
 }
 
+#[test]
+fn a_disk_takes_orders_beneath_its_guest() {
+    if !has_kvm("a_disk_takes_orders_beneath_its_guest") {
+        return;
+    }
+    let lab = Lab::new("hello\n", Then::Halt);
+    let mut running = lab.start("disk.layer,control=control");
+    assert_eq!(running.line(), "hello\n");
+    lab.place.sapwood("resize --control control 128M").text();
+    running.signal(Signal::TERM);
+    assert_eq!(running.ends().code(), Some(130));
+    assert!(!lab.place.path("control").exists());
+    assert_eq!(lab.place.sapwood("info --output=json disk.layer").json()["virtual-size"], 128 << 20);
+    lab.is_clean();
+}
+
 /// As `systemctl stop` does, or a terminal that closes.
 #[test]
 fn a_signal_to_all_processes_stops_it_cleanly() {
