@@ -47,7 +47,7 @@ pub struct Wanted {
     pub start: Option<Arc<Start>>,
     /// A queue's interrupt has another descriptor since the thread has looked.
     pub calls_changed: bool,
-    /// The driver has written the writable byte of the configuration space.
+    /// What the driver has written to the writable byte of the configuration space since it began.
     pub written: Option<u8>,
     /// The machine ends.
     pub end: bool,
@@ -58,6 +58,8 @@ pub struct Wanted {
 struct Config {
     bytes: Vec<u8>,
     generation: u8,
+    /// What the driver has written since it began, and where: it reads that, whatever the device says.
+    written: Option<(usize, u8)>,
     /// What interrupts the driver when it changes.
     event: Option<Arc<EventFd>>,
 }
@@ -122,7 +124,6 @@ impl Link {
         let mut wanted = lock(&self.wanted);
         let taken = wanted.clone();
         wanted.calls_changed = false;
-        wanted.written = None;
         taken
     }
 
@@ -162,7 +163,8 @@ impl Link {
     pub fn reset(&self) {
         self.broken.store(false, Ordering::Release);
         self.isr.store(0, Ordering::Release);
-        lock(&self.config).event = None;
+        let mut config = lock(&self.config);
+        (config.event, config.written) = (None, None);
     }
 
     /// The configuration space is different now; the driver hears of it.
@@ -182,9 +184,7 @@ impl Link {
 
     /// A driver's own change, of which it need not hear.
     pub fn write_config(&self, offset: usize, byte: u8) {
-        if let Some(to) = lock(&self.config).bytes.get_mut(offset) {
-            *to = byte;
-        }
+        lock(&self.config).written = Some((offset, byte));
     }
 
     /// The configuration space.
@@ -198,6 +198,11 @@ impl Link {
         data.fill(0);
         for (to, from) in data.iter_mut().zip(config.bytes.iter().skip(offset)) {
             *to = *from;
+        }
+        if let Some((at, byte)) = config.written
+            && let Some(to) = at.checked_sub(offset).and_then(|at| data.get_mut(at))
+        {
+            *to = byte;
         }
     }
 
@@ -237,7 +242,8 @@ pub struct Device {
     pub queues: u16,
     /// Entries in a queue at most, a power of two.
     pub queue_size_max: u16,
-    /// The one byte of the configuration space that a driver may write, and the feature that it needs for that.
+    /// The one byte of the configuration space that a driver may write, to 0 or 1, and the feature that it needs for
+    /// that.
     pub writable: Option<(usize, u64)>,
     /// What it shares with its thread.
     pub link: Arc<Link>,
