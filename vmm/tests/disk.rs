@@ -281,6 +281,25 @@ fn who_is_no_backend_is_said() {
 }
 
 #[test]
+fn a_backend_that_falls_silent_is_given_up() {
+    use std::io::{Read, Write};
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("disk.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let backend = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.read_exact(&mut [0; 12]).unwrap();
+        // Features, and nothing after that.
+        let answer = [1u32, 5, 8, 0, 0].map(u32::to_ne_bytes);
+        stream.write_all(answer.as_flattened()).unwrap();
+        stream.read_to_end(&mut Vec::new()).unwrap();
+    });
+    let error = Machine::new(&[disk(&socket)], 1).err().unwrap().to_string();
+    assert!(error.contains("does not answer"), "{error}");
+    backend.join().unwrap();
+}
+
+#[test]
 fn machines_end_while_their_backend_is_away() {
     let directory = tempfile::tempdir().unwrap();
     let (file, socket) = server::disk(directory.path(), SIZE);
