@@ -62,6 +62,10 @@ const CONFIG_WRITEBACK: usize = 32;
 /// Offset of `num_queues`.
 const CONFIG_QUEUES: usize = 34;
 
+/// Queues of a disk at most: KVM routes 4096 interrupts, which has to do for as many disks as the bus takes.
+const QUEUES_MAX: u16 = 128;
+const _: () = assert!(super::DISKS_MAX * (QUEUES_MAX as usize + 1) < 4096 - 100);
+
 /// What is wrong with a backend.
 #[derive(Debug, Error)]
 pub enum Error {
@@ -116,7 +120,7 @@ pub fn start(
     let handle = Arc::new(Mutex::new(None));
     let link = Link::new(Vec::new())?;
     let (connection, offer) = open(disk, &link, &handle)?;
-    let queues = offer.queues.min(cpus.max(1).into());
+    let queues = offer.queues.min(cpus.max(1).into()).min(QUEUES_MAX);
     let features = offered(&offer, queues);
     link.write_all_config(config(&offer, queues));
     let device = Device {
