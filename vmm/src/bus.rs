@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// A device that is reached through a range of a [`Bus`].
 pub trait BusDevice: Send {
-    /// The guest reads `data.len()` bytes (1, 2, 4 or 8) at an offset into the range; `data` comes filled with ones.
+    /// The guest reads `data.len()` bytes (at most 8; KVM splits at pages) at an offset into the range; `data` comes filled with ones.
     fn read(&mut self, offset: u64, data: &mut [u8]);
-    /// The guest writes `data` (1, 2, 4 or 8 bytes) at an offset into the range.
+    /// The guest writes `data` (at most 8 bytes) at an offset into the range.
     fn write(&mut self, offset: u64, data: &[u8]);
 }
 

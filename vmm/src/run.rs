@@ -5,6 +5,7 @@ use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Barrier};
 
 use rustix::event::{PollFd, PollFlags, poll};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use crate::boot::{self, BootError, Payload};
 use crate::bus::Bus;
@@ -77,6 +78,7 @@ impl Error {
 /// # Errors
 /// The machine cannot be made or started, or a processor cannot go on.
 pub fn run(config: Config, stop: BorrowedFd<'_>) -> Result<Ending, Error> {
+    allow_descriptors();
     let mut machine = Machine::new(config.memory_bytes, config.cpus)?;
     let mut payload = Payload { kernel: config.kernel, initrd: config.initrd, cmdline: config.cmdline };
     let entry = boot::load(&machine.memory, config.memory_bytes, config.cpus, &mut payload)?;
@@ -124,6 +126,16 @@ pub fn run(config: Config, stop: BorrowedFd<'_>) -> Result<Ending, Error> {
     input.into_iter().for_each(serial::Input::stop);
     waited?;
     ending
+}
+
+/// Allows as many open files as the system lets this process have: the usual limit of 1024 is there for programs that call
+/// select(2), and eight disks with 64 queues need more.
+fn allow_descriptors() {
+    let limit = getrlimit(Resource::Nofile);
+    let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+    if let Err(error) = raised {
+        log::debug!("the limit of open files stays {:?}: {error}", limit.current);
+    }
 }
 
 /// Waits for the end, from inside or outside.

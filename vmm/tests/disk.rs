@@ -12,7 +12,7 @@ use sapwood_blockdev::io::{Io, block_on};
 use sapwood_vhost::features::protocol_offered;
 use sapwood_vmm::Disk;
 use sapwood_vmm::virtio::Error;
-use support::driver::{CONFIG_INTERRUPT, Driver, VERSION_1};
+use support::driver::{CONFIG_INTERRUPT, Driver, STATUS_OK, VERSION_1};
 use support::server::{self, Process};
 use support::{Machine, Random, eventually};
 use vhost::vhost_user::VhostUserProtocolFeatures;
@@ -108,6 +108,34 @@ fn the_driver_switches_the_write_cache() {
     works(&mut driver, 0, 1);
     driver.reset();
     eventually("the next driver finds it switched on", || driver.read8(driver.config + 32) == 1);
+}
+
+#[test]
+fn the_write_cache_stays_as_the_driver_has_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let (file, socket) = server::disk(directory.path(), SIZE);
+    let backend = Process::start(&file, &socket);
+    let machine = Machine::new(&[disk(&socket)], 1).unwrap();
+    let mut driver = Driver::find(&machine, SLOT);
+    driver.begin(FEATURES);
+    driver.write8(driver.config + 32, 0);
+    // Time for the disk's thread: the backend does not know the features yet, and would refuse.
+    std::thread::sleep(std::time::Duration::from_millis(50));
+    driver.set_status(STATUS_OK);
+    works(&mut driver, 0, 1);
+    assert_eq!(driver.read8(driver.config + 32), 0);
+    backend.kill();
+    let _backend = Process::start(&file, &socket);
+    works(&mut driver, 0, 2);
+    assert_eq!(driver.read8(driver.config + 32), 0, "a new backend has it switched on at first");
+    driver.write8(driver.config + 32, 2);
+    assert_eq!(driver.read8(driver.config + 32), 0, "a backend would refuse it, each time again");
+    // One that does not get as far as DRIVER_OK leaves nothing behind.
+    driver.begin(FEATURES);
+    driver.write8(driver.config + 32, 0);
+    driver.start(FEATURES);
+    assert_eq!(driver.read8(driver.config + 32), 1);
+    works(&mut driver, 0, 3);
 }
 
 #[test]
@@ -250,6 +278,25 @@ fn who_is_no_backend_is_said() {
     drop(thread);
     let disks = vec![disk(&socket); 31];
     assert!(matches!(Machine::new(&disks, 1), Err(Error::TooManyDisks(31))));
+}
+
+#[test]
+fn a_backend_that_falls_silent_is_given_up() {
+    use std::io::{Read, Write};
+    let directory = tempfile::tempdir().unwrap();
+    let socket = directory.path().join("disk.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let backend = std::thread::spawn(move || {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.read_exact(&mut [0; 12]).unwrap();
+        // Features, and nothing after that.
+        let answer = [1u32, 5, 8, 0, 0].map(u32::to_ne_bytes);
+        stream.write_all(answer.as_flattened()).unwrap();
+        stream.read_to_end(&mut Vec::new()).unwrap();
+    });
+    let error = Machine::new(&[disk(&socket)], 1).err().unwrap().to_string();
+    assert!(error.contains("does not answer"), "{error}");
+    backend.join().unwrap();
 }
 
 #[test]

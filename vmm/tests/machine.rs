@@ -25,6 +25,16 @@ fn a_guest_powers_off() {
     check_end("a_guest_powers_off", "o", 0, "PowerOff");
 }
 
+/// Each processor needs a descriptor, and each queue several.
+#[test]
+fn many_processors_have_their_descriptors() {
+    if !kvm("many_processors_have_their_descriptors") {
+        return;
+    }
+    let ended = Guest::assemble("ends").start_limited(40, &["--cpus", "64", "--cmdline", "o"]).end();
+    assert_eq!((ended.output.as_str(), ended.status), ("on\n", Some(0)), "{ended:?}");
+}
+
 #[test]
 fn a_guest_starts_again() {
     check_end("a_guest_starts_again", "r", 10, "Reboot");

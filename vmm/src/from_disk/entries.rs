@@ -10,6 +10,8 @@ use std::collections::HashMap;
 use super::{Candidate, ENTRIES_MAX, Place, System, grub, version};
 
 const FOLDERS: [&str; 2] = ["/loader/entries", "/boot/loader/entries"];
+/// Bytes of an entry, and of its command line once its variables are replaced.
+const ENTRY_BYTES_MAX: usize = 64 << 10;
 const IMAGES: &str = "/EFI/Linux";
 /// What the specification calls x86-64.
 const ARCHITECTURE: &str = "x64";
@@ -38,7 +40,8 @@ pub fn candidates(system: &mut System) -> Vec<Candidate> {
     let mut default = None;
     for volume in 0..system.volumes.len() {
         for folder in FOLDERS {
-            entries.extend(read_folder(system, volume, folder));
+            let room = ENTRIES_MAX - entries.len();
+            entries.extend(read_folder(system, volume, folder, room));
             let config = folder.replace("entries", "loader.conf");
             default = default.or_else(|| system.text(volume, &config).and_then(|text| default_of(&text)));
         }
@@ -49,23 +52,29 @@ pub fn candidates(system: &mut System) -> Vec<Candidate> {
             system.try_in_vain(what);
         }
     }
-    entries.truncate(ENTRIES_MAX);
     entries.sort_by(order);
     if let Some(pattern) = default {
         // The sort is stable: among those that match, the first stays the first.
         entries.sort_by_key(|entry| !is_default(&pattern, &entry.id));
     }
-    entries.iter().map(|entry| candidate(system, entry)).collect()
+    entries.iter().filter_map(|entry| candidate(system, entry)).collect()
 }
 
-fn read_folder(system: &mut System, volume: usize, folder: &'static str) -> Vec<Entry> {
+/// At most `room` of them: what is kept is bounded on a disk with many partitions as well.
+fn read_folder(system: &mut System, volume: usize, folder: &'static str, room: usize) -> Vec<Entry> {
     let mut entries = Vec::new();
     for name in system.names(volume, folder) {
         let Some(stem) = name.strip_suffix(".conf") else { continue };
-        if entries.len() == ENTRIES_MAX {
+        if entries.len() == room {
             break;
         }
         let Some(text) = system.text(volume, &format!("{folder}/{name}")) else { continue };
+        if text.len() > ENTRY_BYTES_MAX {
+            let what =
+                format!("{}: {folder}/{name}: longer than {ENTRY_BYTES_MAX} bytes", system.volumes[volume]);
+            system.try_in_vain(what);
+            continue;
+        }
         let (id, is_bad) = counted(stem);
         let entry = Entry { id: id.to_owned(), is_bad, volume, folder, ..parse(&text) };
         if let Some(reason) = unusable(&entry) {
@@ -163,7 +172,7 @@ fn matches_pattern(pattern: &str, text: &str) -> bool {
     pattern[p..].iter().all(|c| *c == '*')
 }
 
-fn candidate(system: &mut System, entry: &Entry) -> Candidate {
+fn candidate(system: &mut System, entry: &Entry) -> Option<Candidate> {
     let volume = entry.volume;
     // The specification counts paths from the root of the partition. Where /boot is none of its own, some write them
     // from there all the same.
@@ -189,8 +198,18 @@ fn candidate(system: &mut System, entry: &Entry) -> Candidate {
         let paths: Vec<&String> = entry.initrds.iter().filter(|path| !path.starts_with('$')).collect();
         paths.into_iter().map(|path| place(path)).collect()
     };
-    let cmdline: Vec<String> =
-        words.map(|word| expand(system, word)).filter(|word| !word.is_empty()).collect();
+    let mut cmdline: Vec<String> = Vec::new();
+    let mut room = ENTRY_BYTES_MAX;
+    for word in words {
+        let word = expand(system, word);
+        let Some(left) = room.checked_sub(word.len()) else {
+            let what = format!("{}: {}.conf: its command line is too long", system.volumes[volume], entry.id);
+            system.try_in_vain(what);
+            return None;
+        };
+        room = left;
+        cmdline.extend((!word.is_empty()).then_some(word));
+    }
     let title = match (entry.title.is_empty(), entry.version.is_empty()) {
         (true, _) => entry.id.clone(),
         (false, _) => entry.title.clone(),
@@ -203,7 +222,7 @@ fn candidate(system: &mut System, entry: &Entry) -> Candidate {
         "{}: {}/{}.conf, an entry by the Boot Loader Specification",
         system.volumes[volume], entry.folder, entry.id
     );
-    Candidate { title, names, source, kernel, initrds, cmdline: cmdline.join(" ") }
+    Some(Candidate { title, names, source, kernel, initrds, cmdline: cmdline.join(" ") })
 }
 
 fn value_of(environment: &HashMap<String, String>, name: &str) -> String {

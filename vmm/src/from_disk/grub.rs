@@ -15,6 +15,9 @@ pub fn candidates(system: &mut System) -> Vec<Candidate> {
     let mut all = Vec::new();
     for volume in 0..system.volumes.len() {
         for folder in FOLDERS {
+            if all.len() >= ENTRIES_MAX {
+                break;
+            }
             let path = format!("{folder}/{CONFIG}");
             let Some(text) = system.text(volume, &path) else { continue };
             let environment =

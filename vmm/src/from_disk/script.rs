@@ -8,6 +8,8 @@ use std::collections::HashMap;
 const DEPTH_MAX: usize = 16;
 /// Bytes of a word once its variables are replaced.
 const WORD_BYTES_MAX: usize = 4096;
+/// Bytes of all words of a command. A kernel's command line has at most as many.
+const COMMAND_BYTES_MAX: usize = 64 << 10;
 /// Variables that a script may have.
 const VARIABLES_MAX: usize = 64;
 /// Entries of a script, and commands for GRUB's memory of them.
@@ -329,6 +331,7 @@ impl<'a> Machine<'a> {
 
     fn expand(&mut self, words: &[Word]) -> Vec<String> {
         let mut expanded = Vec::new();
+        let mut bytes = 0;
         for word in words {
             let mut text = String::new();
             for piece in &word.pieces {
@@ -342,6 +345,12 @@ impl<'a> Machine<'a> {
                     self.is_over = true;
                     return Vec::new();
                 }
+            }
+            // The space between words counts, so that empty ones do as well.
+            bytes += text.len() + 1;
+            if bytes > COMMAND_BYTES_MAX {
+                self.is_over = true;
+                return Vec::new();
             }
             // Outside quotes, a variable stands for as many words as it has.
             let has_variables = word.pieces.iter().any(|piece| matches!(piece, Piece::Variable(_)));

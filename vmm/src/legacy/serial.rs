@@ -3,10 +3,13 @@
 //! The port holds 64 bytes for the guest. What is typed beyond that stays where it is (in a pipe, in the terminal) until
 //! the guest has read on: nothing is lost, and nothing is kept without bound. What is typed before the guest asks for
 //! interrupts for it waits as well, because a driver that starts throws away what it finds in the port.
+//!
+//! Where the escape is looked for, input is read on all the same, since a guest that hangs takes none: what the guest
+//! does not take of the last [`TYPED_BYTES_MAX`] is lost then.
 
 use std::fs::File;
 use std::io::{self, Read as _, Write};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, TryLockError};
 use std::thread::{self, JoinHandle};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -23,6 +26,8 @@ use crate::machine::ending::Verdict;
 
 /// What is read from the input at once.
 const INPUT_BYTES: usize = 256;
+/// What is kept of input that a guest does not take, where the escape is looked for. A terminal keeps as much.
+const TYPED_BYTES_MAX: usize = 4096;
 /// Two registers on which it depends whether input can be put into the port: a change lets the thread look again.
 const INTERRUPT_ENABLE: u64 = 1;
 const MODEM_CONTROL: u64 = 4;
@@ -149,6 +154,8 @@ struct Feeder {
     verdict: Verdict,
     /// Read, and not yet in the port.
     waiting: Vec<u8>,
+    /// A processor is at the port: it may wait there for somebody who takes its output.
+    busy: bool,
 }
 
 impl Input {
@@ -168,6 +175,7 @@ impl Input {
             stop: stop.clone(),
             verdict: verdict.clone(),
             waiting: Vec::new(),
+            busy: false,
         };
         let thread = thread::Builder::new().name("console".to_owned()).spawn(move || {
             let _on_panic = feeder.verdict.on_panic();
@@ -203,14 +211,14 @@ impl Feeder {
         }
     }
 
-    /// Waits for something to do: the end, room in the port, input (as long as none waits).
+    /// Waits for something to do: the end, room in the port, input (as long as none waits, or an escape may come).
     fn wait(&self) -> io::Result<(bool, bool, bool)> {
         let mut ready =
             vec![PollFd::new(&*self.stop, PollFlags::IN), PollFd::new(&self.events.room, PollFlags::IN)];
-        if let Some(file) = self.file.as_ref().filter(|_| self.waiting.is_empty()) {
+        if let Some(file) = self.file.as_ref().filter(|_| self.waiting.is_empty() || self.escape.is_some()) {
             ready.push(PollFd::new(file, PollFlags::IN));
         }
-        match poll(&mut ready, None) {
+        match poll(&mut ready, self.busy.then_some(&OUTPUT_POLL)) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
@@ -237,6 +245,7 @@ impl Feeder {
                 if escape.pass(&bytes[..read], &mut self.waiting) {
                     self.verdict.end(Ok(Ending::Stopped));
                 }
+                self.waiting.truncate(TYPED_BYTES_MAX);
             }
             None => self.waiting.extend_from_slice(&bytes[..read]),
         }
@@ -245,10 +254,18 @@ impl Feeder {
 
     /// Puts into the port what has room there.
     fn feed(&mut self) {
+        self.busy = false;
         if self.waiting.is_empty() {
             return;
         }
-        let mut port = self.port.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut port = match self.port.try_lock() {
+            Ok(port) => port,
+            Err(TryLockError::Poisoned(port)) => port.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                self.busy = true;
+                return;
+            }
+        };
         let enabled = port.serial.state().interrupt_enable;
         let wanted = enabled & RECEIVED_DATA != 0 && enabled != ALL_INTERRUPTS;
         if !wanted || port.serial.fifo_capacity() == 0 {

@@ -2,7 +2,7 @@
 //! thread does it when it can and says what has become of it. Neither waits for the other: a processor is never
 //! held up by a backend, and what the guest wants is a state, not a queue of orders that could grow.
 
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -47,7 +47,7 @@ pub struct Wanted {
     pub start: Option<Arc<Start>>,
     /// A queue's interrupt has another descriptor since the thread has looked.
     pub calls_changed: bool,
-    /// The driver has written the writable byte of the configuration space.
+    /// What the driver has written to the writable byte of the configuration space since it began.
     pub written: Option<u8>,
     /// The machine ends.
     pub end: bool,
@@ -58,6 +58,8 @@ pub struct Wanted {
 struct Config {
     bytes: Vec<u8>,
     generation: u8,
+    /// What the driver has written since it began, and where: it reads that, whatever the device says.
+    written: Option<(usize, u8)>,
     /// What interrupts the driver when it changes.
     event: Option<Arc<EventFd>>,
 }
@@ -69,8 +71,9 @@ pub struct Link {
     wake: EventFd,
     /// The epoch that the device's thread has brought about.
     reached: AtomicU64,
-    /// The device cannot go on until the driver resets it.
-    broken: AtomicBool,
+    /// The epoch in which the device broke: it cannot go on until the driver resets it. Zero: none; a driver starts with
+    /// the first.
+    broken: AtomicU64,
     isr: AtomicU8,
     config: Mutex<Config>,
 }
@@ -92,7 +95,7 @@ impl Link {
             wanted: Mutex::default(),
             wake: eventfd()?,
             reached: AtomicU64::new(0),
-            broken: AtomicBool::new(false),
+            broken: AtomicU64::new(0),
             isr: AtomicU8::new(0),
             config: Mutex::new(Config { bytes: config, ..Config::default() }),
         }))
@@ -122,7 +125,6 @@ impl Link {
         let mut wanted = lock(&self.wanted);
         let taken = wanted.clone();
         wanted.calls_changed = false;
-        wanted.written = None;
         taken
     }
 
@@ -147,22 +149,24 @@ impl Link {
         self.reached.load(Ordering::Acquire) >= epoch
     }
 
-    /// For the device's thread: the device needs a reset (virtio 1.2, section 2.1.2).
+    /// For the device's thread: the device needs a reset (virtio 1.2, section 2.1.2), unless the driver has reset it
+    /// meanwhile.
     pub fn break_down(&self) {
-        self.broken.store(true, Ordering::Release);
+        self.broken.store(self.reached.load(Ordering::Acquire), Ordering::Release);
         self.interrupt_config(&lock(&self.config));
     }
 
     /// Whether the device needs a reset.
     pub fn is_broken(&self) -> bool {
-        self.broken.load(Ordering::Acquire)
+        let broken = self.broken.load(Ordering::Acquire);
+        broken != 0 && broken == lock(&self.wanted).epoch
     }
 
     /// The driver has reset the device.
     pub fn reset(&self) {
-        self.broken.store(false, Ordering::Release);
         self.isr.store(0, Ordering::Release);
-        lock(&self.config).event = None;
+        let mut config = lock(&self.config);
+        (config.event, config.written) = (None, None);
     }
 
     /// The configuration space is different now; the driver hears of it.
@@ -182,9 +186,7 @@ impl Link {
 
     /// A driver's own change, of which it need not hear.
     pub fn write_config(&self, offset: usize, byte: u8) {
-        if let Some(to) = lock(&self.config).bytes.get_mut(offset) {
-            *to = byte;
-        }
+        lock(&self.config).written = Some((offset, byte));
     }
 
     /// The configuration space.
@@ -198,6 +200,11 @@ impl Link {
         data.fill(0);
         for (to, from) in data.iter_mut().zip(config.bytes.iter().skip(offset)) {
             *to = *from;
+        }
+        if let Some((at, byte)) = config.written
+            && let Some(to) = at.checked_sub(offset).and_then(|at| data.get_mut(at))
+        {
+            *to = byte;
         }
     }
 
@@ -237,7 +244,8 @@ pub struct Device {
     pub queues: u16,
     /// Entries in a queue at most, a power of two.
     pub queue_size_max: u16,
-    /// The one byte of the configuration space that a driver may write, and the feature that it needs for that.
+    /// The one byte of the configuration space that a driver may write, to 0 or 1, and the feature that it needs for
+    /// that.
     pub writable: Option<(usize, u64)>,
     /// What it shares with its thread.
     pub link: Arc<Link>,
@@ -296,5 +304,27 @@ impl Drop for Worker {
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
             log::error!("a device's thread panicked");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_breaks_while_it_is_reset_is_not_broken_for_the_next_driver() {
+        let link = Link::new(Vec::new()).unwrap();
+        let epoch = || link.want(|wanted| wanted.epoch += 1);
+        epoch();
+        link.reach(1);
+        link.break_down();
+        assert!(link.is_broken());
+        epoch();
+        link.reset();
+        assert!(!link.is_broken());
+        // The thread has not seen the reset yet.
+        link.break_down();
+        link.reach(2);
+        assert!(!link.is_broken());
     }
 }

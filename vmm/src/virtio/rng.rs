@@ -12,6 +12,7 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use crate::interrupts::borrow;
+use crate::pci::Complaints;
 use crate::virtio::device::{Device, Link, Start, Worker};
 use crate::virtio::transport::FEATURE_VERSION_1;
 
@@ -43,8 +44,8 @@ pub fn start(memory: GuestMemoryMmap<()>) -> std::io::Result<(Device, Worker)> {
         link: Arc::clone(&link),
     };
     let run = Arc::clone(&link);
-    let worker =
-        Worker::spawn("rng".into(), &link, || {}, move || Rng { link: run, memory, active: None }.run())?;
+    let rng = Rng { link: run, memory, active: None, complaints: Complaints::default() };
+    let worker = Worker::spawn("rng".into(), &link, || {}, move || rng.run())?;
     Ok((device, worker))
 }
 
@@ -53,6 +54,7 @@ struct Rng {
     memory: GuestMemoryMmap<()>,
     /// The epoch that runs; its queue if it has one that works.
     active: Option<Active>,
+    complaints: Complaints,
 }
 
 struct Active {
@@ -80,7 +82,9 @@ impl Rng {
             if let Some(active) = &mut self.active
                 && let Err(error) = active.serve(&self.memory, || self.link.is_behind())
             {
-                log::warn!("the random number device needs a reset: {error}");
+                if let Some(n) = self.complaints.count() {
+                    log::warn!("the random number device needs a reset (number {n}): {error}");
+                }
                 self.active = None;
                 self.link.break_down();
             }

@@ -344,12 +344,16 @@ impl Transport {
 
     fn reset(&mut self) {
         let before = self.status();
-        if self.status & STATUS_DRIVER_OK != 0 {
-            let epoch = self.device.link.want(|wanted| {
+        let started = self.status & STATUS_DRIVER_OK != 0;
+        let epoch = self.device.link.want(|wanted| {
+            wanted.written = None;
+            if started {
                 wanted.epoch += 1;
                 wanted.start = None;
-                wanted.epoch
-            });
+            }
+            wanted.epoch
+        });
+        if started {
             self.reset = (epoch, before);
         }
         self.status = 0;
@@ -362,11 +366,11 @@ impl Transport {
         self.queues.fill(QueueRegisters::new(self.device.queue_size_max));
     }
 
-    /// The driver writes the device's own configuration space.
+    /// The driver writes the device's own configuration space. Anything but 0 and 1 a backend would refuse.
     pub fn write_config(&mut self, offset: usize, data: &[u8]) {
         let Some((writable, feature)) = self.device.writable else { return };
         let allowed = self.status & STATUS_FEATURES_OK != 0 && self.driver_features & feature != 0;
-        if let ([byte], true) = (data, allowed && offset == writable) {
+        if let ([byte @ 0..=1], true) = (data, allowed && offset == writable) {
             self.device.link.write_config(offset, *byte);
             self.device.link.want(|wanted| wanted.written = Some(*byte));
         }

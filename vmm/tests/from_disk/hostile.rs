@@ -118,6 +118,19 @@ fn a_partition_table_with_room_for_anything_is_refused() {
 }
 
 #[test]
+fn entries_that_are_too_long_are_refused() {
+    let image = Tree::new()
+        .file("/boot/loader/entries/long.conf", format!("linux /k\ntitle {}\n", "x".repeat(70_000)))
+        .file("/boot/loader/entries/grown.conf", format!("linux /k\noptions{}\n", " $a".repeat(1000)))
+        .file("/boot/grub/grubenv", format!("a={}\n", "x".repeat(4000)))
+        .file("/boot/k", noise(1, 1000))
+        .ext4(8, UUID);
+    let message = refusal(&image, None);
+    assert!(message.contains("entries/long.conf: longer than 65536 bytes"), "{message}");
+    assert!(message.contains("grown.conf: its command line is too long"), "{message}");
+}
+
+#[test]
 fn logical_partitions_in_a_circle_end() {
     let script = "label: dos\nstart=2048, size=8192, type=5\nstart=4096, size=4096, type=83\n";
     let mut image = disk(script, 6, &[]);

@@ -57,7 +57,17 @@ impl Guest {
 
     /// Starts it.
     pub fn start(&self, options: &[&str]) -> Process {
-        let mut command = Command::new(program());
+        self.start_by(Command::new(program()), options)
+    }
+
+    /// Starts it where a process may have only so many open files, unless it asks for more.
+    pub fn start_limited(&self, files: u32, options: &[&str]) -> Process {
+        let mut command = Command::new("sh");
+        command.arg("-c").arg(format!("ulimit -Sn {files}; exec \"$0\" \"$@\"")).arg(program());
+        self.start_by(command, options)
+    }
+
+    fn start_by(&self, mut command: Command, options: &[&str]) -> Process {
         command.arg(&self.kernel).args(["--mem", "64"]).args(options);
         let child =
             command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();

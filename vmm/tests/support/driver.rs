@@ -173,6 +173,13 @@ impl<'a> Driver<'a> {
 
     /// From a reset to DRIVER_OK, with all queues and an interrupt for each.
     pub fn start(&mut self, features: u64) {
+        self.begin(features);
+        self.set_status(STATUS_OK);
+        assert_eq!(self.status(), STATUS_OK);
+    }
+
+    /// All of it but DRIVER_OK.
+    pub fn begin(&mut self, features: u64) {
         self.reset();
         self.set_status(1);
         self.set_status(3);
@@ -186,8 +193,6 @@ impl<'a> Driver<'a> {
         for queue in 0..self.queue_count() {
             self.set_queue(queue);
         }
-        self.set_status(STATUS_OK);
-        assert_eq!(self.status(), STATUS_OK);
     }
 
     fn set_interrupts(&self) {

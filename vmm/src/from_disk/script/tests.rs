@@ -53,7 +53,10 @@ fn conditions_decide() {
 fn what_grows_without_bound_is_refused() {
     let doubling = format!("set a=xxxxxxxx\n{}", "set a=\"$a$a\"\n".repeat(40));
     let many: String = (0..100).map(|i| format!("set a{i}=1\n")).collect();
-    for text in [doubling, many] {
+    // A command of 2 KiB that would have 400,000 words, and one whose words are empty.
+    let repeated = format!("set a='{}'\nlinux{}\n", "x ".repeat(1000), " $a".repeat(400));
+    let empty = format!("linux{}\n", " \"\"".repeat(70_000));
+    for text in [doubling, many, repeated, empty] {
         let statements = parse(&text).unwrap();
         let mut machine = Machine::new(String::new(), None, &[]);
         machine.run(&statements, &mut Vec::new());

@@ -99,12 +99,41 @@ fn output_and_the_escape() {
     rig.shown.read_exact(&mut shown).unwrap();
     assert_eq!(&shown, b"ok");
     rig.typed.write_all(b"\x01x").unwrap();
+    eventually_stops(&rig);
+}
+
+#[track_caller]
+fn eventually_stops(rig: &Rig) {
     let deadline = Instant::now() + LIMIT;
     while !rig.verdict.said() {
-        assert!(Instant::now() < deadline);
+        assert!(Instant::now() < deadline, "the escape is not seen");
         thread::yield_now();
     }
     assert!(matches!(rig.verdict.take(), Some(Ok(Ending::Stopped))));
+}
+
+#[test]
+fn the_escape_is_seen_where_the_guest_takes_no_input() {
+    let mut rig = rig(true);
+    rig.typed.write_all(&[b'a'; 3 * TYPED_BYTES_MAX]).unwrap();
+    thread::sleep(Duration::from_millis(50));
+    rig.typed.write_all(b"\x01x").unwrap();
+    eventually_stops(&rig);
+}
+
+#[test]
+fn the_escape_is_seen_where_nobody_takes_the_output() {
+    let mut rig = rig(true);
+    rig.ports.write(INTERRUPTS, &[RECEIVED_DATA]);
+    let ports = rig.ports.clone();
+    // More than a pipe holds.
+    let writer = thread::spawn(move || (0..100_000).for_each(|_| ports.write(DATA, b"x")));
+    thread::sleep(Duration::from_millis(100));
+    rig.typed.write_all(b"a").unwrap();
+    thread::sleep(Duration::from_millis(50));
+    rig.typed.write_all(b"\x01x").unwrap();
+    eventually_stops(&rig);
+    writer.join().unwrap();
 }
 
 #[test]

@@ -11,7 +11,10 @@ pub mod rings;
 mod worker;
 
 use std::io;
+use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::Duration;
 
 use thiserror::Error;
 use vhost::vhost_user::message::VhostUserProtocolFeatures;
@@ -20,7 +23,7 @@ use vm_memory::GuestMemoryMmap;
 use crate::config::Disk;
 use crate::virtio::device::{Device, Link, Worker};
 use crate::virtio::transport::FEATURE_VERSION_1;
-use connection::{Connection, Offer};
+use connection::{Connection, Handle, Offer};
 
 /// The virtio device type.
 const KIND: u16 = 2;
@@ -52,10 +55,16 @@ const FEATURES_PASSED_ON: u64 = 1 << 1
     | 1 << 29
     | FEATURE_VERSION_1;
 
+/// How long a backend may take until all is agreed on, at first.
+const OPEN_MAX: Duration = Duration::from_secs(8);
 /// Offset of `writeback` in the configuration space (section 5.2.4).
 const CONFIG_WRITEBACK: usize = 32;
 /// Offset of `num_queues`.
 const CONFIG_QUEUES: usize = 34;
+
+/// Queues of a disk at most: KVM routes 4096 interrupts, which has to do for as many disks as the bus takes.
+const QUEUES_MAX: u16 = 128;
+const _: () = assert!(super::DISKS_MAX * (QUEUES_MAX as usize + 1) < 4096 - 100);
 
 /// What is wrong with a backend. Each message says all: there is no source that would be said once more.
 #[derive(Debug, Error)]
@@ -109,8 +118,8 @@ pub fn start(
 ) -> Result<(Device, Worker), Error> {
     let handle = Arc::new(Mutex::new(None));
     let link = Link::new(Vec::new())?;
-    let (connection, offer) = Connection::open(&disk.socket, &link, &handle)?;
-    let queues = offer.queues.min(cpus.max(1).into());
+    let (connection, offer) = open(disk, &link, &handle)?;
+    let queues = offer.queues.min(cpus.max(1).into()).min(QUEUES_MAX);
     let features = offered(&offer, queues);
     link.write_all_config(config(&offer, queues));
     let device = Device {
@@ -131,6 +140,25 @@ pub fn start(
         move || worker.run(connection, handle),
     )?;
     Ok((device, worker))
+}
+
+/// The first connection, for which nobody waits but the user: a backend that falls silent in the middle of it is given up.
+fn open(disk: &Disk, link: &Link, handle: &Handle) -> Result<(Connection, Offer), Error> {
+    let (opened, late) = channel::<()>();
+    let watched = Arc::clone(handle);
+    let watch = thread::Builder::new().name("patience".into()).spawn(move || {
+        let silent = late.recv_timeout(OPEN_MAX) == Err(RecvTimeoutError::Timeout);
+        if silent {
+            connection::shut_down(&watched);
+        }
+        silent
+    })?;
+    let result = Connection::open(&disk.socket, link, handle);
+    drop(opened);
+    match (watch.join(), result) {
+        (Ok(true), Err(_)) => Err(Error::Silent),
+        (_, result) => result,
+    }
 }
 
 /// What the guest is offered.

@@ -51,7 +51,7 @@ pub(super) struct Disk<R> {
     connection: Option<Connection>,
     epoch: u64,
     running: Option<Running>,
-    /// What the driver has set since it started.
+    /// What the driver has set since it began. The backend takes it once it knows the features.
     writeback: Option<u8>,
     /// When to look for the backend next.
     retry: Instant,
@@ -105,18 +105,19 @@ impl<R: Fn(Error)> Disk<R> {
     }
 
     fn obey(&mut self, wanted: Wanted) {
+        let before = std::mem::replace(&mut self.writeback, wanted.written);
         if wanted.epoch != self.epoch {
             self.epoch = wanted.epoch;
             self.stop();
             self.running = wanted.start.map(Running::new);
-            self.writeback = None;
             self.go();
             self.link.reach(self.epoch);
-        } else if wanted.calls_changed {
+            return;
+        }
+        if wanted.calls_changed {
             self.set_calls(wanted.start);
         }
-        if let Some(byte) = wanted.written {
-            self.writeback = Some(byte);
+        if let Some(byte) = self.writeback.filter(|_| self.running.is_some() && self.writeback != before) {
             self.attempt(|connection| connection.set_writeback(byte));
         }
     }
