@@ -26,4 +26,4 @@ pub use plan::{Boot, ConsoleSpec, DiskSpec, Machine};
 pub use qemu::script;
 pub use server::{remove_folder_of, with_options};
 pub use supervisor::{Outcome, run};
-pub use worker::{WORKER, Worker};
+pub use worker::Worker;

@@ -15,7 +15,7 @@ use super::kernel::{self, Payload};
 use super::plan::{ConsoleSpec, Machine};
 use super::server::Servers;
 use super::terminal::RawTerminal;
-use super::worker::{self, Handover, WORKER};
+use super::worker::{self, Handover};
 
 /// How long a worker may take that was asked to stop.
 const STOP_LIMIT: Duration = Duration::from_secs(10);
@@ -138,7 +138,7 @@ fn start_worker(
         stop: number(&stopped),
     };
     let description = handover.file()?;
-    let mut command = again(WORKER);
+    let mut command = again("boot-worker");
     command.arg(number(&description).to_string());
     // With more arenas, glibc looks into /sys for the number of processors when a thread first allocates: too late where
     // the filter forbids to open files.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use anyhow::{Context, bail};
-use clap::Parser;
+use clap::Args;
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::process::Signal;
 use sapwood_vmm::{Config, Console, Disk, Ending};
@@ -29,11 +29,8 @@ const CODES: [(Ending, u8); 5] = [
     (Ending::Stopped, 44),
 ];
 
-/// The first argument of a worker.
-pub const WORKER: &str = "boot-worker";
-
 /// Run a virtual machine that `sapwood boot` describes
-#[derive(Debug, Parser)]
+#[derive(Args, Debug)]
 pub struct Worker {
     /// Process that started this one; when it ends this one does
     #[arg(long = CHILD_OF, value_name = "PID")]

@@ -22,6 +22,7 @@ mod size;
 
 use clap::{Parser, Subcommand};
 
+use crate::boot::Worker;
 use crate::host::{EngineKind, Host};
 
 /// Copy-on-write disks for virtual machines: make them, look at them, copy them, serve them
@@ -52,6 +53,8 @@ enum Command {
     Compact(compact::Compact),
     Serve(serve::Serve),
     Boot(boot::Boot),
+    #[command(hide = true)]
+    BootWorker(Worker),
 }
 
 impl Cli {
@@ -87,6 +90,7 @@ impl Cli {
             Command::Compact(command) => command.run(&host()).map(|()| 0),
             Command::Serve(command) => command.run(&host()).map(|()| 0),
             Command::Boot(command) => command.run(),
+            Command::BootWorker(worker) => worker.run(),
         }
     }
 }
