@@ -50,9 +50,15 @@ fn check_file(file: &Path) {
     assert!(bytes[BLOCKS as usize * BLOCK..].iter().all(|byte| *byte == 0), "nothing else");
 }
 
-fn expected_output() -> String {
+/// What the guest says: an interrupt for each request, and maybe one each time that a backend starts its ring, since it
+/// cannot know whether the one before it had notified the guest.
+#[track_caller]
+fn check_output(output: &str, starts: u32) {
     let sectors = SIZE / 512;
-    format!("sectors {sectors:08x}\n<>\ninterrupts {REQUESTS:08x}\nall blocks are the same\n")
+    let expected = |interrupts: u32| {
+        format!("sectors {sectors:08x}\n<>\ninterrupts {interrupts:08x}\nall blocks are the same\n")
+    };
+    assert!((0..=starts).any(|more| output == expected(REQUESTS + more)), "{output}");
 }
 
 /// The whole machine, its filter of system calls included.
@@ -65,7 +71,8 @@ fn a_guest_drives_a_disk() {
     let (file, socket) = server::disk(guest.folder(), SIZE);
     let _backend = Process::start(&file, &socket);
     let ended = guest.run(&["--disk", socket.to_str().unwrap(), "--cpus", "2"], "");
-    assert_eq!((ended.output.as_str(), ended.status), (&*expected_output(), Some(0)), "{ended:?}");
+    assert_eq!(ended.status, Some(0), "{ended:?}");
+    check_output(&ended.output, 1);
     check_file(&file);
 }
 
@@ -140,7 +147,7 @@ fn requests_do_not_pass_through_the_machine() {
     let (file, socket) = server::disk(guest.folder(), SIZE);
     let (_server, _) = server::serve(&file, &socket, 1, false);
     let (exits, notified) = within(Duration::from_secs(120), || count_exits(&guest, &socket));
-    assert_eq!(exits.output, expected_output());
+    check_output(&exits.output, 1);
     assert!(exits.before > 20, "setting up does: {exits:?}");
     assert_eq!((exits.during, notified), ((0, 0), 0), "{exits:?}");
     check_file(&file);
@@ -202,7 +209,8 @@ fn a_backend_is_replaced_under_a_running_guest() {
     if protocol_offered().contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD) {
         step(&mut machine, BLOCKS as usize - 5);
         let ended = machine.end();
-        assert_eq!((start + &ended.output, ended.status), (expected_output(), Some(0)), "{}", ended.messages);
+        assert_eq!(ended.status, Some(0), "{}", ended.messages);
+        check_output(&(start + &ended.output), 3);
         check_file(&file);
     } else {
         let ended = machine.end();

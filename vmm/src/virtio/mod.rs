@@ -3,7 +3,7 @@
 //!
 //! - [`device`]: what the processors' side and a device's own thread have in common;
 //! - [`transport`]: the registers and the states that a driver leads a device through;
-//! - [`function`]: the same as a function on the bus;
+//! - [`mod@function`]: the same as a function on the bus;
 //! - [`rng`]: random numbers;
 //! - [`block`]: disks that vhost-user backends serve.
 //!

@@ -23,6 +23,10 @@ const EXIT_STOPPED: u8 = 130;
 /// The command line of a kernel that is given without one.
 const CMDLINE: &str = "console=ttyS0";
 
+/// No comment: its brackets would be links.
+const DISK_HELP: &str = "One more disk: FILE[,format=raw|layer|qcow2][,readonly][,queues=N][,control=PATH] or, served \
+    already, socket=PATH[,queues=N]. The guest sees the disks in the order given, DISK first";
+
 /// Start a virtual machine from a disk
 ///
 /// Finds the kernel on the first disk, or takes the one that is given, and starts it under KVM. Each disk that is a
@@ -40,9 +44,7 @@ const CMDLINE: &str = "console=ttyS0";
 Exit codes: 0 the guest powered off, 1 error, 10 its kernel panicked, 11 a processor crashed, 12 it restarted
 (--no-reboot), 64 wrong usage, 124 the time was over, 130 ended by the user.")]
 pub struct Boot {
-    /// One more disk: FILE[,format=raw|layer|qcow2][,readonly][,queues=N][,control=PATH] or, served
-    /// already, socket=PATH[,queues=N]. The guest sees the disks in the order given, DISK first
-    #[arg(long = "disk", value_name = "DISK")]
+    #[arg(long = "disk", value_name = "DISK", help = DISK_HELP)]
     disks: Vec<DiskSpec>,
 
     /// Start this kernel (a bzImage or an ELF file), not one from the first disk

@@ -163,6 +163,8 @@ impl<'a> Suite<'a> {
     }
 
     fn tests(&self) -> Result<Verdict> {
+        // Tests of the VMM run it.
+        self.cargo(&["build", "--package", "sapwood-vmm", "--examples"], minutes(15))?;
         let arguments = ["test", "--workspace", "--lib", "--bins", "--tests", "--no-fail-fast"];
         let limit = if self.effort.soak_seeds.is_some() { minutes(24 * 60) } else { minutes(30) };
         self.cargo(&arguments, limit)
