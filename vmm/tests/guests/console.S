@@ -9,11 +9,9 @@
         .set LAPIC_SPURIOUS, 0xfee000f0
         .set LINE, 4
 
-main:   mov $(SERIAL + 1), %dx
-        mov $1, %al                     # interrupts for received data: only then there is any
-        out %al, %dx
-        cmpb $'i', (%esi)
+main:   cmpb $'i', (%esi)
         je by_interrupts
+        call receive
         mov $ready, %edi
         call puts
 1:      call getc
@@ -21,6 +19,12 @@ main:   mov $(SERIAL + 1), %dx
         je power_off
         call putc
         jmp 1b
+
+receive:
+        mov $(SERIAL + 1), %dx
+        mov $1, %al                     # interrupts for received data: only then there is any
+        out %al, %dx
+        ret
 
 by_interrupts:
         mov $0xff, %al                  # the legacy controllers are masked
@@ -40,6 +44,7 @@ by_interrupts:
         movl $0, IOAPIC_DATA            # to the first processor
         mov $ready, %edi
         call puts
+        call receive                    # now: an edge at a masked line would be lost
         sti
 1:      hlt
         jmp 1b
