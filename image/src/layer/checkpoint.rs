@@ -204,6 +204,7 @@ impl Core {
     fn freeze(&mut self) -> Running {
         let mut frozen = self.map.freeze(&mut self.segments);
         frozen.root_changed |= self.segments.freeze_usage();
+        self.segments.forget_emptied();
         if frozen.root_changed {
             self.set_root(Root::default());
         }

@@ -136,6 +136,8 @@ impl<E: Engine> Driver<E> {
             let (path, offset) = (self.layer.path().display(), core.segments.offset(segment).0);
             log::error!("{path}: damaged data in the segment at offset {offset:#x}; check the layer");
             core.segments.pin(segment);
+        } else if is_final && core.segments.note_emptied(segment) {
+            core.wake_maintenance();
         }
     }
 

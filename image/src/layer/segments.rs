@@ -54,6 +54,8 @@ struct Segment {
     reserved: bool,
     /// It holds live blocks that cannot be moved, because they are damaged.
     pinned: bool,
+    /// The cleaner has emptied it but for nodes, which the next checkpoint stores elsewhere.
+    emptied: bool,
     /// So many of its blocks were compared with the checksums of their records since the log began to fill it,
     checked: u32,
     /// and so many, from its beginning, were whole.
@@ -74,6 +76,7 @@ impl Segment {
         allocated: false,
         reserved: false,
         pinned: false,
+        emptied: false,
         checked: 0,
         whole: 0,
         written: 0,
@@ -118,6 +121,8 @@ pub(super) struct Segments {
     logs: u32,
     /// Free segments whose space is being given back.
     punching: usize,
+    /// Segments that are marked as emptied.
+    emptied: Vec<u32>,
     groups: Vec<Group>,
     /// A checkpoint is being written: the usage as of its start must not be lost.
     frozen: bool,
@@ -142,6 +147,7 @@ impl Segments {
             limbo: count,
             logs: 0,
             punching: 0,
+            emptied: Vec::new(),
             groups: Vec::new(),
             frozen: false,
             readers: Readers::default(),
@@ -237,7 +243,7 @@ impl Segments {
 
     /// Segments that a checkpoint would bring nearer to being free.
     pub(super) fn awaiting_checkpoint(&self) -> usize {
-        self.limbo as usize - self.draining.len()
+        self.limbo as usize - self.draining.len() + self.emptied.len()
     }
 
     /// Changes a segment; everything that may begin or end its being on the way to be free.
@@ -387,6 +393,26 @@ impl Segments {
         self.list[segment as usize].pinned = true;
     }
 
+    /// The cleaner has moved all blocks of a segment, and marked the nodes in it for the next checkpoint: until then
+    /// there is nothing more to do for it. Says whether there are such nodes.
+    pub(super) fn note_emptied(&mut self, segment: u32) -> bool {
+        let emptied = &mut self.list[segment as usize];
+        if emptied.live_blocks > 0 || emptied.is_empty() {
+            return false;
+        }
+        if !std::mem::replace(&mut emptied.emptied, true) {
+            self.emptied.push(segment);
+        }
+        true
+    }
+
+    /// A checkpoint begins, which stores what was marked.
+    pub(super) fn forget_emptied(&mut self) {
+        for segment in std::mem::take(&mut self.emptied) {
+            self.list[segment as usize].emptied = false;
+        }
+    }
+
     /// Whether all space of a segment was reserved in this session.
     pub(super) fn is_reserved(&self, segment: u32) -> bool {
         self.list[segment as usize].reserved
@@ -512,6 +538,22 @@ mod tests {
         assert_eq!(segments.choose(), Some(0));
         segments.set_used(0, 0);
         segments.take_blocks(FIRST_SEGMENT_BLOCK, 1);
+        assert_eq!(segments.candidates(0..2, 0, 0).len(), 1);
+    }
+
+    #[test]
+    fn a_segment_that_holds_nodes_only_is_emptied_once_for_each_checkpoint() {
+        let mut segments = Segments::new(16, 2);
+        segments.set_log(1);
+        segments.take_blocks(FIRST_SEGMENT_BLOCK, 1);
+        segments.take_node_bytes(segments.offset(0).0, 512);
+        assert!(!segments.note_emptied(0), "there are blocks");
+        segments.release_block(FIRST_SEGMENT_BLOCK);
+        let waiting = segments.awaiting_checkpoint();
+        assert!(segments.note_emptied(0) && segments.note_emptied(0));
+        assert_eq!(segments.candidates(0..2, 0, 0).len(), 0);
+        assert_eq!(segments.awaiting_checkpoint(), waiting + 1, "a checkpoint is due");
+        segments.forget_emptied();
         assert_eq!(segments.candidates(0..2, 0, 0).len(), 1);
     }
 }

@@ -28,7 +28,7 @@ impl Segments {
         let segments = (range.start..).zip(&self.list[(range.start as usize).min(end)..end]);
         segments
             .filter(|(_, s)| s.state == State::Used && s.last_sequence <= published)
-            .filter(|(_, s)| !s.pinned && !s.is_empty() && s.live_bytes() < bytes * 7 / 8)
+            .filter(|(_, s)| !s.pinned && !s.emptied && !s.is_empty() && s.live_bytes() < bytes * 7 / 8)
             .map(|(segment, s)| {
                 let live = s.live_bytes() as f64 / bytes as f64;
                 let lifetime = now.saturating_sub(s.written).max(1) as f64;
