@@ -21,6 +21,7 @@ pub mod raw;
 pub mod side;
 mod signature;
 mod site;
+pub mod volume;
 
 pub use below::OpenBelow;
 pub use create::{CreateDisk, create};
@@ -30,3 +31,4 @@ pub use format::Format;
 pub use open::{Disk, DiskQueue, OpenDisk};
 pub use side::Side;
 pub use site::remove_incomplete;
+pub use volume::Volume;

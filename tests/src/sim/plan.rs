@@ -87,6 +87,8 @@ pub enum Step {
     Rebase,
     /// The owner wants it merged into its base.
     Commit,
+    /// The owner wants a snapshot.
+    Snapshot,
     /// Threads and storage go on for so many rounds.
     Run { rounds: u64 },
     /// Time passes, as long as timers may ask for.
@@ -218,6 +220,19 @@ impl Plan {
         }
         if rng.percent(30) {
             plan.steps.insert(plan.steps.len() * 3 / 4, Step::Flatten);
+        }
+        plan
+    }
+}
+
+impl Plan {
+    /// The history of a seed, with snapshots of the running disk.
+    pub fn with_snapshots(seed: u64, queues_max: usize) -> Self {
+        let mut plan = Self::random(seed, queues_max);
+        let mut rng = Rng::new(!seed);
+        for _ in 0..rng.between(1, 12) {
+            let at = rng.below(plan.steps.len() as u64 + 1) as usize;
+            plan.steps.insert(at, Step::Snapshot);
         }
         plan
     }
