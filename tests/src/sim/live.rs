@@ -42,7 +42,7 @@ fn layer_path(number: u64) -> PathBuf {
 }
 
 fn name_path(number: u64) -> PathBuf {
-    Path::new("/images").join(format!("is.{number}"))
+    Path::new("/images").join(format!("is-{number}"))
 }
 
 /// The numbers of the layers that are, or were, the disk.
@@ -57,11 +57,20 @@ async fn sync_names(io: &Io<SimEngine>) -> Result<(), ImageError> {
     sync.result.map(drop).map_err(|errno| ImageError::errno(folder, "sync", errno))
 }
 
-/// Makes a layer the disk. When that fails, it is not, durably.
+/// Makes a layer the disk, as a file is replaced. When that fails, it is not, durably.
 async fn commit(storage: &SimStorage, io: &Io<SimEngine>, number: u64) -> Result<(), ImageError> {
-    let path = name_path(number);
-    storage.open(&path, OpenOptions::CREATE).map_err(|error| ImageError::io(&path, "create", error))?;
-    let Err(error) = sync_names(io).await else { return Ok(()) };
+    let (new, path) = (name_path(number).with_extension("new"), name_path(number));
+    let file = storage.open(&new, OpenOptions::CREATE).map_err(|e| ImageError::io(&new, "create", e))?;
+    let synced = io.run(Op::Sync { file }).await.result;
+    let renamed = match synced {
+        Ok(_) => io.run(Op::Rename { from: new.clone(), to: path.clone() }).await.result,
+        failed => failed,
+    };
+    let named = match renamed {
+        Ok(_) => sync_names(io).await,
+        Err(errno) => Err(ImageError::errno(&new, "rename", errno)),
+    };
+    let Err(error) = named else { return Ok(()) };
     for _ in 0..ATTEMPTS_MAX {
         let _ = io.run(Op::Unlink { path: path.clone() }).await;
         if storage.world().contents(&path).is_none() && sync_names(io).await.is_ok() {
