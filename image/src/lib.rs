@@ -23,6 +23,7 @@ pub mod sealed;
 pub mod side;
 mod signature;
 mod site;
+pub mod volume;
 
 pub use below::OpenBelow;
 pub use create::{CreateDisk, create};
@@ -32,3 +33,4 @@ pub use format::Format;
 pub use open::{Disk, DiskQueue, OpenDisk};
 pub use side::Side;
 pub use site::remove_incomplete;
+pub use volume::Volume;

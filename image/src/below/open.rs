@@ -176,7 +176,10 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
                 let identity = BaseIdentity::Raw { size, mtime_ns: identity.mtime_ns };
                 Ok(Found { identity, files: vec![link.path.clone()], next: None })
             }
-            Format::Layer => self.open_layer(&link.path, link.named.is_some()).await,
+            Format::Layer => {
+                let is_known = link.named.as_ref().is_some_and(|named| !named.base.is_open());
+                self.open_layer(&link.path, is_known).await
+            }
             Format::Qcow2 => self.open_qcow2(link).await,
         }
     }

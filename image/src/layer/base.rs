@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use super::BaseSpec;
 use super::base_record::{BASE_PATH_MAX, BaseIdentity, BaseRecord, BaseRef, Qcow2Identity, SNAPSHOT_MAX};
+use super::device::Layer;
 use super::layout::{LayerId, SIZE_MAX};
 use super::tuning::Tuning;
 use crate::below::{Chain, NextLink};
@@ -20,6 +21,9 @@ pub(crate) struct Below<E: Engine> {
     pub(crate) record: BaseRecord,
     /// `None` also where the layer was opened without its base.
     pub(crate) chain: Option<Arc<Chain<E>>>,
+    /// The base while it is still open for writing, in this process: then it is asked instead of a chain.
+    /// Its disk does not change any more.
+    pub(crate) open: Option<Arc<Layer<E>>>,
 }
 
 /// What opening a layer does about its base.
@@ -122,10 +126,38 @@ impl<E: Engine> Below<E> {
         record: BaseRecord,
         tuning: &Tuning,
     ) -> Result<Self, ImageError> {
-        let Some(named) = Named::of(layer, &record)? else { return Ok(Self { record, chain: None }) };
+        Ok(Self::open_found(storage, io, layer, record, tuning).await?.0)
+    }
+
+    /// As [`Below::open`]; by what the base is recognised now is the answer, too.
+    pub(super) async fn open_found<S: Storage<File = E::File>>(
+        storage: &S,
+        io: &Io<E>,
+        layer: &Path,
+        record: BaseRecord,
+        tuning: &Tuning,
+    ) -> Result<(Self, Option<BaseIdentity>), ImageError> {
+        let Some(named) = Named::of(layer, &record)? else { return Ok((Self::over(record, None), None)) };
         let first = NextLink::named(named);
-        let (chain, _) = Chain::open_below(storage, io, first, None, tuning).await?;
-        Ok(Self { record, chain: Some(Arc::new(chain)) })
+        let (chain, found) = Chain::open_below(storage, io, first, None, tuning).await?;
+        Ok((Self::over(record, Some(Arc::new(chain))), Some(found)))
+    }
+
+    /// What lies below a layer whose base is not open for writing.
+    pub(super) fn over(record: BaseRecord, chain: Option<Arc<Chain<E>>>) -> Self {
+        Self { record, chain, open: None }
+    }
+
+    /// Images below that are open, and memory that the indexes over layers among them take, in bytes.
+    pub(super) fn depth(&self) -> (usize, usize) {
+        match (&self.open, &self.chain) {
+            (Some(layer), _) => {
+                let (depth, index_bytes) = layer.below().depth();
+                (depth + 1, index_bytes)
+            }
+            (None, Some(chain)) => (chain.depth(), chain.index_bytes()),
+            (None, None) => (0, 0),
+        }
     }
 
     /// Opens a base that the layer at `layer` is to have, and says how to record it. `above` is that
@@ -138,11 +170,7 @@ impl<E: Engine> Below<E> {
         above: Option<LayerId>,
         tuning: &Tuning,
     ) -> Result<(Arc<Chain<E>>, BaseRef), ImageError> {
-        let stored =
-            spec.path.to_str().filter(|p| !p.is_empty() && p.len() <= BASE_PATH_MAX).ok_or_else(|| {
-                let detail = format_args!("the base's path must be UTF-8 of 1 to {BASE_PATH_MAX} bytes");
-                ImageError::invalid(layer, detail)
-            })?;
+        let stored = stored_path(layer, &spec.path)?;
         let path = resolve(layer, stored);
         check_options(&path, spec)?;
         let first =
@@ -160,6 +188,14 @@ impl<E: Engine> Below<E> {
         }
         Ok((Arc::new(chain), BaseRef { path: stored.to_owned(), identity }))
     }
+}
+
+/// The path of a base as a base record has room for it.
+pub(super) fn stored_path<'a>(layer: &Path, path: &'a Path) -> Result<&'a str, ImageError> {
+    path.to_str().filter(|p| !p.is_empty() && p.len() <= BASE_PATH_MAX).ok_or_else(|| {
+        let detail = format_args!("the base's path must be UTF-8 of 1 to {BASE_PATH_MAX} bytes");
+        ImageError::invalid(layer, detail)
+    })
 }
 
 /// Refuses what a base record has no room for.
@@ -191,7 +227,10 @@ pub(super) fn describe_change(was: &BaseIdentity, is: &BaseIdentity, files: &[Pa
         (BaseIdentity::Raw { mtime_ns: a, .. }, BaseIdentity::Raw { mtime_ns: b, .. }) if a != b => {
             changes.push(format!("it was modified: last at {}, now at {}", date(*a), date(*b)));
         }
-        (BaseIdentity::Layer { id: a, .. }, BaseIdentity::Layer { id: b, .. }) if a != b => {
+        (
+            BaseIdentity::Layer { id: a, .. } | BaseIdentity::OpenLayer { id: a, .. },
+            BaseIdentity::Layer { id: b, .. },
+        ) if a != b => {
             changes.push(format!("it is another layer: its id was {} and is {}", hex(a), hex(b)));
         }
         (BaseIdentity::Layer { generation: a, .. }, BaseIdentity::Layer { generation: b, .. }) if a != b => {

@@ -44,6 +44,7 @@ const B_FILE_LIST: usize = B_SNAPSHOT + SNAPSHOT_MAX;
 const B_CHECKSUM: usize = BLOCK_BYTES - 4;
 
 const FLAG_COMMITTING: u32 = 1;
+const FLAG_BASE_OPEN: u32 = 2;
 
 const FORMAT_NONE: u32 = 0;
 const FORMAT_RAW: u32 = 1;
@@ -58,6 +59,10 @@ pub(crate) enum BaseIdentity {
     Raw { size: u64, mtime_ns: u64 },
     /// A cleanly closed layer: its guest-visible size, its id and its checkpoint generation.
     Layer { size: u64, id: LayerId, generation: u64 },
+    /// A layer that was still open when it was recorded, in the process that recorded it: nothing but its
+    /// guest-visible size and its id was known of it. It is written to until it is closed, but its disk does
+    /// not change.
+    OpenLayer { size: u64, id: LayerId },
     /// A qcow2 image and all that lies below it.
     Qcow2(Qcow2Identity),
 }
@@ -166,7 +171,7 @@ impl BaseIdentity {
     pub(crate) fn format(&self) -> Format {
         match self {
             Self::Raw { .. } => Format::Raw,
-            Self::Layer { .. } => Format::Layer,
+            Self::Layer { .. } | Self::OpenLayer { .. } => Format::Layer,
             Self::Qcow2(_) => Format::Qcow2,
         }
     }
@@ -174,7 +179,7 @@ impl BaseIdentity {
     /// Guest-visible size in bytes.
     pub(crate) fn size(&self) -> u64 {
         match self {
-            Self::Raw { size, .. } | Self::Layer { size, .. } => *size,
+            Self::Raw { size, .. } | Self::Layer { size, .. } | Self::OpenLayer { size, .. } => *size,
             Self::Qcow2(qcow2) => qcow2.size,
         }
     }
@@ -189,6 +194,11 @@ pub(crate) struct BaseRef {
 }
 
 impl BaseRef {
+    /// Whether the base was still open when it was recorded.
+    pub(crate) fn is_open(&self) -> bool {
+        matches!(self.identity, BaseIdentity::OpenLayer { .. })
+    }
+
     /// The base by name, and how it is read.
     pub(super) fn spec(&self) -> BaseSpec {
         let options = match &self.identity {
@@ -222,7 +232,9 @@ impl BaseRecord {
         put(&mut b, 0, &BASE_MAGIC);
         put(&mut b, B_LAYER_ID, &self.layer_id);
         put(&mut b, B_SEQUENCE, &self.sequence.to_le_bytes());
-        put(&mut b, B_FLAGS, &(if self.committing { FLAG_COMMITTING } else { 0 }).to_le_bytes());
+        let committing = if self.committing { FLAG_COMMITTING } else { 0 };
+        let base_open = if self.is_base_open() { FLAG_BASE_OPEN } else { 0 };
+        put(&mut b, B_FLAGS, &(committing | base_open).to_le_bytes());
         if let Some(base) = &self.base {
             put(&mut b, B_SIZE, &base.identity.size().to_le_bytes());
             match &base.identity {
@@ -231,6 +243,7 @@ impl BaseRecord {
                     put(&mut b, B_BASE_ID, id);
                     put(&mut b, B_GENERATION, &generation.to_le_bytes());
                 }
+                BaseIdentity::OpenLayer { id, .. } => put(&mut b, B_BASE_ID, id),
                 BaseIdentity::Qcow2(qcow2) => qcow2.encode(&mut b),
             }
             put(&mut b, B_FORMAT, &number(base.identity.format()).to_le_bytes());
@@ -261,26 +274,36 @@ impl BaseRecord {
             return Err(damage("base.sequence", B_SEQUENCE, detail));
         }
         let flags = get_u32(b, B_FLAGS);
-        if flags & !FLAG_COMMITTING != 0 {
+        if flags & !(FLAG_COMMITTING | FLAG_BASE_OPEN) != 0 {
             let detail = format!("unknown flags {flags:#x} of the base: a newer program wrote them");
             return Err(unsupported("base.flags", B_FLAGS, detail));
         }
         let committing = flags & FLAG_COMMITTING != 0;
-        let base = Self::decode_base(b)?;
+        let base = Self::decode_base(b, flags & FLAG_BASE_OPEN != 0)?;
         if committing && base.is_none() {
             return Err(damage("base.flags", B_FLAGS, "a commit into nothing is under way"));
         }
         Ok(Self { layer_id, sequence, committing, base })
     }
 
-    fn decode_base(b: &[u8]) -> Result<Option<BaseRef>, Damage> {
+    /// Whether the base was still open when it was recorded.
+    pub(super) fn is_base_open(&self) -> bool {
+        self.base.as_ref().is_some_and(BaseRef::is_open)
+    }
+
+    fn decode_base(b: &[u8], is_open: bool) -> Result<Option<BaseRef>, Damage> {
         let size = get_u64(b, B_SIZE);
         if size > SIZE_MAX {
             return Err(damage("base.size", B_SIZE, size));
         }
-        let identity = match get_u32(b, B_FORMAT) {
+        let format = get_u32(b, B_FORMAT);
+        if is_open && format != FORMAT_LAYER {
+            return Err(damage("base.flags", B_FLAGS, "only a layer is recorded as a base while it is open"));
+        }
+        let identity = match format {
             FORMAT_NONE => return Ok(None),
             FORMAT_RAW => BaseIdentity::Raw { size, mtime_ns: get_u64(b, B_MTIME) },
+            FORMAT_LAYER if is_open => BaseIdentity::OpenLayer { size, id: array(b, B_BASE_ID) },
             FORMAT_LAYER => {
                 BaseIdentity::Layer { size, id: array(b, B_BASE_ID), generation: get_u64(b, B_GENERATION) }
             }
@@ -340,6 +363,28 @@ mod tests {
                 assert_eq!(BaseRecord::decode(&b, &HEADER, 5).unwrap_err().field, field);
             }
         }
+    }
+
+    #[test]
+    fn a_base_that_is_open_is_recorded_by_its_id_alone() {
+        let identity = BaseIdentity::OpenLayer { size: 1 << 30, id: [9; 16] };
+        let base = Some(BaseRef { path: "old".to_owned(), identity });
+        let record = BaseRecord { layer_id: HEADER.layer_id, sequence: 5, committing: false, base };
+        let b = record.encode();
+        assert_eq!(BaseRecord::decode(&b, &HEADER, 5).as_ref(), Ok(&record));
+        for (format, field) in [(FORMAT_NONE, "base.flags"), (FORMAT_RAW, "base.flags")] {
+            let mut b = b.clone();
+            put(&mut b, B_FORMAT, &format.to_le_bytes());
+            let sum = checksum(&[&b[..B_CHECKSUM]]);
+            put(&mut b, B_CHECKSUM, &sum.to_le_bytes());
+            assert_eq!(BaseRecord::decode(&b, &HEADER, 5).unwrap_err().field, field);
+        }
+        let was = record.base.expect("it has one").identity;
+        let tell = |id, generation| {
+            describe_change(&was, &BaseIdentity::Layer { size: 1 << 30, id, generation }, &[])
+        };
+        assert_eq!(tell([9; 16], 7), None);
+        assert!(tell([8; 16], 7).unwrap().contains("another layer"));
     }
 
     #[test]

@@ -253,7 +253,10 @@ impl<E: Engine> Layer<E> {
         let opened = Below::<E>::open_base(storage, io, self.path(), &spec, Some(above), &tuning);
         let found = opened.await?.1.identity;
         match (&base.identity, &found) {
-            (BaseIdentity::Layer { id: a, .. }, BaseIdentity::Layer { id: b, .. }) if a != b => {
+            (
+                BaseIdentity::Layer { id: a, .. } | BaseIdentity::OpenLayer { id: a, .. },
+                BaseIdentity::Layer { id: b, .. },
+            ) if a != b => {
                 let change = describe_change(&base.identity, &found, &[]).unwrap_or_default();
                 let detail =
                     format!("{} is not the base that it was being merged into: {change}", path.display());

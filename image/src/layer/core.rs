@@ -59,6 +59,8 @@ struct Sync {
     durable: u64,
     /// When the oldest record that no sync covers yet was published.
     unsynced_since: Option<Time>,
+    /// What lies below is not durable yet: nothing is reported as durable before it is.
+    held: bool,
 }
 
 /// Where the root node of the map is stored; a length of 0 when nothing is mapped.
@@ -245,7 +247,7 @@ impl Core {
             self.sync.unsynced_since = None;
             return self.end(waiter, Ok(()), 0);
         }
-        if self.sync.durable >= self.log.published.sequence {
+        if self.sync.durable >= self.log.published.sequence && !self.sync.held {
             return self.end(waiter, Ok(()), 0);
         }
         match &mut self.sync.running {
@@ -265,6 +267,15 @@ impl Core {
         }
     }
 
+    /// Has syncs, and all that waits for them, wait for what lies below to be durable, or no more.
+    pub(super) fn hold_syncs(&mut self, held: bool) {
+        self.sync.held = held;
+        if !held {
+            self.nudge();
+            self.wake_maintenance();
+        }
+    }
+
     /// What to do next, if anything can be done now.
     pub(super) fn next_job(&mut self) -> Option<Job> {
         if self.latched.is_some() {
@@ -273,7 +284,7 @@ impl Core {
         if let Some(void) = self.log.form_void() {
             return Some(Job::Void(void));
         }
-        if self.sync.running.is_none() && !self.sync.waiting.is_empty() {
+        if self.sync.running.is_none() && !self.sync.waiting.is_empty() && !self.sync.held {
             let waiters = std::mem::take(&mut self.sync.waiting);
             self.sync.running = Some((waiters, self.log.published.sequence));
             self.sync.unsynced_since = None;

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use super::base::Below;
-use super::base_record::{BaseRecord, base_offset};
+use super::base_record::{BaseRecord, BaseRef, base_offset};
 use super::header::Header;
 use super::layout::{PREAMBLE_BYTES, SEGMENT_BLOCKS_MAX, SEGMENT_BLOCKS_MIN};
 use super::position::{Lane, LogPosition};
@@ -35,11 +35,22 @@ pub async fn create<S: Storage, E: Engine<File = S::File>>(
     path: &Path,
     options: &CreateLayer,
 ) -> Result<(), ImageError> {
-    let segment_blocks = segment_blocks(path, options.segment_size)?;
     let base = match &options.base {
         Some(spec) => Some(Below::<E>::open_base(storage, io, path, spec, None, &Tuning::default()).await?.1),
         None => None,
     };
+    make(storage, io, path, options, base).await
+}
+
+/// As [`create`], over a base that has been looked at: whatever `options` say of one is not.
+pub(super) async fn make<S: Storage, E: Engine<File = S::File>>(
+    storage: &S,
+    io: &Io<E>,
+    path: &Path,
+    options: &CreateLayer,
+    base: Option<BaseRef>,
+) -> Result<(), ImageError> {
+    let segment_blocks = segment_blocks(path, options.segment_size)?;
     let size = options.size.or(base.as_ref().map(|base| base.identity.size()));
     let size = size
         .ok_or_else(|| ImageError::invalid(path, "a size is needed where there is no base"))?

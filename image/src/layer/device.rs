@@ -66,8 +66,18 @@ impl<E: Engine> Layer<E> {
         self.file.is_shared()
     }
 
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
+    }
+
+    /// What a layer of `size` bytes tells about itself.
+    pub(crate) fn geometry_of(size: u64, read_only: bool) -> Geometry {
+        Geometry {
+            size: size / SECTOR_SIZE * SECTOR_SIZE,
+            read_only,
+            physical_block: BLOCK_SIZE as u32,
+            discard_granularity: BLOCK_SIZE as u32,
+        }
     }
 
     pub(super) fn header(&self) -> &Header {
@@ -118,6 +128,7 @@ impl<E: Engine> Layer<E> {
     pub fn info(&self) -> LayerInfo {
         let below = self.below();
         let base = below.record.base.as_ref();
+        let (depth, index_bytes) = below.depth();
         let core = self.core();
         let live_blocks = core.segments.live_blocks();
         LayerInfo {
@@ -141,8 +152,8 @@ impl<E: Engine> Layer<E> {
             map_cache_bytes: core.tuning.map_cache_bytes,
             map_bytes: core.map.bytes(),
             map_reads: core.node_reads,
-            depth: below.chain.as_ref().map_or(0, |chain| chain.depth()),
-            index_bytes: below.chain.as_ref().map_or(0, |chain| chain.index_bytes()),
+            depth,
+            index_bytes,
         }
     }
 
@@ -188,12 +199,7 @@ impl<E: Engine> BlockDevice for Layer<E> {
     type Queue = LayerQueue<E>;
 
     fn geometry(&self) -> Geometry {
-        Geometry {
-            size: self.core().size / SECTOR_SIZE * SECTOR_SIZE,
-            read_only: self.read_only,
-            physical_block: BLOCK_SIZE as u32,
-            discard_granularity: BLOCK_SIZE as u32,
-        }
+        Self::geometry_of(self.core().size, self.read_only)
     }
 
     fn queue(self: &Arc<Self>, engine: E) -> LayerQueue<E> {

@@ -31,10 +31,22 @@ impl<E: Engine> Layer<E> {
     /// When the map cannot be read, or a raw base cannot say where its holes are.
     pub async fn extents(self: &Arc<Self>, io: &Io<E>, range: Range<u64>) -> Result<Vec<Extent>, ImageError> {
         let mut out = Vec::new();
+        self.extents_at(io, range, 0, &mut out).await?;
+        Ok(out)
+    }
+
+    /// As [`Layer::extents`], for a layer that lies `depth` files down; appends to `out`.
+    async fn extents_at(
+        self: &Arc<Self>,
+        io: &Io<E>,
+        range: Range<u64>,
+        depth: u32,
+        out: &mut Vec<Extent>,
+    ) -> Result<(), ImageError> {
         let size = self.core().size;
         let range = range.start.min(size)..range.end.min(size);
         if range.is_empty() {
-            return Ok(out);
+            return Ok(());
         }
         let (file, below): (Arc<Path>, _) = (self.path().into(), self.below());
         let blocks = range.start / BLOCK_SIZE..range.end.div_ceil(BLOCK_SIZE);
@@ -45,15 +57,15 @@ impl<E: Engine> Layer<E> {
                 Some(place) => (ExtentKind::Data, Some(Core::file_offset(place).0 + part.start - first)),
                 None if entry == Entry::ZERO => (ExtentKind::Zero, None),
                 None => {
-                    below.extents(io, part, &mut out).await?;
+                    below.extents_at(io, part, depth + 1, out).await?;
                     continue;
                 }
             };
             let len = part.end - part.start;
             let file = Some(Arc::clone(&file));
-            Extent::push_to(&mut out, Extent { start: part.start, len, kind, depth: 0, offset, file });
+            Extent::push_to(out, Extent { start: part.start, len, kind, depth, offset, file });
         }
-        Ok(out)
+        Ok(())
     }
 
     /// What the map of this layer alone says of blocks. Memory is needed for all of them.
@@ -89,9 +101,21 @@ impl<E: Engine> Below<E> {
         range: Range<u64>,
         out: &mut Vec<Extent>,
     ) -> Result<(), ImageError> {
+        self.extents_at(io, range, 1, out).await
+    }
+
+    async fn extents_at(
+        &self,
+        io: &Io<E>,
+        range: Range<u64>,
+        depth: u32,
+        out: &mut Vec<Extent>,
+    ) -> Result<(), ImageError> {
         let inside = self.inside(&range);
-        if let Some(chain) = &self.chain {
-            chain.extents_below(io, inside.clone(), 1, out).await?;
+        if let Some(layer) = &self.open {
+            Box::pin(layer.extents_at(io, inside.clone(), depth, out)).await?;
+        } else if let Some(chain) = &self.chain {
+            chain.extents_below(io, inside.clone(), depth, out).await?;
         }
         if inside.end < range.end {
             let (start, len) = (inside.end, range.end - inside.end);

@@ -79,7 +79,7 @@ impl<E: Engine> Layer<E> {
     ) -> Result<(Arc<Self>, Seal), ImageError> {
         let head = Head::of(io, path, file).await?;
         let seal = Seal { id: head.header.layer_id, slot: head.slot() };
-        let below = Below { record: head.record.clone(), chain: None };
+        let below = Below::over(head.record.clone(), None);
         let options = OpenLayer { read_only: true, tuning };
         let (layer, _) = Self::open_over(io, path, &options, head, below, is_known).await?;
         Ok((layer, seal))

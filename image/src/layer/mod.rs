@@ -9,7 +9,8 @@
 //! `map`, `segments` and `log` the state in memory; `core` joins them under one lock and says
 //! what to do next; `driver` does it; `paging` loads nodes of the map; `queue`, `read` and `merge` serve guests; `checkpoint`,
 //! `clean`, `compact` and `maintain` work in the background; `create`, `recover` and `check` begin and judge;
-//! `copy_up`, `shed`, `switch`, `rebase`, `commit` and `commit_online` change what lies below.
+//! `copy_up`, `shed`, `switch`, `rebase`, `commit` and `commit_online` change what lies below; `handover` lets a new layer
+//! take over from one that is in use.
 
 mod age;
 pub(crate) mod base;
@@ -29,6 +30,7 @@ pub mod doors;
 mod driver;
 mod extents;
 pub(crate) mod frozen;
+pub(crate) mod handover;
 mod header;
 mod lanes;
 mod layout;
@@ -59,7 +61,7 @@ mod switch;
 #[cfg(feature = "synthetic")]
 mod synthetic;
 mod traffic;
-mod tuning;
+pub(crate) mod tuning;
 mod waiter;
 
 use std::path::{Path, PathBuf};

@@ -69,6 +69,12 @@ pub enum Mutation {
     ShedBeforeBaseSync,
     /// A commit is said to be over before the base is durable.
     UnmarkBeforeBaseSync,
+    /// A flush of a layer is reported before the layer from which it took over is durable.
+    FlushBeforeBaseSync,
+    /// A queue starts on the new layer while others are still on the old one.
+    StartBeforeOthersLeft,
+    /// A running disk is switched to a new layer before that was committed.
+    SwitchBeforeCommit,
 }
 
 impl Mutation {

@@ -13,6 +13,7 @@ use super::driver::Driver;
 use super::log::Part;
 use super::map::BRANCH_BLOCKS;
 use super::merge;
+use super::read::Lease;
 use super::record::Run;
 use super::waiter::{Result, Waiter};
 use crate::below::{Piece, Source, reaches};
@@ -24,24 +25,27 @@ use sapwood_blockdev::units::{BLOCK_BYTES, BlockSpan, SECTOR_SIZE};
 use slab::Slab;
 
 /// A request that was accepted and not yet reported.
-struct Pending {
+struct Pending<E: Engine> {
     tag: u64,
     /// Parts of it still under way.
     remaining: usize,
     result: Result,
     /// The epoch of its look-up, for reads.
     epoch: Option<u64>,
+    /// What it looked up in a layer below that is still open.
+    leases: Vec<Lease<E>>,
 }
 
 /// See the module's documentation. Made by [`Layer::queue_on`].
 pub struct LayerQueue<E: Engine> {
     driver: Driver<E>,
     port: usize,
-    pending: Slab<Pending>,
+    pending: Slab<Pending<E>>,
     /// Writes held back while too much waits for the log.
     held: VecDeque<Request>,
     /// Scratch, kept for its capacity.
     parts: Vec<Piece<E::File>>,
+    leases: Vec<Lease<E>>,
     staged: Vec<Part>,
     finished: Vec<(u64, Outcome)>,
     inbox: Vec<(usize, Result)>,
@@ -59,6 +63,7 @@ impl<E: Engine> LayerQueue<E> {
             pending: Slab::new(),
             held: VecDeque::new(),
             parts: Vec::new(),
+            leases: Vec::new(),
             staged: Vec::new(),
             finished: Vec::new(),
             inbox: Vec::new(),
@@ -72,7 +77,7 @@ impl<E: Engine> LayerQueue<E> {
     }
 
     fn insert(&mut self, tag: u64, remaining: usize) -> usize {
-        self.pending.insert(Pending { tag, remaining, result: Ok(()), epoch: None })
+        self.pending.insert(Pending { tag, remaining, result: Ok(()), epoch: None, leases: Vec::new() })
     }
 
     fn waiter(&self, key: usize) -> Waiter {
@@ -121,7 +126,8 @@ impl<E: Engine> LayerQueue<E> {
         let key = self.insert(tag, 0);
         let mut parts = std::mem::take(&mut self.parts);
         let len = memory.len();
-        let Some(epoch) = self.driver.layer.plan(start..start + len as u64, &mut parts) else {
+        let range = start..start + len as u64;
+        let Some(epoch) = self.driver.layer.plan(range, &mut parts, &mut self.leases) else {
             self.parts = parts;
             self.pending[key].remaining = 1;
             return merge::read(&self.driver, start, memory, self.waiter(key));
@@ -142,6 +148,7 @@ impl<E: Engine> LayerQueue<E> {
         let pending = &mut self.pending[key];
         pending.remaining = remaining;
         pending.epoch = Some(epoch);
+        pending.leases = std::mem::take(&mut self.leases);
         if remaining == 0 {
             self.finish(key);
         }

@@ -12,7 +12,7 @@ use super::driver::Driver;
 use super::node::Entry;
 use super::paging::device_error;
 use super::waiter::Result;
-use crate::below::{Held, Piece, Source, Stop, push, read_file};
+use crate::below::{Held, Piece, Source, push, read_file};
 use crate::error::ImageError;
 use sapwood_blockdev::buffer::{AlignedBuf, Memory, SharedBuf};
 use sapwood_blockdev::device::DeviceError;
@@ -52,13 +52,18 @@ impl<E: Engine> Layer<E> {
     }
 
     /// Finds the bytes of `range`, which must lie inside the disk, in memory alone. Returns the epoch that
-    /// protects the places found, to be left when they have been read; `None` when something has to
-    /// be loaded first.
-    pub(super) fn plan(&self, range: Range<u64>, pieces: &mut Vec<Piece<E::File>>) -> Option<u64> {
+    /// protects the places found, to be left when they have been read, as `leases` are to be dropped then;
+    /// `None` when something has to be loaded first.
+    pub(super) fn plan(
+        &self,
+        range: Range<u64>,
+        pieces: &mut Vec<Piece<E::File>>,
+        leases: &mut Vec<Lease<E>>,
+    ) -> Option<u64> {
         let mut is_known = true;
         let epoch = self.look_up(&range, |range, source| match source {
             Some(source) => push(pieces, Piece { range, source }),
-            None => is_known = is_known && self.below().plan(range, pieces).is_ok(),
+            None => is_known = is_known && self.below().plan(range, pieces, leases),
         });
         match epoch {
             Ok(epoch) if is_known => return Some(epoch),
@@ -66,27 +71,102 @@ impl<E: Engine> Layer<E> {
             Err(Unloaded) => {}
         }
         pieces.clear();
+        leases.clear();
         None
+    }
+
+    /// As [`Layer::plan`], for a layer over this one, under that one's lock; says whether it is all known.
+    fn lend(
+        self: &Arc<Self>,
+        range: Range<u64>,
+        pieces: &mut Vec<Piece<E::File>>,
+        leases: &mut Vec<Lease<E>>,
+    ) -> bool {
+        let mut is_known = true;
+        let epoch = self.look_up(&range, |range, source| match source {
+            Some(source) => push(pieces, Piece { range, source }),
+            None => is_known = is_known && self.below().plan(range, pieces, leases),
+        });
+        let Ok(epoch) = epoch else { return false };
+        leases.push(Lease { layer: Arc::clone(self), epoch });
+        is_known
+    }
+
+    /// Reads the disk from byte `start` into shared memory, loading what has to be known for it.
+    async fn read_into(self: &Arc<Self>, io: &Io<E>, start: u64, memory: &mut Memory) -> Result {
+        let range = start..start + memory.len() as u64;
+        let mut pins = Vec::new();
+        let (epoch, parts, below) = loop {
+            let (mut parts, mut below) = (Vec::new(), None);
+            let epoch = self.look_up(&range, |range, source| {
+                if source.is_none() {
+                    below.get_or_insert_with(|| self.below());
+                }
+                parts.push((range, source));
+            });
+            if let Ok(epoch) = epoch {
+                break (epoch, parts, below);
+            }
+            let blocks = range.start / BLOCK_SIZE..range.end.div_ceil(BLOCK_SIZE);
+            pins.push(self.pin(io, &blocks).await.map_err(|error| complain(&error))?);
+        };
+        let (mut here, mut beneath) = (Vec::new(), Vec::new());
+        for (part, source) in parts {
+            let (at, len) = ((part.start - start) as usize, (part.end - part.start) as usize);
+            match source {
+                Some(Source::File { file, offset, may_end }) => {
+                    here.push(read_file(io, file, offset, may_end, memory.share(at, len)));
+                }
+                Some(_) => memory.zero_at(at, len),
+                None => {
+                    let reads = below
+                        .iter()
+                        .map(|below: &Arc<Below<E>>| below.read_into(io, part.start, memory.share(at, len)));
+                    beneath.extend(reads);
+                }
+            }
+        }
+        let (here, beneath) = join(join_all(here), join_all(beneath)).await;
+        self.core().segments.leave(epoch);
+        here.into_iter().chain(beneath).collect()
+    }
+}
+
+/// Keeps what was looked up in a layer that lies below another, and is still open for writing, where it is.
+pub(super) struct Lease<E: Engine> {
+    layer: Arc<Layer<E>>,
+    epoch: u64,
+}
+
+impl<E: Engine> Drop for Lease<E> {
+    fn drop(&mut self) {
+        self.layer.core().segments.leave(self.epoch);
     }
 }
 
 impl<E: Engine> Below<E> {
     /// The part of `range` that something lies below.
     pub(super) fn inside(&self, range: &Range<u64>) -> Range<u64> {
-        let end = self.chain.as_ref().map_or(0, |chain| chain.size());
+        let end = match &self.open {
+            Some(layer) => layer.core().size,
+            None => self.chain.as_ref().map_or(0, |chain| chain.size()),
+        };
         range.start..range.end.min(end).max(range.start)
     }
 
-    /// Finds the bytes of `range` in memory alone.
-    fn plan(&self, range: Range<u64>, pieces: &mut Vec<Piece<E::File>>) -> std::result::Result<(), Stop> {
+    /// Finds the bytes of `range` in memory alone; says whether they are all known.
+    fn plan(&self, range: Range<u64>, pieces: &mut Vec<Piece<E::File>>, leases: &mut Vec<Lease<E>>) -> bool {
         let inside = self.inside(&range);
-        if let Some(chain) = self.chain.as_ref().filter(|_| !inside.is_empty()) {
-            chain.plan(inside.clone(), &Held::default(), pieces)?;
-        }
-        if inside.end < range.end {
+        let is_known = match (&self.open, &self.chain) {
+            _ if inside.is_empty() => true,
+            (Some(layer), _) => layer.lend(inside.clone(), pieces, leases),
+            (None, Some(chain)) => chain.plan(inside.clone(), &Held::default(), pieces).is_ok(),
+            (None, None) => true,
+        };
+        if is_known && inside.end < range.end {
             push(pieces, Piece { range: inside.end..range.end, source: Source::Zero });
         }
-        Ok(())
+        is_known
     }
 
     /// Reads from byte `start` into shared memory; what nothing says anything about reads as zeroes.
@@ -94,9 +174,12 @@ impl<E: Engine> Below<E> {
         let inside = self.inside(&(start..start + memory.len() as u64));
         let len = (inside.end - inside.start) as usize;
         memory.zero_at(len, memory.len() - len);
-        match self.chain.as_ref().filter(|_| len > 0) {
-            Some(chain) => chain.read(io, start, &memory.share(0, len)).await,
-            None => Ok(()),
+        let mut memory = memory.share(0, len);
+        match (&self.open, &self.chain) {
+            _ if len == 0 => Ok(()),
+            (Some(layer), _) => Box::pin(layer.read_into(io, start, &mut memory)).await,
+            (None, Some(chain)) => chain.read(io, start, &memory).await,
+            (None, None) => Ok(()),
         }
     }
 
@@ -131,39 +214,6 @@ impl<E: Engine> Driver<E> {
 
     /// Reads the disk from byte `start` into shared memory, loading what has to be known for it.
     pub(super) async fn read_into(&self, start: u64, memory: &mut Memory) -> Result {
-        let range = start..start + memory.len() as u64;
-        let mut pins = Vec::new();
-        let (epoch, parts, below) = loop {
-            let (mut parts, mut below) = (Vec::new(), None);
-            let epoch = self.layer.look_up(&range, |range, source| {
-                if source.is_none() {
-                    below.get_or_insert_with(|| self.layer.below());
-                }
-                parts.push((range, source));
-            });
-            if let Ok(epoch) = epoch {
-                break (epoch, parts, below);
-            }
-            pins.push(self.pin(&(range.start / BLOCK_SIZE..range.end.div_ceil(BLOCK_SIZE))).await?);
-        };
-        let (mut here, mut beneath) = (Vec::new(), Vec::new());
-        for (part, source) in parts {
-            let (at, len) = ((part.start - start) as usize, (part.end - part.start) as usize);
-            match source {
-                Some(Source::File { file, offset, may_end }) => {
-                    here.push(read_file(&self.io, file, offset, may_end, memory.share(at, len)));
-                }
-                Some(_) => memory.zero_at(at, len),
-                None => {
-                    let reads = below.iter().map(|below: &Arc<Below<E>>| {
-                        below.read_into(&self.io, part.start, memory.share(at, len))
-                    });
-                    beneath.extend(reads);
-                }
-            }
-        }
-        let (here, beneath) = join(join_all(here), join_all(beneath)).await;
-        self.layer.core().segments.leave(epoch);
-        here.into_iter().chain(beneath).collect()
+        self.layer.read_into(&self.io, start, memory).await
     }
 }

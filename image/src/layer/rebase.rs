@@ -90,7 +90,7 @@ impl<E: Engine> Layer<E> {
         let (chain, named) = self.open_new_base(storage, io, base).await?;
         // The record is not used before the switch, which makes another.
         let record = BaseRecord { base: named, ..old.record.clone() };
-        let new = Below { record, chain };
+        let new = Below::over(record, chain);
         let size = self.core().size;
         let driver = Driver::new(Arc::clone(self), io.clone());
         let mut result = Ok(());

@@ -12,8 +12,9 @@ use super::base_record::{BaseRecord, base_offset};
 use super::core::{Core, Root};
 use super::device::Layer;
 use super::driver::Driver;
+use super::handover;
 use super::header::Header;
-use super::layout::{HEAD_BYTES, PREAMBLE_BYTES};
+use super::layout::{HEAD_BYTES, LayerId, PREAMBLE_BYTES};
 use super::load::Reader;
 use super::log::{Log, guest_blocks};
 use super::map::by_branch;
@@ -67,15 +68,20 @@ impl<E: Engine> Layer<E> {
     ) -> Result<Arc<Self>, ImageError> {
         let head = Head::read(storage, io, path, options).await?;
         let record = head.record.clone();
-        let below = match bases {
-            OpenBase::Opened => Below::open(storage, io, path, record, &options.tuning).await?,
-            OpenBase::Nothing => Below { record, chain: None },
+        let was_open = record.is_base_open() && !options.read_only && matches!(bases, OpenBase::Opened);
+        let is_closed = was_open && handover::close_base(storage, io, path, &record, &options.tuning).await;
+        let (below, base) = match bases {
+            OpenBase::Opened => Below::open_found(storage, io, path, record, &options.tuning).await?,
+            OpenBase::Nothing => (Below::over(record, None), None),
         };
         let (layer, interrupted) = Self::open_over(io, path, options, head, below, false).await?;
         if breaks!(options.tuning, RecoveryWithoutSync) {
             layer.core().assume_durable();
         } else if !options.read_only {
             layer.begin_session(storage, io, interrupted).await?;
+        }
+        if let Some(identity) = base.filter(|_| is_closed) {
+            layer.record_closed_base(io, identity).await?;
         }
         Ok(layer)
     }
@@ -113,7 +119,7 @@ impl<E: Engine> Layer<E> {
 
     /// Makes a checkpoint after which records carry a new nonce. With `interrupted`, the log of the
     /// slot before holds another end record of the same number.
-    async fn begin_session<S: Storage<File = E::File>>(
+    pub(super) async fn begin_session<S: Storage<File = E::File>>(
         self: &Arc<Self>,
         storage: &S,
         io: &Io<E>,
@@ -144,7 +150,7 @@ pub(super) struct Head<E: Engine> {
 }
 
 impl<E: Engine> Head<E> {
-    async fn read<S: Storage<File = E::File>>(
+    pub(super) async fn read<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
         path: &Path,
@@ -174,6 +180,13 @@ impl<E: Engine> Head<E> {
         let newest = choose_slot(&reader, &header, &start)?;
         let record = base_record(&reader, &header, &newest.slot, &start)?;
         Ok(Self { file, header, newest, record })
+    }
+
+    /// The id of the layer in an open file that others may be writing.
+    pub(super) async fn id_of(io: &Io<E>, path: &Path, file: E::File) -> Result<LayerId, ImageError> {
+        let reader = Reader { io, file: &file, path };
+        let start = reader.read(0, HEAD_BYTES).await?;
+        Ok(Header::decode(&start).map_err(|damage| reader.error(0, damage))?.layer_id)
     }
 
     /// The newest checkpoint.

@@ -42,7 +42,7 @@ impl<E: Engine> Driver<E> {
         self.io.run(Op::write(self.layer.file(), base_offset(sequence), bytes)).await.result?;
         self.sync_file().await?;
         // Zeroes are left out of the map only while no slot names a base that would show through.
-        let below = Arc::new(Below { record, chain });
+        let below = Arc::new(Below::over(record, chain));
         if below.record.base.is_some() {
             self.layer.set_below(Arc::clone(&below));
         }

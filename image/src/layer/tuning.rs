@@ -66,4 +66,4 @@ macro_rules! breaks {
         broken
     }};
 }
-pub(super) use breaks;
+pub(crate) use breaks;

@@ -13,6 +13,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use super::content::{Contents, SECTOR_BYTES, Value, ZERO};
+use super::cut::Ledger;
 use super::register::{Crash, Register, Tick};
 
 /// Sectors in a block.
@@ -64,6 +65,7 @@ pub struct Contract {
     /// Gives out and recognises what sectors hold.
     pub contents: Contents,
     sectors: Vec<Register>,
+    ledger: Ledger,
     size: Register,
     now: Tick,
     /// When the reads that are not reported were submitted.
@@ -80,6 +82,7 @@ impl Contract {
         Self {
             contents: Contents::default(),
             sectors: (0..most).map(|at| Register::new(initial(at))).collect(),
+            ledger: Ledger::new((0..most).map(initial)),
             size: Register::new(Value(sectors)),
             now: 1,
             reads: BTreeSet::new(),
@@ -131,6 +134,7 @@ impl Contract {
 
     fn change(&mut self, sector: u64, value: Value, certain: bool) -> Change {
         let version = self.sectors[sector as usize].submit(value, self.now);
+        self.ledger.submit(sector, version, value, self.now);
         Change { sector, version, certain }
     }
 
@@ -145,6 +149,7 @@ impl Contract {
             let register = &mut self.sectors[change.sector as usize];
             if change.certain {
                 register.reported(change.version, now, durable);
+                self.ledger.reported(change.sector, change.version, now);
             } else {
                 register.reported_optional(change.version, now);
             }
@@ -201,6 +206,16 @@ impl Contract {
         Ok(())
     }
 
+    /// The moment that is now.
+    pub fn now(&self) -> Tick {
+        self.now
+    }
+
+    /// What was written when, since the last recovery.
+    pub fn ledger(&self) -> Ledger {
+        self.ledger.clone()
+    }
+
     /// The device shows a size while nothing resizes it.
     ///
     /// # Errors
@@ -251,9 +266,11 @@ impl Contract {
             self.sectors[sector as usize].recovered(value, crash, now).map_err(|allowed| {
                 format!("after {crash:?}: sector {sector} holds {value:?}, allowed {allowed:?}")
             })?;
+            self.ledger.settle(sector, value);
         }
-        for cut in &mut self.sectors[size as usize..] {
-            *cut = Register::new(ZERO);
+        for sector in size..self.sectors.len() as u64 {
+            self.sectors[sector as usize] = Register::new(ZERO);
+            self.ledger.settle(sector, ZERO);
         }
         Ok(())
     }

@@ -116,6 +116,7 @@ impl<S: Subject> History<S> {
                 continue;
             };
             self.world.note(|| format!("{:?} ended: {result:?}", order.what));
+            self.note_snapshot(&order, result.is_ok());
             if let Some(ticket) = &order.ticket {
                 self.session().resizes += 1;
                 match &result {

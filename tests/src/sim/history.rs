@@ -13,8 +13,10 @@ use super::faults::{Faults, Kind, Planned};
 use super::medium::SECTOR;
 use super::persist::Persistence;
 use super::plan::{Plan, Shape, Step};
+use super::register::Tick;
 use super::rng::Rng;
 use super::session::Session;
+use super::snapshots::Snapshot;
 use super::subject::{Control, Disk, Subject, disk_path};
 use super::world::{Config, Waiting, World};
 
@@ -51,6 +53,8 @@ pub(super) type Outcome<T = ()> = Result<T, Stop>;
 pub(super) struct Order {
     pub ticket: Option<Ticket>,
     pub what: Control,
+    /// When it was given.
+    pub since: Tick,
     pub result: Rc<RefCell<Option<Result<(), String>>>>,
 }
 
@@ -64,6 +68,9 @@ pub struct History<S: Subject> {
     pub(super) contract: Contract,
     pub(super) session: Option<Session<S::Disk>>,
     pub(super) orders: Vec<Order>,
+    /// Snapshots that were ordered, or asked for.
+    pub(super) snapshots: Vec<Snapshot>,
+    pub(super) snapshots_ordered: u64,
     pub(super) cut: Option<Cut>,
     pub(super) luck: Rng,
     /// See [`run_rounds`](Self::run_rounds).
@@ -91,6 +98,8 @@ impl<S: Subject> History<S> {
             contract,
             session: None,
             orders: Vec::new(),
+            snapshots: Vec::new(),
+            snapshots_ordered: 0,
             cut,
             luck: Rng::new(plan.seed ^ 0x6c75_636b),
             hurried: false,
@@ -159,9 +168,10 @@ impl<S: Subject> History<S> {
             Step::Flatten => self.change_base(Control::Flatten)?,
             Step::Rebase => self.change_base(Control::Rebase)?,
             Step::Commit => self.change_base(Control::Commit)?,
-            Step::Checkpoint => self.order(Control::Checkpoint, None),
-            Step::Clean => self.order(Control::Clean, None),
-            Step::Compact => self.order(Control::Compact, None),
+            Step::Checkpoint => self.work(Control::Checkpoint),
+            Step::Clean => self.work(Control::Clean),
+            Step::Compact => self.work(Control::Compact),
+            Step::Snapshot => self.take_snapshot()?,
             Step::Run { rounds } => self.run_rounds(rounds)?,
             Step::Pass { millis } => self.pass(Duration::from_millis(millis))?,
             Step::Drain => self.drain()?,
@@ -262,6 +272,13 @@ impl<S: Subject> History<S> {
         Ok(())
     }
 
+    /// Work on the layer that is current: not while that is being replaced.
+    fn work(&mut self, what: Control) {
+        if !self.orders.iter().any(|order| matches!(order.what, Control::Snapshot(_))) {
+            self.order(what, None);
+        }
+    }
+
     /// Waits for the end of what must be alone.
     fn wait_for_alone(&mut self) -> Outcome {
         self.wait_for("an earlier command", |history| {
@@ -269,13 +286,14 @@ impl<S: Subject> History<S> {
         })
     }
 
-    fn order(&mut self, what: Control, ticket: Option<Ticket>) {
+    pub(super) fn order(&mut self, what: Control, ticket: Option<Ticket>) {
         let world = self.world.clone();
         let session = self.session();
         let storage = world.storage(session.process);
         let task = Arc::clone(&session.disk).control(storage, session.owner.io.clone(), what);
         let result = session.owner.give(&world, task);
-        self.orders.push(Order { ticket, what, result });
+        let since = self.contract.now();
+        self.orders.push(Order { ticket, what, since, result });
     }
 
     fn plan_failure(&mut self, kind: Kind, skip: u32, no_space: bool) {

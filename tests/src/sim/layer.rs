@@ -48,7 +48,7 @@ impl From<ImageError> for OpenError {
 }
 
 impl LayerSubject {
-    fn options(&self, shape: &Shape) -> OpenLayer {
+    pub(super) fn options(&self, shape: &Shape) -> OpenLayer {
         let tuning = Tuning {
             checkpoint_bytes: shape.checkpoint_bytes,
             checkpoint_interval: shape.checkpoint_interval,
@@ -198,6 +198,8 @@ impl Disk for Layer<SimEngine> {
                 Control::Clean => self.clean(&io).await.map(drop),
                 Control::Compact => self.compact(&io, |_, _| {}).await.map(drop),
                 Control::Resize(size) => self.resize(&io, size).await,
+                // Of a disk that is no volume none is ordered.
+                Control::Snapshot(_) => Ok(()),
                 Control::Close => self.close(&io).await,
             };
             result.map_err(|error| error.to_string())

@@ -7,15 +7,17 @@
 //! - [`faults`]: operations that fail;
 //! - [`world`], [`storage`], [`engine`]: the clock, processes and crashes behind the storage and
 //!   engine seams of `sapwood-blockdev`;
-//! - [`content`], [`register`], [`contract`]: what a disk promises its guest, and whether it
+//! - [`content`], [`register`], [`contract`], [`cut`]: what a disk promises its guest, and whether it
 //!   keeps it;
-//! - [`subject`]: what is tested; [`layer`]: layers; [`toy`]: a small disk that tests the simulator itself;
+//! - [`subject`]: what is tested; [`layer`]: layers; [`live`]: layers of which
+//!   snapshots are taken; [`toy`]: a small disk that tests the simulator itself;
 //! - [`plan`], [`session`], [`history`], [`explore`]: histories, how they run, and what is
 //!   reported of those that fail.
 
 pub mod content;
 pub mod contract;
 mod crash;
+pub mod cut;
 mod drive;
 pub mod engine;
 pub mod explore;
@@ -23,6 +25,7 @@ pub mod faults;
 pub mod history;
 mod landing;
 pub mod layer;
+pub mod live;
 pub mod medium;
 pub mod names;
 pub mod persist;
@@ -31,6 +34,7 @@ mod recovery;
 pub mod register;
 pub mod rng;
 pub mod session;
+mod snapshots;
 pub mod storage;
 pub mod subject;
 pub mod toy;

@@ -87,6 +87,8 @@ pub enum Step {
     Rebase,
     /// The owner wants it merged into its base.
     Commit,
+    /// The owner wants a snapshot.
+    Snapshot,
     /// Threads and storage go on for so many rounds.
     Run { rounds: u64 },
     /// Time passes, as long as timers may ask for.
@@ -220,6 +222,39 @@ impl Plan {
             plan.steps.insert(plan.steps.len() * 3 / 4, Step::Flatten);
         }
         plan
+    }
+}
+
+impl Plan {
+    /// The history of a seed, with snapshots of the running disk.
+    pub fn with_snapshots(seed: u64, queues_max: usize) -> Self {
+        let mut plan = Self::random(seed, queues_max);
+        let mut rng = Rng::new(!seed);
+        for _ in 0..rng.between(1, 8) {
+            let at = rng.below(plan.steps.len() as u64 + 1) as usize;
+            let steps = Self::snapshot(&mut rng, &plan.shape);
+            drop(plan.steps.splice(at..at, steps));
+        }
+        plan
+    }
+
+    /// A snapshot, perhaps with a guest that is busy meanwhile, and perhaps with a crash before its end.
+    fn snapshot(rng: &mut Rng, shape: &Shape) -> Vec<Step> {
+        let mut steps = vec![Step::Snapshot];
+        for _ in 0..rng.pick(&[0, 8, 24]) {
+            let queue = rng.below(shape.queues as u64) as usize;
+            steps.push(match rng.below(3) {
+                0 => Step::Flush { queue },
+                _ => Step::Write { queue, at: rng.below(shape.sectors), len: rng.between(1, 16) },
+            });
+            steps.push(Step::Run { rounds: rng.between(0, 6) });
+        }
+        match rng.below(4) {
+            0 => steps.push(Step::Power { persistence: rng.pick(&Persistence::ALL) }),
+            1 => steps.push(Step::Kill),
+            _ => {}
+        }
+        steps
     }
 }
 

@@ -43,6 +43,7 @@ impl<S: Subject> History<S> {
     }
 
     fn fall(&mut self, power: Option<Persistence>) {
+        self.lose_snapshots(power.is_some());
         if let Some(session) = self.session.take() {
             if session.sync_failed() {
                 self.contract.storage_dropped_data();
@@ -105,7 +106,7 @@ impl<S: Subject> History<S> {
     }
 
     /// Runs a task in a process made for it, which dies with it when the history is cut.
-    fn in_new_process<T: 'static>(
+    pub(super) fn in_new_process<T: 'static>(
         &mut self,
         task: impl FnOnce(&S, SimStorage, Io<SimEngine>) -> Task<T>,
     ) -> Outcome<(T, ProcessId, Worker)> {
@@ -197,7 +198,7 @@ impl<S: Subject> History<S> {
         worker.io.abandon_tasks();
         self.world.kill(process);
         match result {
-            Ok(errors) if errors.is_empty() => Ok(()),
+            Ok(errors) if errors.is_empty() => self.check_snapshots(),
             Ok(errors) => Err(Stop::Violation(format!("the check found {errors:?}"))),
             Err(OpenError::Locked | OpenError::Unfinished) => Ok(()),
             Err(OpenError::Failed(error)) => Err(Stop::Violation(format!("cannot check: {error}"))),

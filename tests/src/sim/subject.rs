@@ -58,6 +58,8 @@ pub enum Control {
     Rebase,
     /// It is merged into its base.
     Commit,
+    /// A snapshot is taken, the one with this number.
+    Snapshot(u64),
     /// A clean stop.
     Close,
 }
@@ -65,7 +67,7 @@ pub enum Control {
 impl Control {
     /// Whether it is refused while another such command is under way.
     pub fn is_alone(self) -> bool {
-        matches!(self, Self::Resize(_) | Self::Flatten | Self::Rebase | Self::Commit)
+        matches!(self, Self::Resize(_) | Self::Flatten | Self::Rebase | Self::Commit | Self::Snapshot(_))
     }
 }
 
@@ -94,6 +96,16 @@ pub trait Subject: Clone + 'static {
 
     /// Looks for damage in the files of a disk that is not open.
     fn check(&self, storage: SimStorage, io: Io<SimEngine>) -> Task<Result<Vec<String>, OpenError>>;
+
+    /// What the snapshot of this number holds, if it was taken.
+    fn snapshot(
+        &self,
+        _storage: SimStorage,
+        _io: Io<SimEngine>,
+        _number: u64,
+    ) -> Task<Result<Option<Vec<u8>>, OpenError>> {
+        Box::pin(async { Ok(None) })
+    }
 }
 
 /// An open disk.

@@ -373,7 +373,7 @@ impl Disk for ToyDisk {
         Box::pin(async move {
             let result = match what {
                 Control::Checkpoint | Control::Clean | Control::Compact => Ok(()),
-                Control::Flatten | Control::Rebase | Control::Commit => Ok(()),
+                Control::Flatten | Control::Rebase | Control::Commit | Control::Snapshot(_) => Ok(()),
                 Control::Resize(size) => self.resize(&io, size / SECTOR).await,
                 Control::Close if self.log().latched => Err(DeviceError::Latched),
                 Control::Close => self.sync(&io).await,

@@ -1,0 +1,113 @@
+//! Snapshots of a running disk: random histories, and short ones cut at every event.
+
+use sapwood_image::layer::{Mutation, Tuning};
+use sapwood_tests::sim::explore::{Failure, cut_everywhere, few_seeds, report, run, seeds};
+use sapwood_tests::sim::layer::LayerSubject;
+use sapwood_tests::sim::live::LiveSubject;
+use sapwood_tests::sim::persist::Persistence;
+use sapwood_tests::sim::plan::{Base, Plan, Shape, Step};
+
+const CUTS: [Option<Persistence>; 5] = [
+    None,
+    Some(Persistence::Sectors(0)),
+    Some(Persistence::Sectors(60)),
+    Some(Persistence::Prefix),
+    Some(Persistence::Suffix),
+];
+
+fn subject(mutation: Option<Mutation>) -> LiveSubject {
+    let tuning = Tuning { mutation, ..Tuning::default() };
+    LiveSubject { layers: LayerSubject { tuning, ..LayerSubject::default() } }
+}
+
+#[test]
+fn random_histories_keep_the_contract() {
+    let subject = subject(None);
+    for seed in seeds(500) {
+        let plan = Plan::with_snapshots(seed, 3);
+        if let Err(message) = run(&subject, &plan, None, false).result {
+            panic!("{}", report(&subject, &Failure { plan, cut: None, message }, "sim_live"));
+        }
+    }
+}
+
+#[test]
+fn a_seed_replays() {
+    for seed in 0..20 {
+        let plan = Plan::with_snapshots(seed, 3);
+        let hash = || run(&subject(None), &plan, None, true).hash;
+        assert_eq!(hash(), hash(), "seed {seed} took two ways");
+    }
+}
+
+fn write(queue: usize, at: u64, len: u64) -> Step {
+    Step::Write { queue, at, len }
+}
+
+/// Guests of three queues that write and flush before, during and after a snapshot.
+fn steps() -> Vec<Step> {
+    let mut steps = vec![write(0, 0, 24), write(1, 40, 11), Step::Drain, write(2, 60, 8), Step::Snapshot];
+    for at in [0, 3, 24, 70] {
+        steps.extend([Step::Run { rounds: 6 }, write(at as usize % 3, at, 8)]);
+        steps.push(Step::Flush { queue: (at as usize + 1) % 3 });
+    }
+    steps.extend([Step::Read { queue: 1, at: 0, len: 80 }, Step::Discard { queue: 0, at: 8, len: 16 }]);
+    steps.extend([Step::Drain, write(1, 0, 16), Step::Snapshot, write(0, 5, 3), Step::Drain]);
+    steps
+}
+
+fn cut(mutation: Option<Mutation>, base: Base, seed: u64) -> Result<u64, Box<Failure>> {
+    let shape = Shape { base, queues: 3, ..Shape::small() };
+    cut_everywhere(&subject(mutation), &Plan::written(seed, shape, &steps()), &CUTS)
+}
+
+#[test]
+fn snapshots_cut_anywhere_leave_a_disk_that_opens_right() {
+    for seed in few_seeds() {
+        for base in [Base::Nothing, Base::Layer(64)] {
+            let runs = cut(None, base, seed).unwrap_or_else(|failure| {
+                panic!("{base:?}: {}", report(&subject(None), &failure, "sim_live"))
+            });
+            assert!(runs > 500, "{base:?}: {runs} runs");
+        }
+    }
+}
+
+/// A guest that flushes what it wrote before a snapshot at every moment of that.
+fn flush_always(seed: u64) -> Result<u64, Box<Failure>> {
+    let mut steps = vec![write(0, 0, 24), Step::Drain, Step::Snapshot];
+    for _ in 0..30 {
+        steps.extend([Step::Flush { queue: 0 }, Step::Run { rounds: 2 }]);
+    }
+    steps.push(Step::Drain);
+    let plan = Plan::written(seed, Shape::small(), &steps);
+    cut_everywhere(&subject(Some(Mutation::FlushBeforeBaseSync)), &plan, &[Some(Persistence::Sectors(0))])
+}
+
+#[test]
+fn a_flush_before_the_old_layer_is_durable_is_noticed() {
+    let failure = (0..20).find_map(|seed| flush_always(seed).err()).expect("the rule is tested");
+    println!("{:?}: {}", failure.cut, failure.message);
+}
+
+#[test]
+fn every_breach_of_the_order_is_noticed() {
+    for mutation in [Mutation::StartBeforeOthersLeft, Mutation::SwitchBeforeCommit] {
+        let subject = subject(Some(mutation));
+        let noticed = (0..1500).find_map(|seed| {
+            let message = run(&subject, &Plan::with_snapshots(seed, 3), None, false).result.err();
+            message.map(|message| format!("seed {seed}: {message}"))
+        });
+        println!("{mutation:?}: {}", noticed.unwrap_or_else(|| panic!("{mutation:?} was not noticed")));
+    }
+}
+
+#[test]
+#[ignore = "prints what happens in the history of SAPWOOD_SIM_SEED"]
+fn show() {
+    for seed in seeds(1) {
+        let plan = Plan::with_snapshots(seed, 3);
+        let run = run(&subject(None), &plan, None, true);
+        println!("{:?}\n{:?}\n{}\n{:?}", plan.shape, plan.faults, run.trace.join("\n"), run.result);
+    }
+}
