@@ -7,9 +7,9 @@
 use std::path::{Path, PathBuf};
 
 use super::base::Below;
-use super::base_record::{BaseRecord, base_offset};
+use super::base_record::{BaseRecord, BaseRef, base_offset};
 use super::header::Header;
-use super::layout::{PREAMBLE_BYTES, SEGMENT_BLOCKS_MAX, SEGMENT_BLOCKS_MIN};
+use super::layout::{LayerId, PREAMBLE_BYTES, SEGMENT_BLOCKS_MAX, SEGMENT_BLOCKS_MIN};
 use super::position::{Lane, LogPosition};
 use super::slot::{Slot, slot_offset};
 use super::traffic::Traffic;
@@ -35,7 +35,6 @@ pub async fn create<S: Storage, E: Engine<File = S::File>>(
     path: &Path,
     options: &CreateLayer,
 ) -> Result<(), ImageError> {
-    let segment_blocks = segment_blocks(path, options.segment_size)?;
     let base = match &options.base {
         Some(spec) => Some(Below::<E>::open_base(storage, io, path, spec, None, &Tuning::default()).await?.1),
         None => None,
@@ -45,11 +44,26 @@ pub async fn create<S: Storage, E: Engine<File = S::File>>(
         .ok_or_else(|| ImageError::invalid(path, "a size is needed where there is no base"))?
         .checked_next_multiple_of(SECTOR_SIZE)
         .ok_or_else(|| ImageError::invalid(path, "the largest size is 64 TiB"))?;
+    let what = (size, options.segment_size, options.overwrite);
+    create_with(storage, io, path, what, None, base).await
+}
+
+/// Creates a layer of this size, size of segments, and leave to overwrite a device, over `base` as it is
+/// recorded; by default its id is random.
+pub(super) async fn create_with<S: Storage, E: Engine<File = S::File>>(
+    storage: &S,
+    io: &Io<E>,
+    path: &Path,
+    (size, segment_size, overwrite): (u64, u32, bool),
+    id: Option<LayerId>,
+    base: Option<BaseRef>,
+) -> Result<(), ImageError> {
+    let segment_blocks = segment_blocks(path, segment_size)?;
     check_size(path, size, segment_blocks)?;
 
     let mut random = [0; 24];
     storage.random(&mut random).map_err(|e| ImageError::io(path, "make random numbers for", e))?;
-    let layer_id = super::bytes::array(&random, 0);
+    let layer_id = id.unwrap_or_else(|| super::bytes::array(&random, 0));
     let nonce = super::bytes::get_u64(&random, 16);
     let header = Header { layer_id, segment_blocks };
     let record = BaseRecord { layer_id, sequence: 1, committing: false, base };
@@ -66,8 +80,8 @@ pub async fn create<S: Storage, E: Engine<File = S::File>>(
         traffic: Traffic::default(),
     };
 
-    let room = PREAMBLE_BYTES + DEVICE_SEGMENTS_MIN * u64::from(options.segment_size);
-    let file = site::prepare(storage, io, path, room, options.overwrite).await?;
+    let room = PREAMBLE_BYTES + DEVICE_SEGMENTS_MIN * u64::from(segment_size);
+    let file = site::prepare(storage, io, path, room, overwrite).await?;
     let written = write(io, &file, path, &header, &slot, &record).await;
     if written.is_err() {
         // The first failure is the one to tell.

@@ -13,6 +13,7 @@ use super::core::{Core, Root};
 use super::device::Layer;
 use super::driver::Driver;
 use super::header::Header;
+use super::in_store::ResolveBase;
 use super::layout::{HEAD_BYTES, PREAMBLE_BYTES};
 use super::load::Reader;
 use super::log::{Log, guest_blocks};
@@ -55,21 +56,24 @@ impl<E: Engine> Layer<E> {
         path: &Path,
         options: &OpenLayer,
     ) -> Result<Arc<Self>, ImageError> {
-        Self::open_with(storage, io, path, options, OpenBase::Opened).await
+        Self::open_with(storage, io, path, options, OpenBase::Opened, None).await
     }
 
-    pub(super) async fn open_with<S: Storage<File = E::File>>(
+    pub(crate) async fn open_with<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
         path: &Path,
         options: &OpenLayer,
         bases: OpenBase,
+        resolver: Option<&dyn ResolveBase<E>>,
     ) -> Result<Arc<Self>, ImageError> {
         let head = Head::read(storage, io, path, options).await?;
         let record = head.record.clone();
+        let in_store = record.base.as_ref().is_some_and(|base| base.in_store().is_some());
         let below = match bases {
-            OpenBase::Opened => Below::open(storage, io, path, record, &options.tuning).await?,
             OpenBase::Nothing => Below { record, chain: None },
+            OpenBase::UnlessInStore if in_store => Below { record, chain: None },
+            _ => Below::open(storage, io, path, record, &options.tuning, resolver).await?,
         };
         let (layer, interrupted) = Self::open_over(io, path, options, head, below, false).await?;
         if breaks!(options.tuning, RecoveryWithoutSync) {

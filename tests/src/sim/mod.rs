@@ -7,6 +7,7 @@
 //! - [`faults`]: operations that fail;
 //! - [`world`], [`storage`], [`engine`]: the clock, processes and crashes behind the storage and
 //!   engine seams of `sapwood-blockdev`;
+//! - [`crash`]: kills and power cuts, also in the middle of code that blocks;
 //! - [`content`], [`register`], [`contract`]: what a disk promises its guest, and whether it
 //!   keeps it;
 //! - [`subject`]: what is tested; [`layer`]: layers; [`toy`]: a small disk that tests the simulator itself;
@@ -15,7 +16,7 @@
 
 pub mod content;
 pub mod contract;
-mod crash;
+pub mod crash;
 mod drive;
 pub mod engine;
 pub mod explore;
