@@ -11,6 +11,7 @@
 //! - [`content`], [`register`], [`contract`]: what a disk promises its guest, and whether it
 //!   keeps it;
 //! - [`subject`]: what is tested; [`layer`]: layers; [`toy`]: a small disk that tests the simulator itself;
+//! - [`store`]: stores;
 //! - [`plan`], [`session`], [`history`], [`explore`]: histories, how they run, and what is
 //!   reported of those that fail.
 
@@ -33,6 +34,7 @@ pub mod register;
 pub mod rng;
 pub mod session;
 pub mod storage;
+pub mod store;
 pub mod subject;
 pub mod toy;
 pub mod trace;
