@@ -1,6 +1,7 @@
 //! What there is to say about an image.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use sapwood_blockdev::device::BlockDevice;
 use sapwood_blockdev::engine::Engine;
@@ -9,7 +10,8 @@ use sapwood_blockdev::storage::{Alignment, OpenOptions, Storage, StorageFile};
 
 use crate::error::ImageError;
 use crate::format::Format;
-use crate::layer::LayerInfo;
+use crate::layer::base::OpenBase;
+use crate::layer::{Layer, LayerInfo, OpenLayer};
 use crate::open::{Disk, OpenDisk};
 use crate::probe::{Guess, probe};
 use crate::qcow2::{self, Qcow2Info};
@@ -61,8 +63,18 @@ pub async fn info<S: Storage, E: Engine<File = S::File>>(
         let said = of_file(storage, path, format)?;
         return Ok(DiskInfo { virtual_size: found.size, qcow2: Some(found), ..said });
     }
-    let options = OpenDisk { format: Some(format), read_only: true, ..OpenDisk::default() };
-    let disk = Disk::open(storage, io, path, options).await?;
+    let disk = match format {
+        // What only a store knows stays closed, too.
+        Format::Layer => {
+            let (options, bases) =
+                (OpenLayer { read_only: true, ..OpenLayer::default() }, OpenBase::UnlessInStore);
+            Arc::new(Disk::Layer(Layer::open_with(storage, io, path, &options, bases, None).await?))
+        }
+        _ => {
+            let options = OpenDisk { format: Some(format), read_only: true, ..OpenDisk::default() };
+            Disk::open(storage, io, path, options).await?
+        }
+    };
     let said = info_of(storage, path, &disk);
     disk.close(io).await?;
     said

@@ -287,6 +287,24 @@ impl<E: Engine> Io<E> {
     }
 }
 
+/// Performs one operation on an engine that nothing else uses meanwhile, and blocks until it has
+/// ended: for those who have an engine and neither a thread nor a reactor.
+pub fn perform<E: Engine>(engine: &mut E, op: Op<E::File>) -> Outcome {
+    let (mut retries, mut done) = (0, Vec::new());
+    engine.submit(0, op);
+    loop {
+        engine.collect(&mut done);
+        let Some(Completion { mut result, mut op, .. }) = done.pop() else {
+            engine.wait(None);
+            continue;
+        };
+        if !must_go_on(&mut op, &mut result, &mut retries) {
+            return Outcome { result, memory: op.into_memory() };
+        }
+        engine.submit(0, op);
+    }
+}
+
 /// Whether `op` must be submitted again because it was interrupted or moved only a part;
 /// otherwise `result` is final.
 fn must_go_on<F>(op: &mut Op<F>, result: &mut Result<usize, Errno>, retries: &mut u32) -> bool {

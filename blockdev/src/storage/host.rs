@@ -1,5 +1,6 @@
 //! Files and block devices of the host.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::ops::Range;
@@ -169,6 +170,17 @@ impl Storage for HostStorage {
             Some(code) => io::Error::from_raw_os_error(code),
             None => io::Error::other(error.to_string()),
         })
+    }
+
+    fn create_directory(&self, path: &Path) -> io::Result<()> {
+        std::fs::create_dir(path)
+    }
+
+    fn list_directory(&self, path: &Path) -> io::Result<Vec<OsString>> {
+        let names = std::fs::read_dir(path)?.map(|entry| entry.map(|entry| entry.file_name()));
+        let mut names: Vec<_> = names.collect::<io::Result<_>>()?;
+        names.sort();
+        Ok(names)
     }
 }
 

@@ -10,6 +10,7 @@ mod once;
 pub(crate) use host::WeakHostFile;
 pub use host::{HostFile, HostStorage};
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::ops::Range;
@@ -111,6 +112,18 @@ pub trait Storage: Clone + Send + Sync + 'static {
     /// # Errors
     /// What getrandom(2) says.
     fn random(&self, bytes: &mut [u8]) -> io::Result<()>;
+
+    /// Makes a directory; durable after a sync of the one that it lies in.
+    ///
+    /// # Errors
+    /// What mkdir(2) says; `AlreadyExists` when something of that name is there.
+    fn create_directory(&self, path: &Path) -> io::Result<()>;
+
+    /// The names in a directory, sorted.
+    ///
+    /// # Errors
+    /// What opendir(3) and readdir(3) say.
+    fn list_directory(&self, path: &Path) -> io::Result<Vec<OsString>>;
 }
 
 /// An open file. Clones are the same open file description, so a lock taken through one is held

@@ -17,6 +17,7 @@ use crate::format::Format;
 use crate::layer::base::{Named, describe_files};
 use crate::layer::base_record::{BaseIdentity, Qcow2Identity};
 use crate::layer::frozen::blocks_of;
+use crate::layer::in_store::{self, ResolveBase};
 use crate::layer::{Layer, LayerId, Tuning, open_file};
 use crate::qcow2::image::Image;
 
@@ -53,13 +54,25 @@ pub(crate) struct NextLink {
     pub(crate) options: OpenBelow,
     /// The layer that names it, and what it was then.
     pub(crate) named: Option<Named>,
+    /// Of a snapshot of a store: the layer that it is.
+    pub(crate) frozen: Option<LayerId>,
 }
 
 impl NextLink {
     /// The base of a layer.
-    pub(crate) fn named(named: Named) -> Self {
+    pub(crate) fn named<E: Engine>(
+        named: Named,
+        resolver: Option<&dyn ResolveBase<E>>,
+    ) -> Result<Self, ImageError> {
         let options = named.qcow2().map(Qcow2Identity::options).unwrap_or_default();
-        Self { path: named.path(), format: named.format(), options, named: Some(named) }
+        let (path, frozen) = match named.base.in_store() {
+            Some(base) => {
+                let (path, layer) = in_store::resolve(&named.layer, base, resolver)?;
+                (path, Some(layer))
+            }
+            None => (named.path(), None),
+        };
+        Ok(Self { path, format: named.format(), options, named: Some(named), frozen })
     }
 }
 
@@ -77,8 +90,9 @@ impl<E: Engine> Chain<E> {
         format: Format,
         options: &OpenBelow,
     ) -> Result<Self, ImageError> {
-        let first = NextLink { path: path.to_owned(), format, options: options.clone(), named: None };
-        Ok(Self::open_below(storage, io, first, None, &Tuning::default()).await?.0)
+        let first =
+            NextLink { path: path.to_owned(), format, options: options.clone(), named: None, frozen: None };
+        Ok(Self::open_below(storage, io, first, None, &Tuning::default(), None).await?.0)
     }
 
     /// As [`Chain::open`], of what lies below a layer whose id is `above`. By what the image at the top
@@ -89,10 +103,12 @@ impl<E: Engine> Chain<E> {
         first: NextLink,
         above: Option<LayerId>,
         tuning: &Tuning,
+        resolver: Option<&dyn ResolveBase<E>>,
     ) -> Result<(Self, BaseIdentity), ImageError> {
         let above = above.or(first.named.as_ref().map(|named| named.id));
         let top = first.named.clone();
         let mut opener = Opener::new(storage, io, above, *tuning);
+        opener.resolver = resolver;
         let (mut next, mut identity) = (Some(first), None);
         while let Some(link) = next.take() {
             let is_first = opener.links.is_empty();
@@ -132,6 +148,7 @@ struct Opener<'a, S: Storage, E: Engine<File = S::File>> {
     storage: &'a S,
     io: &'a Io<E>,
     tuning: Tuning,
+    resolver: Option<&'a dyn ResolveBase<E>>,
     links: Vec<Link<E>>,
     limits: Vec<u64>,
     stages: Vec<Stage>,
@@ -151,6 +168,7 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
             storage,
             io,
             tuning,
+            resolver: None,
             links: Vec::new(),
             limits: Vec::new(),
             stages: Vec::new(),
@@ -177,7 +195,8 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
                 Ok(Found { identity, files: vec![link.path.clone()], next: None })
             }
             Format::Layer => {
-                let is_known = link.named.as_ref().is_some_and(|named| !named.base.is_open());
+                let is_open = link.named.as_ref().is_some_and(|named| named.base.is_open());
+                let is_known = link.named.is_some() && link.frozen.is_none() && !is_open;
                 self.open_layer(&link.path, is_known).await
             }
             Format::Qcow2 => self.open_qcow2(link).await,
@@ -186,7 +205,11 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
 
     /// Refuses a link that is not what the layer over it has recorded.
     fn check(&self, link: &NextLink, found: Found) -> Result<Found, ImageError> {
-        link.named.as_ref().map_or(Ok(()), |named| named.check(&found.identity, &found.files))?;
+        match (&link.named, link.frozen) {
+            (Some(named), Some(layer)) => named.check_frozen(&found.identity, layer)?,
+            (Some(named), None) => named.check(&found.identity, &found.files)?,
+            (None, _) => {}
+        }
         Ok(found)
     }
 
@@ -250,7 +273,8 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
             }
             None => self.push_stage(link),
         }
-        let next = Named::of(path, &record)?.map(NextLink::named);
+        let named = Named::of(path, &record)?;
+        let next = named.map(|named| NextLink::named(named, self.resolver)).transpose()?;
         Ok(Found { identity, files: vec![path.to_owned()], next })
     }
 

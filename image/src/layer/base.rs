@@ -7,6 +7,7 @@ use std::sync::Arc;
 use super::BaseSpec;
 use super::base_record::{BASE_PATH_MAX, BaseIdentity, BaseRecord, BaseRef, Qcow2Identity, SNAPSHOT_MAX};
 use super::device::Layer;
+use super::in_store::ResolveBase;
 use super::layout::{LayerId, SIZE_MAX};
 use super::tuning::Tuning;
 use crate::below::{Chain, NextLink};
@@ -28,11 +29,13 @@ pub(crate) struct Below<E: Engine> {
 
 /// What opening a layer does about its base.
 #[derive(Clone, Copy)]
-pub(super) enum OpenBase {
+pub(crate) enum OpenBase {
     /// It is opened, too.
     Opened,
     /// It is left alone: only what the layer itself holds may be read.
     Nothing,
+    /// It is opened, unless only a store knows what it is: for those who describe the layer.
+    UnlessInStore,
 }
 
 /// A path as stored, seen from the folder of the layer that names it.
@@ -65,7 +68,7 @@ impl Named {
         Ok(Some(named))
     }
 
-    /// Where the base is.
+    /// Where the base is; of a snapshot of a store, the folder of the layer.
     pub(crate) fn path(&self) -> PathBuf {
         resolve(&self.layer, &self.base.path)
     }
@@ -88,7 +91,8 @@ impl Named {
 
     /// What it means that the base, or something below it, cannot be opened.
     pub(crate) fn unusable(&self, error: &ImageError) -> ImageError {
-        let moved = matches!(&error.kind, ErrorKind::Io { source, .. }
+        let moved = self.base.in_store().is_none()
+            && matches!(&error.kind, ErrorKind::Io { source, .. }
             if source.kind() == std::io::ErrorKind::NotFound && error.path == self.path());
         let hint = if moved { self.advice("if it was moved, say where to") } else { String::new() };
         self.refuse(format!("its base cannot be used: {error}{hint}"))
@@ -99,8 +103,24 @@ impl Named {
         describe_change(&self.base.identity, found, files).map_or(Ok(()), |change| Err(self.changed(&change)))
     }
 
+    /// The same of a snapshot of a store, which is the layer `id`.
+    pub(crate) fn check_frozen(&self, found: &BaseIdentity, id: LayerId) -> Result<(), ImageError> {
+        let generation = match found {
+            BaseIdentity::Layer { generation, .. } => *generation,
+            _ => 0,
+        };
+        // Of these a snapshot's number of checkpoints may change: when it is closed at last, for example.
+        let was = BaseIdentity::Layer { size: self.base.identity.size(), id, generation };
+        describe_change(&was, found, &[]).map_or(Ok(()), |change| Err(self.changed(&change)))
+    }
+
     /// The error about a base that has changed.
     pub(crate) fn changed(&self, change: &str) -> ImageError {
+        if let Some(base) = self.base.in_store() {
+            return self.refuse(format!(
+                "its base, {base}, is not what the catalog says ({change}): bring the old file back"
+            ));
+        }
         self.refuse(format!(
             "its base {} has changed since it was recorded ({change}): what the layer does not hold itself would \
              read wrong; bring the old base back{}",
@@ -125,8 +145,9 @@ impl<E: Engine> Below<E> {
         layer: &Path,
         record: BaseRecord,
         tuning: &Tuning,
+        resolver: Option<&dyn ResolveBase<E>>,
     ) -> Result<Self, ImageError> {
-        Ok(Self::open_found(storage, io, layer, record, tuning).await?.0)
+        Ok(Self::open_found(storage, io, layer, record, tuning, resolver).await?.0)
     }
 
     /// As [`Below::open`]; by what the base is recognised now is the answer, too.
@@ -136,10 +157,11 @@ impl<E: Engine> Below<E> {
         layer: &Path,
         record: BaseRecord,
         tuning: &Tuning,
+        resolver: Option<&dyn ResolveBase<E>>,
     ) -> Result<(Self, Option<BaseIdentity>), ImageError> {
         let Some(named) = Named::of(layer, &record)? else { return Ok((Self::over(record, None), None)) };
-        let first = NextLink::named(named);
-        let (chain, found) = Chain::open_below(storage, io, first, None, tuning).await?;
+        let first = NextLink::named(named, resolver)?;
+        let (chain, found) = Chain::open_below(storage, io, first, None, tuning, resolver).await?;
         Ok((Self::over(record, Some(Arc::new(chain))), Some(found)))
     }
 
@@ -173,9 +195,14 @@ impl<E: Engine> Below<E> {
         let stored = stored_path(layer, &spec.path)?;
         let path = resolve(layer, stored);
         check_options(&path, spec)?;
-        let first =
-            NextLink { path: path.clone(), format: spec.format, options: spec.options.clone(), named: None };
-        let (chain, identity) = Chain::open_below(storage, io, first, above, tuning).await?;
+        let first = NextLink {
+            path: path.clone(),
+            format: spec.format,
+            options: spec.options.clone(),
+            named: None,
+            frozen: None,
+        };
+        let (chain, identity) = Chain::open_below(storage, io, first, above, tuning, None).await?;
         if identity.size() > SIZE_MAX {
             return Err(ImageError::invalid(path, "a base has at most 64 TiB"));
         }

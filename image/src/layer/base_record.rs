@@ -5,6 +5,7 @@
 
 use super::BaseSpec;
 use super::header::Header;
+use super::in_store::StoreBase;
 use super::layout::{Damage, LayerId, SIZE_MAX, damage, unsupported};
 use crate::below::OpenBelow;
 use crate::bytes::{array, checksum, get_u32, get_u64, put};
@@ -38,6 +39,8 @@ const B_FILES: usize = B_GENERATION + 8;
 const B_FILES_SUM: usize = B_FILES + 4;
 const B_BACKING_FORMAT: usize = B_FILES_SUM + 4;
 const B_SNAPSHOT_LEN: usize = B_BACKING_FORMAT + 4;
+const B_STORE_ID: usize = B_SNAPSHOT_LEN + 4;
+const B_STORE_SNAPSHOT: usize = B_STORE_ID + 16;
 const B_PATH: usize = 256;
 const B_SNAPSHOT: usize = B_PATH + BASE_PATH_MAX;
 const B_FILE_LIST: usize = B_SNAPSHOT + SNAPSHOT_MAX;
@@ -50,6 +53,8 @@ const FORMAT_NONE: u32 = 0;
 const FORMAT_RAW: u32 = 1;
 const FORMAT_LAYER: u32 = 2;
 const FORMAT_QCOW2: u32 = 3;
+const FORMAT_STORE: u32 = 4;
+const _: () = assert!(B_STORE_SNAPSHOT + 16 <= B_PATH);
 const _: () = assert!(B_FILE_LIST + 16 * FILES_LISTED <= B_CHECKSUM);
 
 /// What identified a base when it was recorded.
@@ -65,6 +70,8 @@ pub(crate) enum BaseIdentity {
     OpenLayer { size: u64, id: LayerId },
     /// A qcow2 image and all that lies below it.
     Qcow2(Qcow2Identity),
+    /// A snapshot of a store, whatever file or root that is now.
+    Store(StoreBase),
 }
 
 /// What identified a qcow2 image, and how it was read.
@@ -173,6 +180,16 @@ impl BaseIdentity {
             Self::Raw { .. } => Format::Raw,
             Self::Layer { .. } | Self::OpenLayer { .. } => Format::Layer,
             Self::Qcow2(_) => Format::Qcow2,
+            // As long as it is a file at all.
+            Self::Store(_) => Format::Layer,
+        }
+    }
+
+    /// The number by which records name its kind.
+    fn number(&self) -> u32 {
+        match self {
+            Self::Store(_) => FORMAT_STORE,
+            _ => number(self.format()),
         }
     }
 
@@ -181,6 +198,7 @@ impl BaseIdentity {
         match self {
             Self::Raw { size, .. } | Self::Layer { size, .. } | Self::OpenLayer { size, .. } => *size,
             Self::Qcow2(qcow2) => qcow2.size,
+            Self::Store(base) => base.size,
         }
     }
 }
@@ -197,6 +215,19 @@ impl BaseRef {
     /// Whether the base was still open when it was recorded.
     pub(crate) fn is_open(&self) -> bool {
         matches!(self.identity, BaseIdentity::OpenLayer { .. })
+    }
+
+    /// A snapshot of a store.
+    pub(super) fn of_store(base: StoreBase) -> Self {
+        Self { path: String::new(), identity: BaseIdentity::Store(base) }
+    }
+
+    /// Which snapshot of a store it is, if it is one.
+    pub(crate) fn in_store(&self) -> Option<&StoreBase> {
+        match &self.identity {
+            BaseIdentity::Store(base) => Some(base),
+            _ => None,
+        }
     }
 
     /// The base by name, and how it is read.
@@ -245,8 +276,12 @@ impl BaseRecord {
                 }
                 BaseIdentity::OpenLayer { id, .. } => put(&mut b, B_BASE_ID, id),
                 BaseIdentity::Qcow2(qcow2) => qcow2.encode(&mut b),
+                BaseIdentity::Store(base) => {
+                    put(&mut b, B_STORE_ID, &base.store);
+                    put(&mut b, B_STORE_SNAPSHOT, &base.snapshot);
+                }
             }
-            put(&mut b, B_FORMAT, &number(base.identity.format()).to_le_bytes());
+            put(&mut b, B_FORMAT, &base.identity.number().to_le_bytes());
             assert!(base.path.len() <= BASE_PATH_MAX, "checked where a base is named");
             put(&mut b, B_PATH_LEN, &(base.path.len() as u32).to_le_bytes());
             put(&mut b, B_PATH, base.path.as_bytes());
@@ -308,6 +343,10 @@ impl BaseRecord {
                 BaseIdentity::Layer { size, id: array(b, B_BASE_ID), generation: get_u64(b, B_GENERATION) }
             }
             FORMAT_QCOW2 => BaseIdentity::Qcow2(Qcow2Identity::decode(b, size)?),
+            FORMAT_STORE => {
+                let (store, snapshot) = (array(b, B_STORE_ID), array(b, B_STORE_SNAPSHOT));
+                return Self::decode_store(b, StoreBase { store, snapshot, size }).map(Some);
+            }
             other => {
                 let detail = format!("unknown format {other} of the base: a newer program recorded it");
                 return Err(unsupported("base.format", B_FORMAT, detail));
@@ -320,6 +359,13 @@ impl BaseRecord {
         let path = String::from_utf8(b[B_PATH..B_PATH + len].to_vec())
             .map_err(|_| damage("base.path", B_PATH, "it is not UTF-8"))?;
         Ok(Some(BaseRef { path, identity }))
+    }
+
+    fn decode_store(b: &[u8], base: StoreBase) -> Result<BaseRef, Damage> {
+        match get_u32(b, B_PATH_LEN) {
+            0 => Ok(BaseRef::of_store(base)),
+            len => Err(damage("base.path_len", B_PATH_LEN, len)),
+        }
     }
 }
 
@@ -385,6 +431,26 @@ mod tests {
         };
         assert_eq!(tell([9; 16], 7), None);
         assert!(tell([8; 16], 7).unwrap().contains("another layer"));
+    }
+
+    #[test]
+    fn snapshots_of_stores_survive_encoding() {
+        let base = StoreBase { store: [3; 16], snapshot: [5; 16], size: 12 << 20 };
+        let base = Some(BaseRef::of_store(base));
+        let record = BaseRecord { layer_id: HEADER.layer_id, sequence: 5, committing: false, base };
+        let b = record.encode();
+        assert_eq!(BaseRecord::decode(&b, &HEADER, 5).as_ref(), Ok(&record));
+        for (at, bytes, field) in [
+            (B_PATH_LEN, 1u64.to_le_bytes(), "base.path_len"),
+            (B_SIZE, u64::MAX.to_le_bytes(), "base.size"),
+            (B_FORMAT, 5u64.to_le_bytes(), "base.format"),
+        ] {
+            let mut b = b.clone();
+            put(&mut b, at, &bytes);
+            let sum = checksum(&[&b[..B_CHECKSUM]]);
+            put(&mut b, B_CHECKSUM, &sum.to_le_bytes());
+            assert_eq!(BaseRecord::decode(&b, &HEADER, 5).unwrap_err().field, field);
+        }
     }
 
     #[test]

@@ -59,7 +59,7 @@ pub async fn commit<S: Storage, E: Engine<File = S::File>>(
     progress: &mut dyn FnMut(u64, u64),
 ) -> Result<Committed, ImageError> {
     let options = OpenLayer { read_only: false, tuning };
-    let layer = Layer::<E>::open_with(storage, io, path, &options, OpenBase::Nothing).await?;
+    let layer = Layer::<E>::open_with(storage, io, path, &options, OpenBase::Nothing, None).await?;
     let result = layer.commit(storage, io, &options, delete, progress).await;
     if delete && result.is_ok() {
         return remove::<E>(io, &layer.file(), path).await.and(result);
@@ -327,7 +327,7 @@ impl<E: Engine> Driver<E> {
         options: &OpenLayer,
     ) -> Result<Below<E>, ImageError> {
         let record = below.record.clone();
-        Below::open(storage, &self.io, self.layer.path(), record, &options.tuning).await
+        Below::open(storage, &self.io, self.layer.path(), record, &options.tuning, None).await
     }
 
     /// Writes what the layer holds into its base. The bytes of data written.

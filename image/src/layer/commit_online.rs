@@ -19,6 +19,7 @@ use super::base_record::{BaseIdentity, BaseRef};
 use super::commit::{Committed, Lower};
 use super::device::Layer;
 use super::driver::Driver;
+use super::in_store::check_is_alone;
 use super::tuning::breaks;
 use super::{BaseSpec, OpenLayer};
 use crate::below::{Chain, Opened};
@@ -59,6 +60,7 @@ impl<E: Engine> Layer<E> {
         let (Some(named), Some(chain)) = (below.record.base.clone(), below.chain.clone()) else {
             return Err(ImageError::invalid(self.path(), "it has no base that it could be merged into"));
         };
+        check_is_alone(self.path(), &below.record)?;
         self.check_is_written(&named)?;
         self.check_no_commit_failed(&below)?;
         let path = resolve(self.path(), &named.path);
@@ -156,7 +158,7 @@ impl<S: Storage, E: Engine<File = S::File>> Online<'_, S, E> {
         self.lock_again()?;
         let layer = &self.driver.layer;
         let (record, tuning) = (self.below.record.clone(), layer.core().tuning);
-        match Below::open(self.storage, &self.driver.io, layer.path(), record, &tuning).await {
+        match Below::open(self.storage, &self.driver.io, layer.path(), record, &tuning, None).await {
             Ok(Below { chain, .. }) => self.switch(chain, self.named.identity.clone(), false).await,
             _ => Ok(()),
         }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use super::base::Below;
 use super::base_record::{BaseRecord, BaseRef, base_offset};
 use super::header::Header;
-use super::layout::{PREAMBLE_BYTES, SEGMENT_BLOCKS_MAX, SEGMENT_BLOCKS_MIN};
+use super::layout::{LayerId, PREAMBLE_BYTES, SEGMENT_BLOCKS_MAX, SEGMENT_BLOCKS_MIN};
 use super::position::{Lane, LogPosition};
 use super::slot::{Slot, slot_offset};
 use super::traffic::Traffic;
@@ -50,17 +50,31 @@ pub(super) async fn make<S: Storage, E: Engine<File = S::File>>(
     options: &CreateLayer,
     base: Option<BaseRef>,
 ) -> Result<(), ImageError> {
-    let segment_blocks = segment_blocks(path, options.segment_size)?;
     let size = options.size.or(base.as_ref().map(|base| base.identity.size()));
     let size = size
         .ok_or_else(|| ImageError::invalid(path, "a size is needed where there is no base"))?
         .checked_next_multiple_of(SECTOR_SIZE)
         .ok_or_else(|| ImageError::invalid(path, "the largest size is 64 TiB"))?;
+    let what = (size, options.segment_size, options.overwrite);
+    create_with(storage, io, path, what, None, base).await
+}
+
+/// Creates a layer of this size, size of segments, and leave to overwrite a device, over `base` as it is
+/// recorded; by default its id is random.
+pub(super) async fn create_with<S: Storage, E: Engine<File = S::File>>(
+    storage: &S,
+    io: &Io<E>,
+    path: &Path,
+    (size, segment_size, overwrite): (u64, u32, bool),
+    id: Option<LayerId>,
+    base: Option<BaseRef>,
+) -> Result<(), ImageError> {
+    let segment_blocks = segment_blocks(path, segment_size)?;
     check_size(path, size, segment_blocks)?;
 
     let mut random = [0; 24];
     storage.random(&mut random).map_err(|e| ImageError::io(path, "make random numbers for", e))?;
-    let layer_id = crate::bytes::array(&random, 0);
+    let layer_id = id.unwrap_or_else(|| crate::bytes::array(&random, 0));
     let nonce = crate::bytes::get_u64(&random, 16);
     let header = Header { layer_id, segment_blocks };
     let record = BaseRecord { layer_id, sequence: 1, committing: false, base };
@@ -77,8 +91,8 @@ pub(super) async fn make<S: Storage, E: Engine<File = S::File>>(
         traffic: Traffic::default(),
     };
 
-    let room = PREAMBLE_BYTES + DEVICE_SEGMENTS_MIN * u64::from(options.segment_size);
-    let file = site::prepare(storage, io, path, room, options.overwrite).await?;
+    let room = PREAMBLE_BYTES + DEVICE_SEGMENTS_MIN * u64::from(segment_size);
+    let file = site::prepare(storage, io, path, room, overwrite).await?;
     let written = write(io, &file, path, &header, &slot, &record).await;
     if written.is_err() {
         // The first failure is the one to tell.

@@ -129,14 +129,17 @@ impl<E: Engine> Layer<E> {
         let below = self.below();
         let base = below.record.base.as_ref();
         let (depth, index_bytes) = below.depth();
+        let named = base.filter(|base| base.in_store().is_none());
         let core = self.core();
         let live_blocks = core.segments.live_blocks();
         LayerInfo {
             size: core.size,
             id: hex(&self.header.layer_id),
             segment_size: core.segments.bytes(),
-            base_path: base.map(|base| resolve(&self.path, &base.path)),
-            base: base.map(BaseRef::spec),
+            store_base: base.and_then(BaseRef::in_store).copied(),
+            base_path: named.map(|base| resolve(&self.path, &base.path)),
+            base: named.map(BaseRef::spec),
+            is_empty: core.map.is_empty(),
             live_blocks,
             used_bytes: core.segments.used_bytes() + PREAMBLE_BYTES,
             allowed_bytes: core.allowed_bytes(),

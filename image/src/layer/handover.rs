@@ -245,7 +245,7 @@ async fn close_at<S: Storage<File = E::File>, E: Engine>(
 ) -> Result<bool, ImageError> {
     let open = |read_only| {
         let options = OpenLayer { read_only, tuning };
-        async move { Layer::<E>::open_with(storage, io, path, &options, OpenBase::Nothing).await }
+        async move { Layer::<E>::open_with(storage, io, path, &options, OpenBase::Nothing, None).await }
     };
     let found = open(true).await?;
     let BaseIdentity::OpenLayer { id, .. } = &base.identity else { return Ok(false) };

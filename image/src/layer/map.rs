@@ -238,6 +238,11 @@ impl Map {
         }
     }
 
+    /// Whether nothing is said of any block, as far as the root tells.
+    pub(super) fn is_empty(&self) -> bool {
+        self.branches.is_empty() && self.roots.iter().all(|node| node.uniform() == Some(Entry::ABSENT))
+    }
+
     /// Branches that the root names.
     pub(super) fn branch_count(&self) -> u32 {
         self.branches.last_key_value().map_or(0, |(last, _)| last + 1).max(self.roots.len() as u32)

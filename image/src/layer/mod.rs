@@ -32,6 +32,7 @@ mod extents;
 pub(crate) mod frozen;
 pub(crate) mod handover;
 mod header;
+pub(crate) mod in_store;
 mod lanes;
 mod layout;
 mod leaf;
@@ -77,6 +78,7 @@ pub use commit::{Committed, commit};
 pub use compact::{Compacted, compact};
 pub use create::create;
 pub use device::Layer;
+pub use in_store::{CreateInStore, ResolveBase, Resolved, StoreBase, create_in_store};
 pub use layout::{LayerId, MAGIC, SEGMENT_SIZE_DEFAULT, SIZE_MAX};
 #[cfg(feature = "mutations")]
 pub use mutation::Mutation;
@@ -144,8 +146,12 @@ pub struct LayerInfo {
     pub segment_size: u64,
     /// The base as the layer names it.
     pub base: Option<BaseSpec>,
+    /// The snapshot of a store that is its base; then the layer names no file.
+    pub store_base: Option<StoreBase>,
     /// The base's path seen from here.
     pub base_path: Option<PathBuf>,
+    /// Whether the map says nothing of any block: all of the disk is what lies below.
+    pub is_empty: bool,
     /// Blocks of 4 KiB that the map refers to.
     pub live_blocks: u64,
     /// Bytes of the file that are in use: its start, and the segments that the map or the log uses.

@@ -14,6 +14,7 @@ use super::base::{Below, OpenBase, describe_change};
 use super::base_record::{BaseRecord, BaseRef};
 use super::device::Layer;
 use super::driver::Driver;
+use super::in_store::check_is_alone;
 use super::tuning::Tuning;
 use super::{BaseSpec, OpenLayer};
 use crate::below::Chain;
@@ -65,7 +66,7 @@ pub async fn repoint<S: Storage, E: Engine<File = S::File>>(
     tuning: Tuning,
 ) -> Result<Option<String>, ImageError> {
     let options = OpenLayer { read_only: false, tuning };
-    let layer = Layer::<E>::open_with(storage, io, path, &options, OpenBase::Nothing).await?;
+    let layer = Layer::<E>::open_with(storage, io, path, &options, OpenBase::Nothing, None).await?;
     let repointed = layer.repoint(storage, io, base).await;
     let closed = layer.close(io).await;
     repointed.and_then(|change| closed.map(|()| change))
@@ -86,6 +87,7 @@ impl<E: Engine> Layer<E> {
         progress: &mut dyn FnMut(u64, u64) -> ControlFlow<()>,
     ) -> Result<(), ImageError> {
         let old = self.below();
+        check_is_alone(self.path(), &old.record)?;
         self.check_no_commit_failed(&old)?;
         let (chain, named) = self.open_new_base(storage, io, base).await?;
         // The record is not used before the switch, which makes another.
@@ -123,6 +125,7 @@ impl<E: Engine> Layer<E> {
         base: Option<&BaseSpec>,
     ) -> Result<Option<String>, ImageError> {
         let old = self.below();
+        check_is_alone(self.path(), &old.record)?;
         self.check_no_commit_failed(&old)?;
         let (chain, named) = self.open_new_base(storage, io, base).await?;
         let change = match (&old.record.base, &named) {

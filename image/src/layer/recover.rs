@@ -14,6 +14,7 @@ use super::device::Layer;
 use super::driver::Driver;
 use super::handover;
 use super::header::Header;
+use super::in_store::ResolveBase;
 use super::layout::{HEAD_BYTES, LayerId, PREAMBLE_BYTES};
 use super::load::Reader;
 use super::log::{Log, guest_blocks};
@@ -56,23 +57,26 @@ impl<E: Engine> Layer<E> {
         path: &Path,
         options: &OpenLayer,
     ) -> Result<Arc<Self>, ImageError> {
-        Self::open_with(storage, io, path, options, OpenBase::Opened).await
+        Self::open_with(storage, io, path, options, OpenBase::Opened, None).await
     }
 
-    pub(super) async fn open_with<S: Storage<File = E::File>>(
+    pub(crate) async fn open_with<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
         path: &Path,
         options: &OpenLayer,
         bases: OpenBase,
+        resolver: Option<&dyn ResolveBase<E>>,
     ) -> Result<Arc<Self>, ImageError> {
         let head = Head::read(storage, io, path, options).await?;
         let record = head.record.clone();
-        let was_open = record.is_base_open() && !options.read_only && matches!(bases, OpenBase::Opened);
+        let was_open = record.is_base_open() && !options.read_only && !matches!(bases, OpenBase::Nothing);
         let is_closed = was_open && handover::close_base(storage, io, path, &record, &options.tuning).await;
+        let in_store = record.base.as_ref().is_some_and(|base| base.in_store().is_some());
         let (below, base) = match bases {
-            OpenBase::Opened => Below::open_found(storage, io, path, record, &options.tuning).await?,
             OpenBase::Nothing => (Below::over(record, None), None),
+            OpenBase::UnlessInStore if in_store => (Below::over(record, None), None),
+            _ => Below::open_found(storage, io, path, record, &options.tuning, resolver).await?,
         };
         let (layer, interrupted) = Self::open_over(io, path, options, head, below, false).await?;
         if breaks!(options.tuning, RecoveryWithoutSync) {

@@ -4,6 +4,7 @@
 //! and bounds the number of operations, so that a loop over hostile bytes is a panic.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -203,6 +204,17 @@ impl Storage for MemoryStorage {
         disk.randomness += 1;
         crate::sim::rng::Rng::new(disk.randomness).fill(bytes);
         Ok(())
+    }
+
+    /// Every directory is there.
+    fn create_directory(&self, _path: &Path) -> io::Result<()> {
+        Err(io::ErrorKind::AlreadyExists.into())
+    }
+
+    fn list_directory(&self, path: &Path) -> io::Result<Vec<OsString>> {
+        let disk = locked(&self.0);
+        let inside = disk.files.keys().filter(|file| file.parent() == Some(path));
+        Ok(inside.filter_map(|file| file.file_name().map(OsString::from)).collect())
     }
 }
 

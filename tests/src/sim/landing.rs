@@ -54,6 +54,9 @@ impl State {
     /// are bugs of whoever submits them.
     pub fn start(&mut self, engine: EngineId, token: u64, submitted: Stamp, op: Op<SimFile>) {
         if self.is_dead(engine) {
+            if self.dead_are_told {
+                self.tell(engine, Completion { token, result: Err(Errno::IO), op });
+            }
             return;
         }
         let mut unit = 1;
@@ -127,6 +130,7 @@ impl State {
 
     /// Completes the operation that is due next.
     pub fn step(&mut self) -> bool {
+        self.cut_if_due();
         let Some((due, mut flight)) = self.flights.pop_first() else { return false };
         self.now = self.now.max(due.0);
         self.events += 1;

@@ -7,16 +7,18 @@
 //! - [`faults`]: operations that fail;
 //! - [`world`], [`storage`], [`engine`]: the clock, processes and crashes behind the storage and
 //!   engine seams of `sapwood-blockdev`;
+//! - [`crash`]: kills and power cuts, also in the middle of code that blocks;
 //! - [`content`], [`register`], [`contract`], [`cut`]: what a disk promises its guest, and whether it
 //!   keeps it;
 //! - [`subject`]: what is tested; [`layer`]: layers; [`live`]: layers of which
 //!   snapshots are taken; [`toy`]: a small disk that tests the simulator itself;
+//! - [`store`]: stores;
 //! - [`plan`], [`session`], [`history`], [`explore`]: histories, how they run, and what is
 //!   reported of those that fail.
 
 pub mod content;
 pub mod contract;
-mod crash;
+pub mod crash;
 pub mod cut;
 mod drive;
 pub mod engine;
@@ -36,6 +38,7 @@ pub mod rng;
 pub mod session;
 mod snapshots;
 pub mod storage;
+pub mod store;
 pub mod subject;
 pub mod toy;
 pub mod trace;

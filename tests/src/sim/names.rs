@@ -3,7 +3,8 @@
 //! A directory's changes become durable with a sync of the directory, in the order in which they
 //! were made, as a journal does: a power cut leaves some prefix of those not yet synced.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use super::rng::Rng;
@@ -17,11 +18,23 @@ enum Change {
     Link(PathBuf, FileId),
     Unlink(PathBuf),
     Rename(PathBuf, PathBuf),
+    Directory(PathBuf),
+}
+
+/// Names of files, and directories that were made.
+#[derive(Clone, Debug, Default)]
+struct Tree {
+    files: BTreeMap<PathBuf, FileId>,
+    directories: BTreeSet<PathBuf>,
 }
 
 impl Change {
-    fn apply(&self, names: &mut BTreeMap<PathBuf, FileId>) {
+    fn apply(&self, tree: &mut Tree) {
+        let names = &mut tree.files;
         match self {
+            Self::Directory(path) => {
+                tree.directories.insert(path.clone());
+            }
             Self::Link(path, file) => {
                 names.insert(path.clone(), *file);
             }
@@ -37,7 +50,7 @@ impl Change {
     }
 
     fn directory(&self) -> &Path {
-        let (Self::Link(path, _) | Self::Unlink(path) | Self::Rename(_, path)) = self;
+        let (Self::Link(path, _) | Self::Unlink(path) | Self::Rename(_, path) | Self::Directory(path)) = self;
         path.parent().unwrap_or(Path::new(""))
     }
 }
@@ -45,15 +58,15 @@ impl Change {
 /// All names of a world.
 #[derive(Debug, Default)]
 pub struct Names {
-    durable: BTreeMap<PathBuf, FileId>,
-    seen: BTreeMap<PathBuf, FileId>,
+    durable: Tree,
+    seen: Tree,
     journal: Vec<Change>,
 }
 
 impl Names {
     /// The file of this name.
     pub fn get(&self, path: &Path) -> Option<FileId> {
-        self.seen.get(path).copied()
+        self.seen.files.get(path).copied()
     }
 
     /// Names a file.
@@ -61,16 +74,33 @@ impl Names {
         self.change(Change::Link(path.to_owned(), file));
     }
 
+    /// Makes a directory; says whether there was nothing of that name.
+    pub fn make_directory(&mut self, path: &Path) -> bool {
+        let is_new = !self.seen.directories.contains(path) && self.get(path).is_none();
+        if is_new {
+            self.change(Change::Directory(path.to_owned()));
+        }
+        is_new
+    }
+
+    /// What lies in a directory: by files in it there is one, too.
+    pub fn list(&self, directory: &Path) -> Option<BTreeSet<OsString>> {
+        let all = self.seen.files.keys().chain(&self.seen.directories);
+        let inside = all.filter(|path| path.parent() == Some(directory));
+        let names: BTreeSet<_> = inside.filter_map(|path| path.file_name().map(OsString::from)).collect();
+        (!names.is_empty() || self.seen.directories.contains(directory)).then_some(names)
+    }
+
     /// Removes a name; says whether it was there.
     pub fn unlink(&mut self, path: &Path) -> bool {
-        let there = self.seen.contains_key(path);
+        let there = self.seen.files.contains_key(path);
         self.change(Change::Unlink(path.to_owned()));
         there
     }
 
     /// Renames; says whether the old name was there.
     pub fn rename(&mut self, from: &Path, to: &Path) -> bool {
-        let there = self.seen.contains_key(from);
+        let there = self.seen.files.contains_key(from);
         self.change(Change::Rename(from.to_owned(), to.to_owned()));
         there
     }
@@ -98,6 +128,11 @@ impl Names {
         for change in self.journal.drain(..).take(kept) {
             change.apply(&mut self.durable);
         }
+        // What lies in a directory is lost with it.
+        let Tree { files, directories } = &mut self.durable;
+        let lost: Vec<_> = self.seen.directories.difference(directories).cloned().collect();
+        files.retain(|path, _| !lost.iter().any(|directory| path.starts_with(directory)));
+        directories.retain(|path| !lost.iter().any(|directory| path.starts_with(directory)));
         self.seen = self.durable.clone();
     }
 }
@@ -122,5 +157,22 @@ mod tests {
             })
             .count();
         assert!((5..45).contains(&kept), "{kept} of 50 renames persisted");
+    }
+
+    #[test]
+    fn what_lies_in_a_directory_that_is_not_durable_is_lost_with_it() {
+        let kept = (0..50)
+            .filter(|seed| {
+                let mut names = Names::default();
+                assert!(names.make_directory(Path::new("/d")) && !names.make_directory(Path::new("/d")));
+                names.link(Path::new("/d/a"), 1);
+                names.sync(Path::new("/d"));
+                assert_eq!(names.list(Path::new("/d")), Some([OsString::from("a")].into()));
+                names.power_cut(&mut Rng::new(*seed));
+                assert_eq!(names.get(Path::new("/d/a")).is_some(), names.list(Path::new("/d")).is_some());
+                names.get(Path::new("/d/a")).is_some()
+            })
+            .count();
+        assert!((5..45).contains(&kept), "{kept} of 50 directories persisted");
     }
 }

@@ -1,5 +1,6 @@
 //! Files of a simulated world: opening, locking, identifying.
 
+use std::ffi::OsString;
 use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -70,6 +71,7 @@ impl Storage for SimStorage {
 
     fn open(&self, path: &Path, options: OpenOptions) -> io::Result<SimFile> {
         let mut state = self.world.state();
+        state.check_alive(self.process)?;
         let file = match (state.names.get(path), options.create_new) {
             (Some(_), true) => return Err(io::ErrorKind::AlreadyExists.into()),
             (Some(file), false) => file,
@@ -93,6 +95,20 @@ impl Storage for SimStorage {
     fn random(&self, bytes: &mut [u8]) -> io::Result<()> {
         self.world.state().random.fill(bytes);
         Ok(())
+    }
+
+    fn create_directory(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.world.state();
+        state.check_alive(self.process)?;
+        match state.names.make_directory(path) {
+            true => Ok(()),
+            false => Err(io::ErrorKind::AlreadyExists.into()),
+        }
+    }
+
+    fn list_directory(&self, path: &Path) -> io::Result<Vec<OsString>> {
+        let names = self.world.state().names.list(path);
+        names.map(|names| names.into_iter().collect()).ok_or_else(|| io::ErrorKind::NotFound.into())
     }
 }
 

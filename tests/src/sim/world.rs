@@ -15,6 +15,7 @@ use std::time::Duration;
 use sapwood_blockdev::engine::{Completion, Op, Time};
 use sapwood_blockdev::storage::Lock;
 
+use super::crash::Cut;
 use super::engine::{SimEngine, WakeFlag};
 use super::faults::{Fate, Faults};
 use super::medium::{Medium, SECTOR, Stamp};
@@ -125,6 +126,10 @@ pub(super) struct State {
     pub trace: Trace,
     pub engines: Vec<EngineState>,
     pub dead: Vec<bool>,
+    /// An end that is to come.
+    pub cut: Option<Cut>,
+    /// Whether operations of dead processes fail, in place of being forgotten.
+    pub dead_are_told: bool,
     ids: u64,
 }
 
@@ -150,6 +155,8 @@ impl World {
             trace,
             engines: Vec::new(),
             dead: Vec::new(),
+            cut: None,
+            dead_are_told: false,
             ids: 0,
         })))
     }
@@ -328,6 +335,16 @@ impl World {
         self.state().power_cut(mode);
     }
 
+    /// Asks for an end at a later moment; `None` takes it back.
+    pub fn cut_at(&self, cut: Option<Cut>) {
+        self.state().cut = cut;
+    }
+
+    /// Whether a process lives.
+    pub fn is_alive(&self, process: ProcessId) -> bool {
+        !self.state().dead[process as usize]
+    }
+
     /// Notes a line in the trace.
     pub fn note(&self, line: impl FnOnce() -> String) {
         let mut state = self.state();
@@ -408,6 +425,7 @@ impl State {
     }
 
     pub fn wait(&mut self, engine: EngineId, deadline: Option<Time>) {
+        self.cut_if_due();
         if !self.engines[engine].ready.is_empty() || deadline.is_some_and(|time| time <= self.now) {
             return;
         }
@@ -444,6 +462,16 @@ impl State {
         if !self.engines[engine].gone && !self.is_dead(engine) {
             self.engines[engine].ready.push(completion);
         }
+    }
+
+    /// Takes the completions that a thread has not collected.
+    pub fn take_ready(&mut self, engine: EngineId) -> Vec<Completion<SimFile>> {
+        std::mem::take(&mut self.engines[engine].ready)
+    }
+
+    /// Lets a thread of a dead process know.
+    pub fn tell(&mut self, engine: EngineId, completion: Completion<SimFile>) {
+        self.engines[engine].ready.push(completion);
     }
 
     /// Takes back what a dead process can no longer use.

@@ -92,6 +92,9 @@ fn text(info: &DiskInfo) -> String {
 }
 
 fn write_layer(text: &mut String, layer: &LayerInfo) -> std::fmt::Result {
+    if let Some(base) = &layer.store_base {
+        writeln!(text, "base: {base}")?;
+    }
     if let Some(base) = &layer.base {
         write!(text, "backing file: {}", base.path.display())?;
         if let Some(full) = layer.base_path.as_ref().filter(|full| **full != base.path) {
@@ -226,6 +229,11 @@ pub fn json(info: &DiskInfo) -> Value {
             value["backing-snapshot"] = json!(snapshot);
         }
     }
+    if let Some(base) = &layer.store_base {
+        let hex = |id: &[u8; 16]| id.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
+        value["store-base"] =
+            json!({ "store": hex(&base.store), "snapshot": hex(&base.snapshot), "size": base.size });
+    }
     value
 }
 
@@ -251,6 +259,8 @@ fn of_json(value: &Value) -> Option<DiskInfo> {
             id: data["id"].as_str()?.to_owned(),
             segment_size: data["segment-size"].as_u64()?,
             base,
+            store_base: None,
+            is_empty: false,
             base_path: path_in("full-backing-filename"),
             live_blocks: blocks("live-bytes")?,
             used_bytes: 0,

@@ -1,0 +1,128 @@
+//! The catalog: what the store holds, in one file, changed by transactions.
+//!
+//! A redb database in the file `catalog.redb`; `docs/store.md` lists its tables and rows. Every change
+//! is one transaction with one commit point, in redb's two phases: what was written is durable before
+//! the one sector that names it is written. Reading sees one moment and waits for nobody.
+//!
+//! - `backend` is the file below redb, over an engine;
+//! - `meta` says what the store is, and refuses what this program does not know;
+//! - `rows` are the rows, `tables` the tables and typed access to them.
+
+mod backend;
+mod meta;
+pub mod rows;
+mod tables;
+
+use std::path::{Path, PathBuf};
+
+use redb::{Builder, Database};
+use sapwood_blockdev::engine::Engine;
+use sapwood_blockdev::storage::StorageFile;
+
+use crate::error::{Result, StoreError};
+use crate::id::Id;
+use backend::Backend;
+pub(crate) use meta::Meta;
+pub use tables::{Change, Child, Look, View};
+
+/// Memory for pages of the database, in bytes.
+const CACHE_BYTES: usize = 16 << 20;
+
+/// An open catalog.
+pub struct Catalog {
+    database: Database,
+    path: PathBuf,
+    meta: Meta,
+}
+
+impl Catalog {
+    /// Makes a catalog in an empty file; durable, and closed, when it returns.
+    pub(crate) fn create<E: Engine + Send>(file: E::File, engine: E, store: Id, synced: bool) -> Result<()> {
+        let path = file.path().to_owned();
+        let database = Self::database(file, engine, synced)?;
+        let catalog = Self { database, path, meta: Meta::new(store) };
+        catalog.change(|change| change.prepare(&catalog.meta))?;
+        let Self { database, path, .. } = catalog;
+        database.close().map_err(|error| StoreError::database(&path, "close", error))
+    }
+
+    /// Opens the catalog in a file that nobody else uses, recovering it from a crash if there was one.
+    pub(crate) fn open<E: Engine + Send>(file: E::File, engine: E, synced: bool) -> Result<Self> {
+        let path = file.path().to_owned();
+        let size = file.size().map_err(|error| StoreError::io(&path, "measure", error))?;
+        if size == 0 {
+            return Err(StoreError::database(
+                &path,
+                "open",
+                redb::Error::Corrupted("it is empty".to_owned()),
+            ));
+        }
+        let database = Self::database(file, engine, synced)?;
+        let view = View::begin(&database, &path)?;
+        let meta = Meta::read(&view, &path)?;
+        drop(view);
+        Ok(Self { database, path, meta })
+    }
+
+    fn database<E: Engine + Send>(file: E::File, engine: E, synced: bool) -> Result<Database> {
+        let path = file.path().to_owned();
+        let backend = Backend::new(file, engine, synced);
+        let database = Builder::new().set_cache_size(CACHE_BYTES).create_with_backend(backend);
+        database.map_err(|error| StoreError::database(&path, "open", error))
+    }
+
+    /// The store's id.
+    pub fn store(&self) -> Id {
+        self.meta.store
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The catalog as it is now, whatever is changed meanwhile.
+    ///
+    /// # Errors
+    /// What the storage says.
+    pub fn view(&self) -> Result<View> {
+        View::begin(&self.database, &self.path)
+    }
+
+    /// Makes all changes of `change`, or none. They are durable when it returns; changes come one after
+    /// the other.
+    ///
+    /// # Errors
+    /// What `change` says: then nothing was changed. What the storage says: then the change was made or
+    /// was not, and opening the store again tells.
+    pub fn change<T>(&self, change: impl FnOnce(&mut Change) -> Result<T>) -> Result<T> {
+        let mut changing = self.begin()?;
+        let result = change(&mut changing);
+        match result {
+            Ok(value) => changing.commit().map(|()| value),
+            Err(error) => {
+                changing.abort();
+                Err(error)
+            }
+        }
+    }
+
+    /// Looks at the catalog while nobody changes it.
+    ///
+    /// # Errors
+    /// What `look` or the storage says.
+    pub fn hold_still<T>(&self, look: impl FnOnce(&Change) -> Result<T>) -> Result<T> {
+        let held = self.begin()?;
+        let result = look(&held);
+        held.abort();
+        result
+    }
+
+    fn begin(&self) -> Result<Change> {
+        let begun = self.database.begin_write();
+        let mut transaction =
+            begun.map_err(|error| StoreError::database(&self.path, "begin a change of", error))?;
+        transaction.set_two_phase_commit(true);
+        Ok(Change::new(transaction, &self.path))
+    }
+}

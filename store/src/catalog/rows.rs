@@ -1,0 +1,177 @@
+//! The rows of the catalog's tables, stored as JSON.
+//!
+//! Fields may be added: a row without one gets its default, and what this program does not know of a
+//! volume or snapshot is kept when the row is written again.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::id::Id;
+
+/// What users say of a volume or snapshot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Notes {
+    /// Not to be deleted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub protected: bool,
+    /// Free text.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub description: String,
+    /// Keys and values.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// What a pass over the store has found that a volume or snapshot takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Space {
+    /// Bytes that nothing else needs.
+    pub exclusive: u64,
+    /// Bytes that others need, too.
+    pub shared: u64,
+    /// When the pass began, in milliseconds since 1970.
+    pub found_ms: u64,
+}
+
+/// A volume.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeRow {
+    /// Its name.
+    pub name: String,
+    /// When it was made, in milliseconds since 1970.
+    pub created_ms: u64,
+    /// Size of its disk in bytes, as it was last detached; while it has a layer, that knows better.
+    pub size: u64,
+    /// The snapshot below what the volume holds itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<Id>,
+    /// The layer that its guest writes, from the first time that it is attached.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer: Option<Id>,
+    /// What users say of it.
+    #[serde(flatten)]
+    pub notes: Notes,
+    /// What it takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub space: Option<Space>,
+    /// Fields that this program does not know.
+    #[serde(flatten)]
+    pub more: Map<String, Value>,
+}
+
+/// What holds the contents of a snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum NodeState {
+    /// Nothing: it is what its parent is, or zeroes.
+    Bare,
+    /// A layer that nobody writes any more.
+    Frozen {
+        /// Its id.
+        layer: Id,
+        /// Whether it was closed properly after the last write.
+        settled: bool,
+    },
+}
+
+/// A node of the tree: a snapshot, or what is left of one that was deleted and is needed by others.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NodeRow {
+    /// The volume that it belongs to; none of a deleted one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub volume: Option<Id>,
+    /// Its name, without that of the volume; none of a deleted one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// The node below.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parent: Option<Id>,
+    /// Size of the disk in bytes.
+    pub size: u64,
+    /// When it was made, in milliseconds since 1970.
+    pub created_ms: u64,
+    /// What holds its contents.
+    #[serde(flatten)]
+    pub state: NodeState,
+    /// What users say of it.
+    #[serde(flatten)]
+    pub notes: Notes,
+    /// What it takes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub space: Option<Space>,
+    /// Fields that this program does not know.
+    #[serde(flatten)]
+    pub more: Map<String, Value>,
+}
+
+/// What a pack holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PackKind {
+    /// Frames of blocks.
+    Data,
+    /// Nodes of trees.
+    Nodes,
+}
+
+/// A pack.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PackRow {
+    /// What it holds.
+    pub kind: PackKind,
+    /// Size of the file in bytes.
+    pub bytes: u64,
+    /// How many blocks or nodes it holds.
+    pub entries: u64,
+    /// How many bytes of it are estimated to be needed; unknown before the first pass.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub live_bytes: Option<u64>,
+}
+
+/// A run of the exact index.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IndexRow {
+    /// Its tier.
+    pub level: u32,
+    /// How many entries it has.
+    pub entries: u64,
+}
+
+/// Limits of the store's space.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpaceSettings {
+    /// Most bytes that the store may take.
+    #[serde(default)]
+    pub quota: Option<u64>,
+    /// Bytes of the file system that are left to others.
+    #[serde(default)]
+    pub reserve: Option<u64>,
+    /// Shares of the space in percent, in rising order: a warning is given when one is reached.
+    #[serde(default)]
+    pub watermarks: Vec<u8>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_keep_what_they_do_not_know() {
+        let text = r#"{"name":"web","created_ms":5,"size":4096,"labels":{"a":"b"},"tier":{"x":[1]}}"#;
+        let row: VolumeRow = serde_json::from_str(text).unwrap();
+        assert_eq!((row.parent, row.layer, row.notes.protected), (None, None, false));
+        assert_eq!(row.notes.labels["a"], "b");
+        let again = serde_json::to_value(&row).unwrap();
+        assert_eq!(again, serde_json::from_str::<Value>(text).unwrap());
+    }
+
+    #[test]
+    fn states_that_a_newer_program_knows_are_refused() {
+        let text = |state: &str| format!(r#"{{"size":512,"created_ms":1,"state":"{state}"}}"#);
+        assert_eq!(serde_json::from_str::<NodeRow>(&text("bare")).unwrap().state, NodeState::Bare);
+        assert!(serde_json::from_str::<NodeRow>(&text("molten")).is_err());
+    }
+}

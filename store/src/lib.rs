@@ -1,0 +1,47 @@
+//! A store: a directory that holds many volumes and the trees of their snapshots.
+//!
+//! A *volume* is a named disk that a guest writes; a *snapshot* is a moment of one, and never changes. What a
+//! guest writes is in a layer (`sapwood-image`), whose base is a snapshot of the store by its id; the
+//! catalog knows what that snapshot is. `docs/store.md` says what lies where and in which order it is
+//! changed. One process has a store open at a time.
+//!
+//! - [`directory`]: the files of a store, making one, the lock;
+//! - [`catalog`]: volumes, snapshots and the rest, changed by transactions;
+//! - [`name`]: `volume` and `volume@snapshot`;
+//! - [`Store`]: everything that is done, in `store`, `volume`, `snapshot`, `switch`, `attach`, `live` and
+//!   `notes`;
+//! - [`tree`]: what there is, for people and programs to read;
+//! - `resolve` answers what a snapshot is, `tidy` takes away what a crash has left.
+#![forbid(unsafe_code)]
+
+mod attach;
+pub mod catalog;
+pub mod directory;
+mod error;
+mod id;
+mod live;
+#[cfg(feature = "mutations")]
+pub mod mutation;
+pub mod name;
+mod notes;
+mod prune;
+mod resolve;
+mod snapshot;
+mod store;
+mod switch;
+mod tidy;
+pub mod tree;
+mod usage;
+mod volume;
+
+pub use attach::{Attachment, SnapshotReader};
+pub use catalog::rows;
+pub use error::{Result, StoreError, StoreErrorKind};
+pub use id::Id;
+pub use live::Prepared;
+#[cfg(feature = "mutations")]
+pub use mutation::Mutation;
+pub use name::{Name, SnapshotName};
+pub use notes::NotesChange;
+pub use store::{Store, StoreOptions};
+pub use tidy::Tidied;

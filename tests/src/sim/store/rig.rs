@@ -1,0 +1,345 @@
+//! A process that has a store open.
+
+use std::cell::Cell;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use sapwood_blockdev::buffer::SharedBuf;
+use sapwood_blockdev::device::{self, BlockDevice, Command, DeviceError};
+use sapwood_blockdev::io::{Io, block_on};
+use sapwood_blockdev::storage::Storage;
+use sapwood_blockdev::units::GuestOffset;
+use sapwood_image::ImageError;
+use sapwood_image::layer::{Layer, OpenLayer};
+use sapwood_store::catalog::Look;
+use sapwood_store::rows::NodeState;
+use sapwood_store::tree::State;
+use sapwood_store::{
+    Attachment, Name, NotesChange, SnapshotName, Store, StoreError, StoreOptions, Tidied, directory,
+};
+use std::collections::BTreeSet;
+
+use super::action::{Action, Progress, Writes};
+use super::model::{self, BLOCKS};
+use crate::sim::engine::SimEngine;
+use crate::sim::storage::SimStorage;
+use crate::sim::world::{ProcessId, World};
+
+const BLOCK: usize = 4096;
+
+/// What went wrong, in the store, an image or a device.
+#[derive(Debug)]
+pub struct Failure {
+    /// The kind, by name.
+    pub kind: String,
+    /// What was said.
+    pub text: String,
+}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Self { kind: error.kind.name().to_owned(), text: error.to_string() }
+    }
+}
+
+impl From<ImageError> for Failure {
+    fn from(error: ImageError) -> Self {
+        Self { kind: error.kind.name().to_owned(), text: error.to_string() }
+    }
+}
+
+impl From<DeviceError> for Failure {
+    fn from(error: DeviceError) -> Self {
+        Self { kind: "device".to_owned(), text: error.to_string() }
+    }
+}
+
+/// The result of something that is done.
+pub type Done<T = ()> = Result<T, Failure>;
+
+/// The directory of the store.
+pub fn root() -> PathBuf {
+    PathBuf::from("/stores/store")
+}
+
+/// A process of one thread.
+pub struct Rig {
+    /// The world.
+    pub world: World,
+    /// The process.
+    pub process: ProcessId,
+    storage: SimStorage,
+    io: Io<SimEngine>,
+    options: StoreOptions,
+    store: Option<Arc<Store<SimStorage>>>,
+    /// How far the write under way has come.
+    pub progress: Cell<Progress>,
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        self.io.abandon_tasks();
+    }
+}
+
+fn snapshot_name(volume: &str, snapshot: &str) -> SnapshotName {
+    SnapshotName { volume: volume.to_owned(), snapshot: snapshot.to_owned() }
+}
+
+impl Rig {
+    /// A process that has nothing open.
+    pub fn new(world: &World, options: &StoreOptions) -> Self {
+        let process = world.process();
+        Self {
+            world: world.clone(),
+            process,
+            storage: world.storage(process),
+            io: Io::new(world.engine(process)),
+            options: StoreOptions { segment_size: 64 << 10, clock: || 1, ..options.clone() },
+            store: None,
+            progress: Cell::default(),
+        }
+    }
+
+    fn run<T: 'static>(&self, task: impl Future<Output = T> + 'static) -> T {
+        block_on(&self.io, task)
+    }
+
+    /// Makes the store.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn init(&self) -> Done {
+        let (storage, io, options) = (self.storage.clone(), self.io.clone(), self.options.clone());
+        let engine = self.world.engine(self.process);
+        Ok(self
+            .run(async move { directory::init(&storage, &io, engine, &root(), &options).await })
+            .map(drop)?)
+    }
+
+    /// Opens the store, and takes away what a crash has left.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn open(&mut self) -> Done<Tidied> {
+        self.store = None;
+        let engine = self.world.engine(self.process);
+        let store = Arc::new(Store::open(&self.storage, engine, &root(), self.options.clone())?);
+        self.store = Some(Arc::clone(&store));
+        let io = self.io.clone();
+        Ok(self.run(async move { store.tidy(&io).await })?)
+    }
+
+    /// The open store.
+    ///
+    /// # Panics
+    /// If it is not open.
+    pub fn store(&self) -> Arc<Store<SimStorage>> {
+        Arc::clone(self.store.as_ref().expect("an open store"))
+    }
+
+    fn open_layer(&self, path: &Path, read_only: bool) -> Done<Arc<Layer<SimEngine>>> {
+        let (storage, io, store) = (self.storage.clone(), self.io.clone(), self.store());
+        let path = path.to_owned();
+        Ok(self.run(async move {
+            let options = OpenLayer { read_only, ..OpenLayer::default() };
+            Layer::open_in_store(&storage, &io, &path, &options, &store.resolver()).await
+        })?)
+    }
+
+    fn close(&self, layer: Arc<Layer<SimEngine>>) -> Done {
+        let io = self.io.clone();
+        Ok(self.run(async move { layer.close(&io).await })?)
+    }
+
+    fn attach(&self, volume: &str) -> Done<Attachment> {
+        let (io, store, volume) = (self.io.clone(), self.store(), volume.to_owned());
+        Ok(self.run(async move { store.attach(&io, &volume).await })?)
+    }
+
+    fn write(&self, layer: &Arc<Layer<SimEngine>>, writes: &Writes) -> Done {
+        let mut queue = layer.queue_on(self.io.clone());
+        for (n, (block, mark)) in writes.iter().enumerate() {
+            let buf = SharedBuf::heap(BLOCK);
+            buf.write_at(0, &mark.to_le_bytes().repeat(BLOCK / 4));
+            let at = GuestOffset((block * BLOCK) as u64);
+            device::run(&mut queue, at, BLOCK as u64, Command::Write(buf.into()))?;
+            self.progress.set(Progress { reported: n + 1, is_flushed: false });
+        }
+        device::run(&mut queue, GuestOffset(0), 0, Command::Flush)?;
+        self.progress.set(Progress { reported: writes.len(), is_flushed: true });
+        Ok(())
+    }
+
+    fn contents(&self, layer: &Arc<Layer<SimEngine>>) -> Done<Vec<u32>> {
+        let len = layer.geometry().size as usize;
+        let buf = SharedBuf::heap(len);
+        let mut queue = layer.queue_on(self.io.clone());
+        device::run(&mut queue, GuestOffset(0), len as u64, Command::Read(buf.clone().into()))?;
+        let mut bytes = vec![0; len];
+        buf.read_at(0, &mut bytes);
+        let mark = |block: &[u8]| {
+            let mark = u32::from_le_bytes(block[..4].try_into().expect("4 bytes"));
+            let whole = block.chunks(4).all(|word| word == mark.to_le_bytes());
+            if whole { mark } else { u32::MAX }
+        };
+        Ok(bytes.chunks(BLOCK).map(mark).collect())
+    }
+
+    /// What a volume holds; it is attached for that.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn read_volume(&self, volume: &str) -> Done<Vec<u32>> {
+        let attachment = self.attach(volume)?;
+        let layer = self.open_layer(&attachment.path, false)?;
+        let contents = self.contents(&layer)?;
+        self.close(layer)?;
+        self.store().detach(attachment, None)?;
+        Ok(contents)
+    }
+
+    /// What a snapshot holds.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn read_snapshot(&self, volume: &str, snapshot: &str) -> Done<Vec<u32>> {
+        let reader = self.store().read_snapshot(&snapshot_name(volume, snapshot))?;
+        let Some(path) = &reader.path else { return Ok(vec![0; BLOCKS]) };
+        let layer = self.open_layer(path, true)?;
+        let contents = self.contents(&layer)?;
+        self.close(layer)?;
+        Ok(contents)
+    }
+
+    fn write_volume(&self, volume: &str, writes: &Writes, closed: bool) -> Done {
+        let attachment = self.attach(volume)?;
+        let layer = self.open_layer(&attachment.path, false)?;
+        self.write(&layer, writes)?;
+        if closed {
+            self.close(layer)?;
+        }
+        self.store().detach(attachment, None)?;
+        Ok(())
+    }
+
+    fn live(&self, volume: &str, snapshot: &str, before: &Writes, after: &Writes) -> Done {
+        let attachment = self.attach(volume)?;
+        let old = self.open_layer(&attachment.path, false)?;
+        // As the daemon does: a name that is taken is found before anything is written for it.
+        let size = old.geometry().size;
+        if self.store().read_snapshot(&snapshot_name(volume, snapshot)).is_ok() {
+            self.close(old)?;
+            let text = "taken".to_owned();
+            return Err(Failure { kind: "exists".to_owned(), text });
+        }
+        self.write(&old, before)?;
+        let (io, store, name) = (self.io.clone(), self.store(), snapshot.to_owned());
+        let (prepared, mut attachment) = self.run(async move {
+            let prepared = store.prepare(&io, &attachment, &name, size).await;
+            (prepared, attachment)
+        });
+        let prepared = prepared?;
+        let store = self.store();
+        let node = store.commit(&mut attachment, &prepared)?;
+        self.close(old)?;
+        let new = self.open_layer(&attachment.path, false)?;
+        self.write(&new, after)?;
+        store.settled(node)?;
+        self.close(new)?;
+        store.detach(attachment, None)?;
+        Ok(())
+    }
+
+    /// Does something.
+    ///
+    /// # Errors
+    /// What the store, an image or a device says.
+    pub fn perform(&mut self, action: &Action) -> Done {
+        self.progress.take();
+        let (io, store) = (self.io.clone(), self.store());
+        match action.clone() {
+            Action::Create(name) => drop(store.create(&name, (BLOCKS * BLOCK) as u64)?),
+            Action::Write(volume, writes, closed) => self.write_volume(&volume, &writes, closed)?,
+            Action::Live(volume, snapshot, before, after) => {
+                self.live(&volume, &snapshot, &before, &after)?
+            }
+            Action::Snapshot(volume, name) => {
+                self.run(async move { store.snapshot(&io, &snapshot_name(&volume, &name)).await })
+                    .map(drop)?;
+            }
+            Action::Clone(volume, name, names) => {
+                store.clone_snapshot(&snapshot_name(&volume, &name), &names).map(drop)?;
+            }
+            Action::Switch(volume, (of, name), discard) => self
+                .run(async move { store.switch(&io, &volume, &snapshot_name(&of, &name), discard).await })?,
+            Action::Rollback(volume, discard) => {
+                self.run(async move { store.rollback(&io, &volume, discard).await }).map(drop)?;
+            }
+            Action::RenameVolume(from, to) => store.rename_volume(&from, &to)?,
+            Action::RenameSnapshot(volume, from, to) => {
+                store.rename_snapshot(&snapshot_name(&volume, &from), &to)?;
+            }
+            Action::DeleteVolume(name, all) => {
+                self.run(async move { store.delete_volume(&io, &name, all).await })?;
+            }
+            Action::DeleteSnapshot(volume, name) => {
+                self.run(async move { store.delete_snapshot(&io, &snapshot_name(&volume, &name)).await })?;
+            }
+            Action::ProtectVolume(name, on) => store.note(&Name::Volume(name), &NotesChange::Protect(on))?,
+            Action::ProtectSnapshot(volume, name, on) => {
+                store.note(&Name::Snapshot(snapshot_name(&volume, &name)), &NotesChange::Protect(on))?;
+            }
+            Action::Reopen => {
+                drop(store);
+                self.open()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What the store says is there, as [`model::Model::summary`] does.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn summary(&self) -> Done<BTreeSet<String>> {
+        let tree = self.store().tree()?;
+        let name = |id| tree.entries.get(&id).map_or_else(|| format!("{id}?"), |entry| entry.name.clone());
+        let lines = tree.entries.values().map(|entry| {
+            let is_head = entry.state == State::Head;
+            model::line(&entry.name, entry.parent.map(name), entry.notes.protected, is_head)
+        });
+        Ok(lines.collect())
+    }
+
+    /// Compares the files with what the catalog names, and looks for nodes that nothing needs.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub fn check_files(&self) -> Result<(), String> {
+        let store = self.store();
+        let told = |error: StoreError| error.to_string();
+        let view = store.catalog().view().map_err(told)?;
+        let mut named = BTreeSet::new();
+        for (_, row) in view.volumes().map_err(told)? {
+            named.extend(row.layer);
+        }
+        for (id, row) in view.nodes().map_err(told)? {
+            if let NodeState::Frozen { layer, .. } = row.state {
+                named.insert(layer);
+            }
+            if row.name.is_none() && !view.has_children(id).map_err(told)? {
+                return Err(format!("nothing needs node {id}"));
+            }
+        }
+        let folder = store.directory().layers();
+        let found = self.storage.list_directory(&folder).map_err(|error| error.to_string())?;
+        let found: BTreeSet<String> = found.iter().map(|name| name.to_string_lossy().into_owned()).collect();
+        let named: BTreeSet<String> = named.iter().map(|id| format!("{id}.layer")).collect();
+        if found == named {
+            return Ok(());
+        }
+        Err(format!("layers: {:?} without a name, {:?} without a file", &found - &named, &named - &found))
+    }
+}

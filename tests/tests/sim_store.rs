@@ -1,0 +1,62 @@
+//! Stores in the simulated world: random histories against a model, and the same cut off anywhere.
+
+use sapwood_store::{Mutation, StoreOptions};
+use sapwood_tests::sim::explore::seeds;
+use sapwood_tests::sim::persist::Persistence;
+use sapwood_tests::sim::store::history::{cut, cut_init, undisturbed};
+
+/// Seeds within which a breach must be noticed.
+const SEEDS_MAX: u64 = 3000;
+
+#[test]
+fn random_histories_hold_what_the_model_says() {
+    for seed in seeds(250) {
+        undisturbed(seed, 60).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
+fn random_histories_cut_anywhere_lose_nothing_that_was_reported() {
+    for seed in seeds(600) {
+        cut(seed, &StoreOptions::default()).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+/// Cuts the making of a store at every event. How many of them were cut before it was made.
+fn cut_every_init(options: &StoreOptions) -> Result<u64, String> {
+    let mut cuts = 0;
+    let ends =
+        [None, Some(Persistence::Sectors(0)), Some(Persistence::Sectors(50)), Some(Persistence::Suffix)];
+    for (seed, end) in (0..4).flat_map(|seed| ends.map(|end| (seed, end))) {
+        for event in 1.. {
+            if cut_init(seed, event, end, options)? {
+                break;
+            }
+            cuts += 1;
+        }
+    }
+    Ok(cuts)
+}
+
+#[test]
+fn a_store_whose_making_was_cut_is_made_again() {
+    let cuts = cut_every_init(&StoreOptions::default()).unwrap_or_else(|error| panic!("{error}"));
+    assert!(cuts > 100, "{cuts} cuts");
+}
+
+#[test]
+fn every_breach_of_the_order_is_noticed() {
+    let mut missed = Vec::new();
+    for mutation in Mutation::ALL {
+        let options = StoreOptions { mutation: Some(mutation), ..StoreOptions::default() };
+        let noticed = match mutation {
+            Mutation::RenameWithoutDirectorySync => cut_every_init(&options).err(),
+            _ => (0..SEEDS_MAX).find_map(|seed| cut(seed, &options).err()),
+        };
+        match noticed.as_deref().and_then(|text| text.lines().next()) {
+            Some(text) => println!("{mutation:?}: {text}"),
+            None => missed.push(mutation),
+        }
+    }
+    assert!(missed.is_empty(), "not noticed: {missed:?}");
+}
