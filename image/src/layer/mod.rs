@@ -55,6 +55,7 @@ mod record;
 mod recover;
 mod replay;
 mod reserve;
+mod sealed_base;
 mod segments;
 mod shed;
 mod slot;

@@ -6,7 +6,7 @@
 //!
 //! From the bottom up: `hash` and `place` say what a block is and where it may be; `record`, `codec` and `node` are the
 //! stored forms, `entries`, `header` and `trailer` the parts of a pack around them; `writer` makes packs and
-//! `pack` reads one, and `packs` all of a store.
+//! `pack` reads one, and `packs` all of a store, with the exact `index` beside them. `snapshot` is a disk.
 //!
 //! Invariants:
 //! - a hash depends on contents alone, so equal contents have equal hashes wherever they are stored;
@@ -16,11 +16,13 @@ mod codec;
 mod entries;
 mod hash;
 mod header;
+pub mod index;
 mod node;
 mod pack;
 mod packs;
 mod place;
 mod record;
+mod snapshot;
 #[cfg(test)]
 mod tests;
 mod trailer;
@@ -32,7 +34,9 @@ pub use hash::{Hash, root_hash};
 pub use header::{PackId, PackKind};
 pub use node::{Child, FANOUT, Node, height_of};
 pub use pack::Pack;
-pub use packs::{FoundBlock, Packs, Root};
+pub use packs::{FoundBlock, Packs, PacksTuning, Root};
 pub use place::{PACK_BYTES_MAX, Place};
 pub use record::{FRAME_BLOCKS_MAX, Frame, NewRecord};
+pub(crate) use snapshot::Lacking;
+pub use snapshot::Snapshot;
 pub use writer::{PACK_BYTES, PackWriter, Written, pack_name};
