@@ -57,6 +57,11 @@ impl<E: Engine> Packs<E> {
         Arc::new(Self { path: path.to_owned(), open: Box::new(open), opened: Mutex::default() })
     }
 
+    /// What messages name.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Pack `number`.
     ///
     /// # Errors
