@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::hash::Hash;
 use super::node::{Child, FANOUT, HEIGHT_MAX, Node, height_of};
 use super::packs::{Packs, Root};
+use super::place::Place;
 use crate::error::ImageError;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
@@ -28,6 +29,8 @@ pub(super) struct Cursor<E: Engine> {
     height: u32,
     /// By level, and by number among the nodes of that level.
     held: BTreeMap<(u32, u64), Arc<Node>>,
+    /// Whether places are kept to itself: those who are told could not read there.
+    hides_places: bool,
     /// Nodes read so far.
     pub(super) reads: u64,
 }
@@ -35,7 +38,12 @@ pub(super) struct Cursor<E: Engine> {
 impl<E: Engine> Cursor<E> {
     pub(super) fn new(packs: Arc<Packs<E>>, io: &Io<E>, root: Root) -> Self {
         let height = height_of(root.blocks());
-        Self { packs, io: io.clone(), root, height, held: BTreeMap::new(), reads: 0 }
+        Self { packs, io: io.clone(), root, height, held: BTreeMap::new(), hides_places: false, reads: 0 }
+    }
+
+    /// The same, saying only what there is and not where.
+    pub(super) fn without_places(self) -> Self {
+        Self { hides_places: true, ..self }
     }
 
     /// Blocks of the disk.
@@ -69,7 +77,8 @@ impl<E: Engine> Cursor<E> {
                 return Ok(Some(Child::ZERO));
             }
         }
-        Ok(Some(child))
+        let place = if self.hides_places { Place::NONE } else { child.place };
+        Ok(Some(Child { hash: child.hash, place }))
     }
 
     async fn load(&mut self, child: &Child, level: u32, index: u64) -> Result<Arc<Node>, ImageError> {

@@ -55,6 +55,11 @@ pub struct ExactMap {
 }
 
 impl ExactMap {
+    /// Different blocks that it knows.
+    pub fn blocks(&self) -> u64 {
+        self.blocks.len() as u64
+    }
+
     /// Learns what a pack holds.
     ///
     /// # Errors

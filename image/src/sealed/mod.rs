@@ -8,11 +8,13 @@
 //! stored forms, `entries`, `header` and `trailer` the parts of a pack around them; `writer` makes packs and
 //! `pack` reads one, and `packs` all of a store. `cursor` reads a tree, `tree` makes one, and `diff` compares two. `seal` turns
 //! a `source` into packs and a root, with `workers`, through `known` past what is stored already, and `output` holds the new packs.
+//! `archive` is a disk in one file.
 //!
 //! Invariants:
 //! - a hash depends on contents alone, so equal contents have equal hashes wherever they are stored;
 //! - a place is a hint: what is found there is believed when its hash is the one that was asked for.
 
+mod archive;
 mod codec;
 mod cursor;
 mod diff;
@@ -37,6 +39,7 @@ mod trial;
 mod workers;
 mod writer;
 
+pub use archive::{Archive, ArchiveInfo, DESCRIPTION_BYTES_MAX, Export, Exported, NAME_BYTES_MAX, export};
 pub use codec::{Codec, Coder};
 pub use cursor::SEALED_BYTES_MAX;
 pub use diff::{DiffStats, diff};
@@ -50,6 +53,8 @@ pub use packs::{FoundBlock, Packs, Root};
 pub use place::{PACK_BYTES_MAX, Place};
 pub use record::{FRAME_BLOCKS_MAX, Frame, NewRecord};
 pub use seal::{FRAME_BLOCKS, LEVEL, SEGMENT_BLOCKS, SealStats, Sealed, Sealing, Step, Watch, seal};
-pub use source::{Content, DiskSource, FrozenSource, MemoryBlock, MemorySource, Source, SourceRun};
+pub use source::{
+    Content, DiskSource, FrozenSource, MemoryBlock, MemorySource, Source, SourceRun, TreeSource,
+};
 pub use workers::Workers;
 pub use writer::{PACK_BYTES, PackWriter, Written, pack_name};

@@ -12,6 +12,17 @@ use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
 
+/// Where records go.
+pub(super) trait RecordSink {
+    /// Appends a record to the open pack of its kind: its place.
+    fn push(
+        &mut self,
+        kind: PackKind,
+        record: NewRecord,
+        hashes: &[Hash],
+    ) -> impl Future<Output = Result<Place, ImageError>>;
+}
+
 /// See the module's documentation.
 pub(super) struct Output<E: Engine, S, N> {
     storage: S,
@@ -38,8 +49,34 @@ where
         Self { storage, io: io.clone(), directory, numbers, data, nodes, finished, begun }
     }
 
-    /// Appends a record to the open pack of its kind: its place.
-    pub(super) async fn push(
+    /// Finishes the open packs: all packs, whole and synced. Their names are durable when the directory has been synced.
+    pub(super) async fn finish(&mut self) -> Result<Vec<Written>, ImageError> {
+        for pack in [self.data.take(), self.nodes.take()].into_iter().flatten() {
+            self.finished.push(pack.finish().await?);
+        }
+        Ok(std::mem::take(&mut self.finished))
+    }
+
+    /// Removes all packs, finished or not: nobody knows of them.
+    pub(super) async fn abandon(mut self) {
+        for pack in [self.data.take(), self.nodes.take()].into_iter().flatten() {
+            pack.abandon().await;
+        }
+        for path in self.begun {
+            // What cannot be removed is found as garbage later.
+            let _ = self.io.run(Op::Unlink { path: path.with_extension("pack.tmp") }).await;
+            let _ = self.io.run(Op::Unlink { path }).await;
+        }
+    }
+}
+
+impl<E, S, N> RecordSink for Output<E, S, N>
+where
+    E: Engine,
+    S: Storage<File = E::File>,
+    N: FnMut() -> Result<u32, ImageError>,
+{
+    async fn push(
         &mut self,
         kind: PackKind,
         record: NewRecord,
@@ -64,25 +101,5 @@ where
             self.finished.push(full.finish().await?);
         }
         Ok(place)
-    }
-
-    /// Finishes the open packs: all packs, whole and synced. Their names are durable when the directory has been synced.
-    pub(super) async fn finish(&mut self) -> Result<Vec<Written>, ImageError> {
-        for pack in [self.data.take(), self.nodes.take()].into_iter().flatten() {
-            self.finished.push(pack.finish().await?);
-        }
-        Ok(std::mem::take(&mut self.finished))
-    }
-
-    /// Removes all packs, finished or not: nobody knows of them.
-    pub(super) async fn abandon(mut self) {
-        for pack in [self.data.take(), self.nodes.take()].into_iter().flatten() {
-            pack.abandon().await;
-        }
-        for path in self.begun {
-            // What cannot be removed is found as garbage later.
-            let _ = self.io.run(Op::Unlink { path: path.with_extension("pack.tmp") }).await;
-            let _ = self.io.run(Op::Unlink { path }).await;
-        }
     }
 }

@@ -1,6 +1,6 @@
 //! A folder of packs for tests, and disks in memory that say what must come out.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::cursor::Cursor;
@@ -214,9 +214,45 @@ impl Trial {
         self.seal_watched(source, base, 0, |_| Step::Go).unwrap()
     }
 
+    /// Writes an archive.
+    pub(super) fn export(
+        &self,
+        path: &Path,
+        root: Root,
+        base: Option<Root>,
+        step: Step,
+    ) -> Result<Exported, ImageError> {
+        let (io, packs, path) = (self.io.clone(), Arc::clone(&self.packs), path.to_owned());
+        block_on(&self.io, async move {
+            let workers = Workers::inline(1).unwrap();
+            let (name, description) = ("disk", "for a test");
+            let (storage, io, packs, workers) = (&HostStorage, &io, &packs, &workers);
+            let disk = Export { storage, io, packs, workers, root, base, name, description };
+            export(disk, &path, &mut |_: &SealStats| step).await
+        })
+    }
+
+    /// Opens an archive.
+    pub(super) fn open(&self, path: &Path) -> Result<Archive<BlockingEngine>, ImageError> {
+        let (io, path) = (self.io.clone(), path.to_owned());
+        block_on(&self.io, async move { Archive::open(&HostStorage, &io, &path).await })
+    }
+
+    /// Imports an archive.
+    pub(super) fn import(&mut self, path: &Path, base: Option<Root>) -> Result<Sealed, ImageError> {
+        let archive = self.open(path)?;
+        let source = archive.source(&self.io, base.map(|base| (&self.packs, base)))?;
+        self.seal_watched(source, base, 0, |_| Step::Go)
+    }
+
     /// Reads every block of a disk, and compares.
     pub(super) fn check(&self, root: &Root, model: &Model) {
         check(&self.io, &self.packs, root, model);
+    }
+
+    /// Different blocks in the packs.
+    pub(super) fn known_blocks(&self) -> u64 {
+        self.known.blocks()
     }
 
     /// Files in the folder.

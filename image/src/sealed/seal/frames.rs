@@ -8,12 +8,11 @@ use crate::sealed::hash::Hash;
 use crate::sealed::header::PackKind;
 use crate::sealed::known::Dedup;
 use crate::sealed::node::Child;
-use crate::sealed::output::Output;
+use crate::sealed::output::RecordSink;
 use crate::sealed::place::Place;
 use crate::sealed::record::NewRecord;
 use crate::sealed::workers::{Ticket, Workers};
 use sapwood_blockdev::engine::Engine;
-use sapwood_blockdev::storage::Storage;
 
 /// A block that is known, or that will have a place when its frame has one.
 #[derive(Clone, Copy, Debug)]
@@ -96,17 +95,12 @@ impl Frames {
     }
 
     /// Waits for the next frame, and appends it to a pack.
-    pub(super) async fn place_next<E, S, N>(
+    pub(super) async fn place_next<E: Engine>(
         &mut self,
-        output: &mut Output<E, S, N>,
+        output: &mut impl RecordSink,
         dedup: &mut impl Dedup<E>,
         stats: &mut SealStats,
-    ) -> Result<(), ImageError>
-    where
-        E: Engine,
-        S: Storage<File = E::File>,
-        N: FnMut() -> Result<u32, ImageError>,
-    {
+    ) -> Result<(), ImageError> {
         let Some((hashes, ticket)) = self.flying.pop_front() else { return Ok(()) };
         let record = ticket.wait().await;
         stats.stored_bytes += record.len() as u64;

@@ -30,7 +30,7 @@ impl Gathered {
 }
 
 /// Reads a source in order.
-pub(super) struct Gatherer<'a, E: Engine, Src> {
+pub(in crate::sealed) struct Gatherer<'a, E: Engine, Src> {
     source: &'a mut Src,
     packs: &'a Arc<Packs<E>>,
     io: &'a Io<E>,
@@ -40,11 +40,11 @@ pub(super) struct Gatherer<'a, E: Engine, Src> {
     start: u64,
     at: u64,
     /// The source is not asked any more; the block from which on.
-    pub(super) stopped: Option<u64>,
+    pub(in crate::sealed) stopped: Option<u64>,
 }
 
 impl<'a, E: Engine, Src: Source> Gatherer<'a, E, Src> {
-    pub(super) fn new(
+    pub(in crate::sealed) fn new(
         source: &'a mut Src,
         packs: &'a Arc<Packs<E>>,
         io: &'a Io<E>,
@@ -63,6 +63,17 @@ impl<'a, E: Engine, Src: Source> Gatherer<'a, E, Src> {
     pub(super) fn stop(&mut self) {
         if self.stopped.is_none() && self.at < self.blocks() {
             self.stopped = Some(self.at.max(self.start));
+        }
+    }
+
+    /// Refuses a disk that is not what the source said it would be.
+    pub(super) fn check(&self, root: &Root) -> Result<(), ImageError> {
+        match self.source.expected() {
+            Some(hash) if self.stopped.is_none() && hash != root.hash() => {
+                let why = format!("the disk is {}, and {hash} was stated", root.hash());
+                Err(ImageError::corrupt(self.packs.path(), "root hash", 0, why))
+            }
+            _ => Ok(()),
         }
     }
 
@@ -89,7 +100,10 @@ impl<'a, E: Engine, Src: Source> Gatherer<'a, E, Src> {
                 }
             }
             self.at += run.count;
-            runs.push(run);
+            match runs.last_mut().filter(|last: &&mut SourceRun| last.content == run.content) {
+                Some(last) => last.count += run.count,
+                None => runs.push(run),
+            }
         }
         let mut bytes = if ranges.is_empty() { Vec::new() } else { self.source.read(&ranges).await? };
         let read: u64 = ranges.iter().map(|range| range.end - range.start).sum();

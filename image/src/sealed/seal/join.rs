@@ -12,7 +12,7 @@ use crate::sealed::hash::Hash;
 use crate::sealed::header::PackKind;
 use crate::sealed::known::{Dedup, Found};
 use crate::sealed::node::{Child, Node};
-use crate::sealed::output::Output;
+use crate::sealed::output::RecordSink;
 use crate::sealed::packs::{Packs, Root};
 use crate::sealed::place::Place;
 use crate::sealed::record::NewRecord;
@@ -21,7 +21,6 @@ use crate::sealed::tree::{NodeSink, TreeBuilder};
 use crate::sealed::workers::{Ticket, Workers};
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
-use sapwood_blockdev::storage::Storage;
 use sapwood_blockdev::units::BLOCK_BYTES;
 
 /// A stretch whose blocks are all known, or will be.
@@ -42,13 +41,24 @@ struct Hashing {
     ticket: Ticket<(Vec<u8>, Vec<Hash>)>,
 }
 
+/// What a line works with.
+pub(in crate::sealed) struct Means<'a, E: Engine, O, D> {
+    pub(in crate::sealed) io: &'a Io<E>,
+    pub(in crate::sealed) packs: &'a Arc<Packs<E>>,
+    pub(in crate::sealed) dedup: &'a mut D,
+    pub(in crate::sealed) workers: &'a Workers,
+    pub(in crate::sealed) output: &'a mut O,
+    pub(in crate::sealed) base: Option<Cursor<E>>,
+    pub(in crate::sealed) frame_blocks: usize,
+}
+
 /// The way from read segments to a tree.
-pub(super) struct Line<'a, E: Engine, S, N, D> {
+pub(in crate::sealed) struct Line<'a, E: Engine, O, D> {
     io: &'a Io<E>,
     packs: &'a Arc<Packs<E>>,
     dedup: &'a mut D,
     workers: &'a Workers,
-    output: &'a mut Output<E, S, N>,
+    output: &'a mut O,
     tree: TreeBuilder<E>,
     has_base: bool,
     frames: Frames,
@@ -56,28 +66,23 @@ pub(super) struct Line<'a, E: Engine, S, N, D> {
     stats: SealStats,
 }
 
-impl<'a, E, S, N, D> Line<'a, E, S, N, D>
+impl<'a, E, O, D> Line<'a, E, O, D>
 where
     E: Engine,
-    S: Storage<File = E::File>,
-    N: FnMut() -> Result<u32, ImageError>,
+    O: RecordSink,
     D: Dedup<E>,
 {
     /// A line for a disk of `size` bytes.
-    pub(super) fn new(
-        sealing: super::Sealing<'a, E, S, D>,
-        output: &'a mut Output<E, S, N>,
-        size: u64,
-    ) -> Self {
-        let super::Sealing { io, packs, dedup, workers, base, frame_blocks, .. } = sealing;
+    pub(in crate::sealed) fn new(means: Means<'a, E, O, D>, size: u64) -> Self {
+        let Means { io, packs, dedup, workers, output, base, frame_blocks } = means;
         Self {
             io,
             packs,
             dedup,
             workers,
             output,
-            tree: TreeBuilder::new(size, base.map(|base| Cursor::new(Arc::clone(packs), io, base))),
             has_base: base.is_some(),
+            tree: TreeBuilder::new(size, base),
             frames: Frames::new(frame_blocks),
             joined: VecDeque::new(),
             stats: SealStats { blocks_total: size.div_ceil(BLOCK_BYTES as u64), ..SealStats::default() },
@@ -85,7 +90,7 @@ where
     }
 
     /// Seals what is gathered.
-    pub(super) async fn run(
+    pub(in crate::sealed) async fn run(
         mut self,
         gatherer: &mut Gatherer<'_, E, impl Source>,
         watch: &mut impl Watch,
@@ -112,6 +117,7 @@ where
         let Self { tree, mut stats, output, dedup, packs, io, .. } = self;
         let (root, reads) = tree.finish(&mut Nodes { output, dedup, packs, io, stats: &mut stats }).await?;
         stats.base_nodes_read = reads;
+        gatherer.check(&root)?;
         Ok((root, stats))
     }
 
@@ -204,7 +210,7 @@ where
     /// Lets the segments enter the tree that have all places.
     async fn grow(&mut self) -> Result<(), ImageError> {
         let Self { tree, frames, joined, output, dedup, packs, io, stats, .. } = self;
-        let mut sink = Nodes { output, dedup: &mut **dedup, packs, io, stats };
+        let mut sink = Nodes { output: &mut **output, dedup: &mut **dedup, packs, io, stats };
         while joined.front().is_some_and(|next| next.needs <= frames.placed()) {
             let Some(next) = joined.pop_front() else { break };
             let mut slots = next.slots.into_iter();
@@ -226,19 +232,18 @@ where
 }
 
 /// Where nodes go.
-struct Nodes<'a, E: Engine, S, N, D> {
-    output: &'a mut Output<E, S, N>,
+struct Nodes<'a, E: Engine, O, D> {
+    output: &'a mut O,
     dedup: &'a mut D,
     packs: &'a Arc<Packs<E>>,
     io: &'a Io<E>,
     stats: &'a mut SealStats,
 }
 
-impl<E, S, N, D> NodeSink for Nodes<'_, E, S, N, D>
+impl<E, O, D> NodeSink for Nodes<'_, E, O, D>
 where
     E: Engine,
-    S: Storage<File = E::File>,
-    N: FnMut() -> Result<u32, ImageError>,
+    O: RecordSink,
     D: Dedup<E>,
 {
     async fn put(&mut self, node: &Node, hash: Hash) -> Result<Place, ImageError> {

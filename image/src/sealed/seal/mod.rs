@@ -23,9 +23,9 @@ pub use stats::{SealStats, Step, Watch};
 use std::path::Path;
 use std::sync::Arc;
 
-use self::gather::Gatherer;
-use self::join::Line;
-use super::cursor::SEALED_BYTES_MAX;
+pub(super) use self::gather::Gatherer;
+pub(super) use self::join::{Line, Means};
+use super::cursor::{Cursor, SEALED_BYTES_MAX};
 use super::known::Dedup;
 use super::output::Output;
 use super::packs::{Packs, Root};
@@ -91,7 +91,8 @@ pub struct Sealed {
 /// When it fails, or is cancelled, it removes what it had made: nobody knows of it.
 ///
 /// # Errors
-/// What reading the source or the base, or writing packs says; [`Cancelled`](crate::ErrorKind::Cancelled).
+/// What reading the source or the base, or writing packs says; a disk that is not what the source said it would be;
+/// [`Cancelled`](crate::ErrorKind::Cancelled).
 ///
 /// # Panics
 /// When `frame_blocks` is out of bounds.
@@ -112,11 +113,12 @@ where
         let detail = format_args!("a disk of {size} bytes cannot be sealed");
         return Err(ImageError::invalid(sealing.directory, detail));
     }
-    let (packs, io, base) = (sealing.packs, sealing.io, sealing.base);
-    let mut output = Output::new(sealing.storage, io, sealing.directory.to_owned(), numbers);
-    let mut gatherer = Gatherer::new(source, packs, io, base, sealing.start);
-    let line = Line::new(sealing, &mut output, size);
-    let run = match line.run(&mut gatherer, watch).await {
+    let Sealing { storage, io, directory, packs, dedup, workers, base, frame_blocks, start } = sealing;
+    let mut output = Output::new(storage, io, directory.to_owned(), numbers);
+    let mut gatherer = Gatherer::new(source, packs, io, base, start);
+    let base = base.map(|base| Cursor::new(Arc::clone(packs), io, base));
+    let means = Means { io, packs, dedup, workers, output: &mut output, base, frame_blocks };
+    let run = match Line::new(means, size).run(&mut gatherer, watch).await {
         Ok((root, stats)) => output.finish().await.map(|packs| (root, stats, packs)),
         Err(error) => Err(error),
     };

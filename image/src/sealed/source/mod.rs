@@ -3,13 +3,16 @@
 mod disk;
 mod frozen;
 mod memory;
+mod tree;
 
 pub use disk::DiskSource;
 pub use frozen::FrozenSource;
 pub use memory::{MemoryBlock, MemorySource};
+pub use tree::TreeSource;
 
 use std::ops::Range;
 
+use super::hash::Hash;
 use crate::error::ImageError;
 
 /// What blocks hold.
@@ -36,6 +39,11 @@ pub struct SourceRun {
 pub trait Source {
     /// Size of the disk in bytes, a multiple of 512.
     fn size(&self) -> u64;
+
+    /// What the disk must turn out to be, where that is known: else sealing fails.
+    fn expected(&self) -> Option<Hash> {
+        None
+    }
 
     /// What the blocks from `at` on hold, as far as that is one thing and quickly known. `at` lies before the disk's end, and
     /// the run does not go beyond it.
