@@ -15,7 +15,7 @@ use crate::error::ImageError;
 use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
-use sapwood_blockdev::storage::{OpenOptions, Storage};
+use sapwood_blockdev::storage::{OpenOptions, Storage, StorageFile};
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, FileOffset};
 
 /// Bytes of records after which a pack is full.
@@ -29,6 +29,8 @@ const CHUNK_LEN: usize = 1 << 20;
 pub struct PackWriter<E: Engine> {
     io: Io<E>,
     file: E::File,
+    /// Where the pack begins in it.
+    start: u64,
     header: PackHeader,
     /// Its name when it is whole, and until then.
     path: PathBuf,
@@ -75,10 +77,25 @@ impl<E: Engine> PackWriter<E> {
         storage.random(&mut id.0).map_err(|e| ImageError::io(&path, "choose an id for", e))?;
         let file =
             storage.open(&unfinished, OpenOptions::CREATE).map_err(|e| ImageError::open(&unfinished, e))?;
-        let header = PackHeader { id, kind, number };
-        let tail = header.encode();
-        let pages = EntryPages::default();
-        Ok(Self { io: io.clone(), file, header, path, unfinished, tail, written: 0, records: 0, pages })
+        Ok(Self::of(io, file, PackHeader { id, kind, number }, path, unfinished))
+    }
+
+    /// Begins a pack that becomes a part of a file.
+    pub(super) fn section(io: &Io<E>, file: E::File, header: PackHeader) -> Self {
+        let path = file.path().to_owned();
+        Self::of(io, file, header, path.clone(), path)
+    }
+
+    fn of(io: &Io<E>, file: E::File, header: PackHeader, path: PathBuf, unfinished: PathBuf) -> Self {
+        let (tail, pages) = (header.encode(), EntryPages::default());
+        let (start, written, records) = (0, 0, 0);
+        Self { io: io.clone(), file, start, header, path, unfinished, tail, written, records, pages }
+    }
+
+    /// Says where in the file the pack begins, a multiple of 4096, before any of it is written.
+    pub(super) fn begin_at(&mut self, start: u64) {
+        assert!(self.written == 0 && start.is_multiple_of(BLOCK_SIZE), "before anything is written");
+        self.start = start;
     }
 
     /// Its number.
@@ -126,7 +143,7 @@ impl<E: Engine> PackWriter<E> {
     async fn write_chunk(&mut self, len: usize) -> Result<(), ImageError> {
         let buf = AlignedBuf::from_slice(&self.tail[..len]);
         self.tail.drain(..len);
-        let write = Op::write(self.file.clone(), FileOffset(self.written), buf);
+        let write = Op::write(self.file.clone(), FileOffset(self.start + self.written), buf);
         self.written += len as u64;
         self.io.run(write).await.result.map_err(|e| ImageError::errno(&self.unfinished, "write", e))?;
         Ok(())
@@ -137,6 +154,16 @@ impl<E: Engine> PackWriter<E> {
     /// # Errors
     /// What the storage says; then there is no such pack, but maybe an unfinished file.
     pub async fn finish(mut self) -> Result<Written, ImageError> {
+        let written = self.complete().await?;
+        let sync = Op::Sync { file: self.file.clone() };
+        self.io.run(sync).await.result.map_err(|e| ImageError::errno(&self.unfinished, "sync", e))?;
+        let rename = Op::Rename { from: self.unfinished.clone(), to: self.path.clone() };
+        self.io.run(rename).await.result.map_err(|e| ImageError::errno(&self.unfinished, "rename", e))?;
+        Ok(written)
+    }
+
+    /// Writes everything that is missing.
+    pub(super) async fn complete(&mut self) -> Result<Written, ImageError> {
         let align = |tail: &mut Vec<u8>| tail.resize(tail.len().next_multiple_of(BLOCK_BYTES), 0);
         align(&mut self.tail);
         let entries_at = self.written + self.tail.len() as u64;
@@ -153,12 +180,8 @@ impl<E: Engine> PackWriter<E> {
         self.tail.extend(trailer.encode());
         self.write_out().await?;
         self.write_chunk(self.tail.len()).await?;
-        let sync = Op::Sync { file: self.file.clone() };
-        self.io.run(sync).await.result.map_err(|e| ImageError::errno(&self.unfinished, "sync", e))?;
-        let rename = Op::Rename { from: self.unfinished.clone(), to: self.path.clone() };
-        self.io.run(rename).await.result.map_err(|e| ImageError::errno(&self.unfinished, "rename", e))?;
         let PackHeader { id, kind, number } = self.header;
-        Ok(Written { number, id, kind, bytes: self.written, entries, path: self.path })
+        Ok(Written { number, id, kind, bytes: self.written, entries, path: self.path.clone() })
     }
 
     /// Gives the pack up: the unfinished file is removed.

@@ -1,0 +1,132 @@
+//! Sealing: from a disk to packs and a root.
+//!
+//! Segments of the disk are read in order by the calling thread, hashed by workers, and joined in order again: what is
+//! zero, in the base, or stored already is not stored; the rest gathers into frames, which workers compress and which
+//! are appended in the order in which they began. A segment enters the tree when all its blocks have places.
+//!
+//! Memory: twice as many segments of 4 MiB as there are workers (one without), 128 frames of at most 128 KiB, 16
+//! segments that wait for places (60 KiB each), the nodes of the base over these, and 2 MiB of packs' tails; with the
+//! dedup index, which is the caller's.
+//!
+//! Whoever stops early gets the root of a whole disk: sealed up to a block, and as the base after it. Going on is
+//! sealing over that root from that block.
+
+mod frames;
+mod gather;
+mod join;
+mod stats;
+#[cfg(test)]
+mod tests;
+
+pub use stats::{SealStats, Step, Watch};
+
+use std::path::Path;
+use std::sync::Arc;
+
+pub(super) use self::gather::Gatherer;
+pub(super) use self::join::{Line, Means};
+use super::cursor::{Cursor, SEALED_BYTES_MAX};
+use super::known::Dedup;
+use super::output::Output;
+use super::packs::{Packs, Root};
+use super::record::FRAME_BLOCKS_MAX;
+use super::source::Source;
+use super::workers::Workers;
+use super::writer::Written;
+use crate::error::ImageError;
+use sapwood_blockdev::engine::Engine;
+use sapwood_blockdev::io::Io;
+use sapwood_blockdev::storage::Storage;
+use sapwood_blockdev::units::SECTOR_SIZE;
+
+/// Blocks read, hashed and looked up together: 4 MiB of disk.
+pub const SEGMENT_BLOCKS: u64 = 1024;
+/// Blocks in a frame.
+pub const FRAME_BLOCKS: usize = 16;
+/// How hard frames are compressed (see [`Coder::new`](super::Coder::new)).
+pub const LEVEL: i32 = 3;
+
+/// Frames being compressed, or waiting for that, at most.
+const FRAMES_MAX: usize = 128;
+/// Segments that wait for places, at most.
+const JOINED_MAX: usize = 16;
+
+/// What sealing works with.
+pub struct Sealing<'a, E: Engine, S, D> {
+    /// Where packs are made.
+    pub storage: &'a S,
+    /// The calling thread's reactor.
+    pub io: &'a Io<E>,
+    /// The folder of the new packs.
+    pub directory: &'a Path,
+    /// The packs that are there: of the base, and of what `dedup` finds.
+    pub packs: &'a Arc<Packs<E>>,
+    /// What is stored already.
+    pub dedup: &'a mut D,
+    /// Who hashes and compresses.
+    pub workers: &'a Workers,
+    /// What lies below the source: a disk of any size.
+    pub base: Option<Root>,
+    /// Blocks in a frame, from 1 to [`FRAME_BLOCKS_MAX`].
+    pub frame_blocks: usize,
+    /// The first block that is asked of the source; what lies before it is as in the base.
+    pub start: u64,
+}
+
+/// What sealing gave.
+#[derive(Clone, Debug)]
+pub struct Sealed {
+    /// The disk.
+    pub root: Root,
+    /// The new packs, whole and synced. Their names are durable when their folder has been synced.
+    pub packs: Vec<Written>,
+    /// Counts.
+    pub stats: SealStats,
+    /// Where it was stopped: from this block on the disk is still as the base.
+    pub next: Option<u64>,
+}
+
+/// Seals a disk. `numbers` says the number of each new pack; `watch` is asked before each segment.
+///
+/// When it fails, or is cancelled, it removes what it had made: nobody knows of it.
+///
+/// # Errors
+/// What reading the source or the base, or writing packs says; a disk that is not what the source said it would be;
+/// [`Cancelled`](crate::ErrorKind::Cancelled).
+///
+/// # Panics
+/// When `frame_blocks` is out of bounds.
+pub async fn seal<E, S, D>(
+    sealing: Sealing<'_, E, S, D>,
+    source: &mut impl Source,
+    numbers: impl FnMut() -> Result<u32, ImageError>,
+    watch: &mut impl Watch,
+) -> Result<Sealed, ImageError>
+where
+    E: Engine,
+    S: Storage<File = E::File>,
+    D: Dedup<E>,
+{
+    assert!((1..=FRAME_BLOCKS_MAX).contains(&sealing.frame_blocks), "bounds of a frame");
+    let size = source.size();
+    if !size.is_multiple_of(SECTOR_SIZE) || size > SEALED_BYTES_MAX {
+        let detail = format_args!("a disk of {size} bytes cannot be sealed");
+        return Err(ImageError::invalid(sealing.directory, detail));
+    }
+    let Sealing { storage, io, directory, packs, dedup, workers, base, frame_blocks, start } = sealing;
+    let mut output = Output::new(storage, io, directory.to_owned(), numbers);
+    let mut gatherer = Gatherer::new(source, packs, io, base, start);
+    let base = base.map(|base| Cursor::new(Arc::clone(packs), io, base));
+    let means = Means { io, packs, dedup, workers, output: &mut output, base, frame_blocks };
+    let run = match Line::new(means, size).run(&mut gatherer, watch).await {
+        Ok((root, stats)) => output.finish().await.map(|packs| (root, stats, packs)),
+        Err(error) => Err(error),
+    };
+    match run {
+        Ok((root, stats, packs)) => Ok(Sealed { root, packs, stats, next: gatherer.stopped }),
+        Err(error) => {
+            output.abandon().await;
+            Err(error)
+        }
+    }
+}
