@@ -13,6 +13,7 @@
 //! - a place is a hint: what is found there is believed when its hash is the one that was asked for.
 
 mod codec;
+pub mod collect;
 mod entries;
 mod hash;
 mod header;

@@ -90,6 +90,11 @@ impl Place {
         (self.0 >> INDEX_AT & ((1 << INDEX_BITS) - 1)) as usize
     }
 
+    /// Which block of which record of which pack, without the length: what tells places apart, in their order.
+    pub(super) fn key(self) -> u64 {
+        self.0 >> INDEX_AT
+    }
+
     /// The same record's block with another index.
     #[must_use]
     pub fn with_index(self, index: usize) -> Self {
