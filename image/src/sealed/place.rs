@@ -35,6 +35,9 @@ impl Place {
     /// The longest record in bytes.
     pub const LEN_MAX: usize = ((1 << LEN_BITS) - 1) << LEN_SHIFT;
 
+    /// Lengths of records are stated in units of so many bytes.
+    pub(super) const LEN_UNIT: usize = 1 << LEN_SHIFT;
+
     /// Block `index` of the record of `len` bytes that starts at byte `offset` of a pack.
     ///
     /// # Panics

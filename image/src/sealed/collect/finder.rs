@@ -1,6 +1,6 @@
 //! From hashes and places to entries of packs that are there.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::future::Future;
 use std::path::Path;
 use std::sync::Arc;
@@ -111,6 +111,8 @@ pub struct Finder<E: Engine, L> {
     recent: Option<(u32, Arc<Table>)>,
     windows: Cache<(u32, u64), Arc<AlignedBuf>>,
     pub(super) bad: Bad,
+    /// Packs without a table, with numbers for what was found there.
+    unlisted: HashMap<u32, HashMap<u64, u32>>,
     /// Whether packs that cannot be read are passed over.
     pub(super) tolerant: bool,
     nodes_read: u64,
@@ -141,6 +143,7 @@ impl<E: Engine, L: Locate<E>> Finder<E, L> {
             recent: None,
             windows: Cache::new(WINDOWS_MAX),
             bad: Bad::default(),
+            unlisted: HashMap::new(),
             tolerant: false,
             nodes_read: 0,
         }
@@ -189,17 +192,46 @@ impl<E: Engine, L: Locate<E>> Finder<E, L> {
         if !self.known.contains(&place.pack()) || self.bad.holds(place) {
             return Ok(None);
         }
+        if self.unlisted.contains_key(&place.pack()) {
+            return Ok(self.read_at(place, hash, kind).await);
+        }
         let table = match self.table(place.pack()).await {
             Ok(table) => table,
             Err(_) if self.tolerant => {
-                self.bad.add_pack(place.pack());
-                return Ok(None);
+                self.unlisted.insert(place.pack(), HashMap::new());
+                return Ok(self.read_at(place, hash, kind).await);
             }
             Err(error) => return Err(error),
         };
         let found = table.find(place, hash, &self.keys).filter(|_| table.kind == kind);
         let (entries, pack_bytes) = (table.entries(), table.record_bytes());
         Ok(found.map(|found| Spot { place, number: found.number, entries, bytes: found.bytes, pack_bytes }))
+    }
+
+    /// The same, by reading what is there: for packs that have no table, because both their pages and a record are damaged.
+    async fn read_at(&mut self, place: Place, hash: &Hash, kind: PackKind) -> Option<Spot> {
+        let pack = match self.packs.pack(&self.io, place.pack()).await {
+            Ok(pack) => pack,
+            Err(_) => {
+                self.bad.add_pack(place.pack());
+                return None;
+            }
+        };
+        let found = match kind {
+            PackKind::Data => {
+                let frame = pack.frame(&self.io, place).await.ok()?;
+                Hash::of_block(frame.block(place.index())?)
+            }
+            PackKind::Nodes => pack.node(&self.io, place).await.ok()?.hash(),
+        };
+        if found != *hash || pack.kind() != kind {
+            return None;
+        }
+        let numbers = self.unlisted.entry(place.pack()).or_default();
+        let next = numbers.len() as u32;
+        let number = *numbers.entry(place.key()).or_insert(next);
+        let entries = pack.entries();
+        (number < entries).then_some(Spot { place, number, entries, bytes: 0, pack_bytes: 0 })
     }
 
     async fn table(&mut self, number: u32) -> Result<Arc<Table>, ImageError> {

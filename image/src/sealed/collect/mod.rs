@@ -48,7 +48,9 @@ mod finder;
 mod mark;
 mod pace;
 mod pins;
+mod reached;
 mod records;
+mod scrub;
 mod shift;
 mod table;
 #[cfg(test)]
@@ -61,4 +63,6 @@ pub use finder::{Finder, Locate};
 pub use mark::{Live, Marks, mark};
 pub use pace::Pace;
 pub use pins::{Pin, Pins};
+pub use reached::Lost;
+pub use scrub::{Damage, Findings, Scrub};
 pub use shift::{Moved, Moves, Target};

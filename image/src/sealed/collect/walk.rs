@@ -103,5 +103,6 @@ fn lost(visit: &mut impl Visit, reach: Range<u64>, blocks: u64, error: ImageErro
     if matches!(error.kind, ErrorKind::Cancelled) {
         return Err(error);
     }
-    visit.lost(reach.start..reach.end.min(blocks), error)
+    // What a tree has beyond its disk is nobody's block.
+    visit.lost(reach.start.min(blocks)..reach.end.min(blocks), error)
 }

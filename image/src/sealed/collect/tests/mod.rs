@@ -3,4 +3,5 @@
 mod account;
 mod collection;
 mod model;
+mod scrub;
 mod store;

@@ -43,7 +43,7 @@ pub(super) fn block(value: u64) -> Vec<u8> {
     let mut noise = Random(value);
     let words = (0..BLOCK_BYTES / 8).map(|i| match value % 4 {
         0 => noise.below(usize::MAX) as u64,
-        _ => value << 20 | i as u64 / 3,
+        _ => (value << 20) | (i as u64 / 3),
     });
     words.flat_map(u64::to_le_bytes).collect()
 }
@@ -122,8 +122,17 @@ impl TestStore {
     }
 
     pub(super) fn finder(&self) -> TestFinder {
+        self.finder_in(&self.packs)
+    }
+
+    /// One over packs that are opened afresh.
+    pub(super) fn fresh_finder(&self) -> TestFinder {
+        self.finder_in(&open_packs(self.directory.path()))
+    }
+
+    fn finder_in(&self, packs: &Arc<TestPacks>) -> TestFinder {
         let known = self.listed.borrow().clone();
-        Finder::new(&self.io, &self.packs, known, self.index.clone(), &self.pace)
+        Finder::new(&self.io, packs, known, self.index.clone(), &self.pace)
     }
 
     /// New packs of few bytes, so that there are many.
@@ -217,32 +226,44 @@ impl TestStore {
 
     /// Reads the children of every node of a tree, by level and position; and what its disk holds.
     pub(super) async fn read(&self, root: &Root) -> Option<(HashMap<(u32, u64), Child>, Vec<Vec<u8>>)> {
+        let (children, disk) = self.read_what_is_there(root).await;
+        Some((children, disk.into_iter().collect::<Option<_>>()?))
+    }
+
+    /// The same, without what cannot be read.
+    pub(super) async fn read_what_is_there(
+        &self,
+        root: &Root,
+    ) -> (HashMap<(u32, u64), Child>, Vec<Option<Vec<u8>>>) {
         // Opened afresh: a file that was unlinked must not help.
         let packs = open_packs(self.directory.path());
         let blocks = root.size.div_ceil(4096);
         let height = height_of(blocks);
         let mut children = HashMap::from([((height, 0), root.tree)]);
+        let mut disk = vec![Some(block(0)); blocks as usize];
         for level in (1..=height).rev() {
             for at in 0..blocks.div_ceil(blocks_below(level)) {
                 let Some(child) = children.get(&(level, at)).filter(|child| !child.hash.is_zero()) else {
                     continue;
                 };
-                let node = self.node(&packs, child).await?;
+                let Some(node) = self.node(&packs, child).await else {
+                    let (first, end) = (at * blocks_below(level), (at + 1) * blocks_below(level));
+                    disk[first as usize..end.min(blocks) as usize].fill(None);
+                    continue;
+                };
                 let below = (at * FANOUT as u64..).zip(node.children);
                 children.extend(below.map(|(i, child)| ((level - 1, i), child)));
             }
         }
-        let mut disk = Vec::new();
         for at in 0..blocks {
-            match children.get(&(0, at)).filter(|child| !child.hash.is_zero()) {
-                Some(child) => disk.push(self.block(&packs, child).await?),
-                None => disk.push(block(0)),
+            if let Some(child) = children.get(&(0, at)).filter(|child| !child.hash.is_zero()) {
+                disk[at as usize] = self.block(&packs, child).await;
             }
         }
-        Some((children, disk))
+        (children, disk)
     }
 
-    /// Panics when a root of the catalog does not read as it should.
+    /// Whether every root of the catalog reads as it should.
     pub(super) async fn check(&self) -> Result<(), String> {
         let roots = self.roots.borrow().clone();
         for (id, (root, values)) in roots {
