@@ -16,6 +16,7 @@
 
 mod archive;
 mod codec;
+pub mod collect;
 mod cursor;
 mod diff;
 mod entries;

@@ -96,6 +96,39 @@ impl<F: StorageFile> Pack<F> {
         self.trailer.pages
     }
 
+    /// Its length in bytes.
+    pub fn bytes(&self) -> u64 {
+        self.records_end() + (u64::from(self.trailer.pages) + 1) * BLOCK_SIZE
+    }
+
+    /// Where its records end, padding included, and its pages of entries begin.
+    pub(super) fn records_end(&self) -> u64 {
+        self.trailer.entries_at
+    }
+
+    /// Whole blocks of it.
+    pub(super) async fn read_blocks<E: Engine<File = F>>(
+        &self,
+        io: &Io<E>,
+        range: Range<u64>,
+    ) -> Result<AlignedBuf, ImageError> {
+        read(io, &self.file, self.start + range.start..self.start + range.end).await
+    }
+
+    /// Reads its header and its trailer once more: they must be what they were when it was opened.
+    pub(super) async fn verify_ends<E: Engine<File = F>>(&self, io: &Io<E>) -> Result<(), ImageError> {
+        let at = self.bytes() - BLOCK_SIZE;
+        let header = self.read_blocks(io, 0..BLOCK_SIZE).await?;
+        if header[..] != self.header.encode()[..] {
+            return Err(self.damaged("pack header", 0, &"it is not what it was when the pack was opened"));
+        }
+        let trailer = self.read_blocks(io, at..at + BLOCK_SIZE).await?;
+        if trailer[..] != self.trailer.encode()[..] {
+            return Err(self.damaged("pack trailer", at, &"it is not what it was when the pack was opened"));
+        }
+        Ok(())
+    }
+
     /// The frame at a place.
     ///
     /// # Errors
@@ -179,7 +212,12 @@ impl<F: StorageFile> Pack<F> {
     }
 
     /// An error about a byte of the pack.
-    fn damaged(&self, field: &'static str, offset: u64, why: &dyn std::fmt::Display) -> ImageError {
+    pub(super) fn damaged(
+        &self,
+        field: &'static str,
+        offset: u64,
+        why: &dyn std::fmt::Display,
+    ) -> ImageError {
         ImageError::corrupt(self.path(), field, self.start + offset, why)
     }
 }

@@ -35,6 +35,9 @@ impl Place {
     /// The longest record in bytes.
     pub const LEN_MAX: usize = ((1 << LEN_BITS) - 1) << LEN_SHIFT;
 
+    /// Lengths of records are stated in units of so many bytes.
+    pub(super) const LEN_UNIT: usize = 1 << LEN_SHIFT;
+
     /// Block `index` of the record of `len` bytes that starts at byte `offset` of a pack.
     ///
     /// # Panics
@@ -88,6 +91,11 @@ impl Place {
     /// Which block of the record.
     pub fn index(self) -> usize {
         (self.0 >> INDEX_AT & ((1 << INDEX_BITS) - 1)) as usize
+    }
+
+    /// Which block of which record of which pack, without the length: what tells places apart, in their order.
+    pub(super) fn key(self) -> u64 {
+        self.0 >> INDEX_AT
     }
 
     /// The same record's block with another index.

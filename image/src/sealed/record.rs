@@ -69,6 +69,11 @@ impl NewRecord {
         Self { bytes, count }
     }
 
+    /// The stored bytes of a record that was read, for another place: what it holds stays compressed as it is.
+    pub(super) fn copied(stored: &[u8]) -> Self {
+        Self { bytes: stored.to_vec(), count: usize::from(stored[R_COUNT]) }
+    }
+
     /// Its length in a pack.
     pub(super) fn len(&self) -> usize {
         self.bytes.len()
@@ -195,6 +200,19 @@ mod tests {
         assert!(decode_record(&PACK, 8192, &bytes).is_err(), "another offset");
         assert!(decode_record(&PackId([4; 16]), 4096, &bytes).is_err(), "another pack");
         assert!(decode_record(&PACK, 4096, &bytes[..20]).is_err(), "cut off");
+    }
+
+    #[test]
+    fn a_copied_record_is_one_of_its_new_place() {
+        let (bytes, raw) = frame();
+        let other = PackId([4; 16]);
+        let copied = NewRecord::copied(&bytes);
+        assert_eq!((copied.count, copied.len()), (2, bytes.len()));
+        let copied = copied.place(&other, 8192);
+        assert!(decode_record(&PACK, 4096, &copied).is_err());
+        let (record, _) = decode_record(&other, 8192, &copied).unwrap();
+        let Record::Frame(frame) = record else { panic!("a frame") };
+        assert_eq!(frame.block(0), Some(&raw[..BLOCK_BYTES]));
     }
 
     #[test]

@@ -103,6 +103,11 @@ impl<E: Engine> PackWriter<E> {
         self.header.number
     }
 
+    /// What it holds.
+    pub fn kind(&self) -> PackKind {
+        self.header.kind
+    }
+
     /// Bytes of the records in it.
     pub fn bytes(&self) -> u64 {
         self.written + self.tail.len() as u64 - BLOCK_SIZE
