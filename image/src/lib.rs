@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 pub mod below;
+mod bytes;
 pub mod compare;
 pub mod convert;
 pub mod create;
@@ -18,6 +19,7 @@ pub mod open;
 pub mod probe;
 pub mod qcow2;
 pub mod raw;
+pub mod sealed;
 pub mod side;
 mod signature;
 mod site;

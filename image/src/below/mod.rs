@@ -40,7 +40,7 @@ pub(crate) use open::{BackingSpec, NextLink, open_shared};
 pub(crate) use plan::push;
 pub use plan::{Compressed, Held, Piece, Source, Stop};
 pub(crate) use pool::Opened;
-pub(crate) use read::{reaches, read_file};
+pub(crate) use read::{reaches, read_aligned, read_file};
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

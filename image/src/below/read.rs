@@ -160,7 +160,7 @@ pub(crate) fn reaches<F: StorageFile>(file: &F, offset: FileOffset, memory: &Mem
 
 /// Reads `len` bytes of a file, aligned as the file needs it: the bytes, and where among them those
 /// are that were asked for. What lies past the end of the file is zero, where it may end there.
-async fn read_aligned<E: Engine>(
+pub(crate) async fn read_aligned<E: Engine>(
     io: &Io<E>,
     file: &E::File,
     offset: u64,

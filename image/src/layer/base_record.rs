@@ -4,10 +4,10 @@
 //! changed by writing the block that no slot names, a sync, and a checkpoint.
 
 use super::BaseSpec;
-use super::bytes::{array, checksum, get_u32, get_u64, put};
 use super::header::Header;
 use super::layout::{Damage, LayerId, SIZE_MAX, damage, unsupported};
 use crate::below::OpenBelow;
+use crate::bytes::{array, checksum, get_u32, get_u64, put};
 use crate::format::Format;
 use sapwood_blockdev::storage::FileIdentity;
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, FileOffset};

@@ -49,8 +49,8 @@ pub async fn create<S: Storage, E: Engine<File = S::File>>(
 
     let mut random = [0; 24];
     storage.random(&mut random).map_err(|e| ImageError::io(path, "make random numbers for", e))?;
-    let layer_id = super::bytes::array(&random, 0);
-    let nonce = super::bytes::get_u64(&random, 16);
+    let layer_id = crate::bytes::array(&random, 0);
+    let nonce = crate::bytes::get_u64(&random, 16);
     let header = Header { layer_id, segment_blocks };
     let record = BaseRecord { layer_id, sequence: 1, committing: false, base };
     let log = LogPosition::new(Lane { segment: 0, block: 0, next_segment: 1 }, 0, 0, nonce);

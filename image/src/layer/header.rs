@@ -1,9 +1,9 @@
 //! The header: what a layer is for ever. Written once, last of all when a layer is made.
 
-use super::bytes::{array, checksum, get_u32, get_u64, put};
 use super::layout::{
     Damage, LayerId, MAGIC, SEGMENT_BLOCKS_MAX, SEGMENT_BLOCKS_MIN, VERSION, damage, unsupported,
 };
+use crate::bytes::{array, checksum, get_u32, get_u64, put};
 use sapwood_blockdev::units::BLOCK_BYTES;
 
 const H_VERSION: usize = 8;

@@ -14,7 +14,6 @@
 mod age;
 pub(crate) mod base;
 pub(crate) mod base_record;
-mod bytes;
 mod check;
 mod checkpoint;
 mod clean;

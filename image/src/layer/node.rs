@@ -4,8 +4,8 @@
 //! the other. References name the first byte and the length, so that a leaf with few entries
 //! costs few bytes. Nodes are never changed in place: a checkpoint writes new ones.
 
-use super::bytes::{checksum, get_u16, get_u32, get_u64, put};
 use super::layout::{Damage, FIRST_SEGMENT_BLOCK, damage};
+use crate::bytes::{checksum, get_u16, get_u32, get_u64, put};
 use sapwood_blockdev::units::BLOCK_SIZE;
 
 /// Guest blocks of a leaf (2 MiB), and leaves of a branch (1 GiB).

@@ -6,10 +6,10 @@
 
 use std::ops::Range;
 
-use super::bytes::{array, checksum, get_u16, get_u32, get_u64, put};
 use super::layout::{Damage, LayerId, SIZE_MAX, damage};
 use super::node::Entry;
 use super::position::{LANES, Lane};
+use crate::bytes::{array, checksum, get_u16, get_u32, get_u64, put};
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, SECTOR_SIZE};
 
 const MAGIC: [u8; 8] = *b"SAPWRECD";

@@ -4,11 +4,11 @@
 //! checkpoint, and with it a change of the base.
 
 use super::base_record::BASE_SEQUENCE_MAX;
-use super::bytes::{array, checksum, get_u32, get_u64, put};
 use super::header::Header;
 use super::layout::{Damage, GENERATION_MAX, LayerId, damage, size_max};
 use super::position::{LANES, Lane, LogPosition};
 use super::traffic::Traffic;
+use crate::bytes::{array, checksum, get_u32, get_u64, put};
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, FileOffset, SECTOR_SIZE};
 
 const SLOT_MAGIC: [u8; 8] = *b"SAPWSLOT";

@@ -1,0 +1,167 @@
+//! Reading a pack.
+
+use std::ops::Range;
+use std::path::Path;
+
+use super::entries::{Entry, decode_page};
+use super::header::{PackHeader, PackId, PackKind};
+use super::node::Node;
+use super::place::Place;
+use super::record::{Frame, Record, decode_record};
+use super::trailer::Trailer;
+use crate::below::read_aligned;
+use crate::error::ImageError;
+use sapwood_blockdev::buffer::AlignedBuf;
+use sapwood_blockdev::engine::Engine;
+use sapwood_blockdev::io::Io;
+use sapwood_blockdev::storage::StorageFile;
+use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE};
+
+/// Pages of entries read at a time.
+const PAGES_AT_ONCE: u32 = 64;
+
+/// A whole pack: a file, or a part of one.
+#[derive(Clone, Debug)]
+pub struct Pack<F> {
+    file: F,
+    /// Where it begins in the file.
+    start: u64,
+    header: PackHeader,
+    trailer: Trailer,
+}
+
+impl<F: StorageFile> Pack<F> {
+    /// Opens the pack in these bytes of a file, which must have this number. Its header and its trailer are read.
+    ///
+    /// # Errors
+    /// The file cannot be read, or there is no whole pack with that number.
+    pub async fn open<E: Engine<File = F>>(
+        io: &Io<E>,
+        file: F,
+        range: Range<u64>,
+        number: u32,
+    ) -> Result<Self, ImageError> {
+        let path = file.path().to_owned();
+        let corrupt = |field, at, why: &dyn std::fmt::Display| ImageError::corrupt(&path, field, at, why);
+        let len = range.end.saturating_sub(range.start);
+        if len < 2 * BLOCK_SIZE || !(range.start | len).is_multiple_of(BLOCK_SIZE) {
+            return Err(corrupt("pack", range.start, &"it is too short, or was cut off"));
+        }
+        let block = read(io, &file, range.start..range.start + BLOCK_SIZE).await?;
+        let header = PackHeader::decode(&block).map_err(|why| corrupt("pack header", range.start, &why))?;
+        if header.number != number {
+            let why = format!("it is pack {}, and pack {number} was expected", header.number);
+            return Err(corrupt("pack header", range.start, &why));
+        }
+        let at = range.end - BLOCK_SIZE;
+        let block = read(io, &file, at..range.end).await?;
+        let trailer =
+            Trailer::decode(&block, &header.id, len).map_err(|why| corrupt("pack trailer", at, &why))?;
+        Ok(Self { file, start: range.start, header, trailer })
+    }
+
+    /// Its id.
+    pub fn id(&self) -> PackId {
+        self.header.id
+    }
+
+    /// Its number.
+    pub fn number(&self) -> u32 {
+        self.header.number
+    }
+
+    /// What it holds.
+    pub fn kind(&self) -> PackKind {
+        self.header.kind
+    }
+
+    /// The file that it is in.
+    pub fn path(&self) -> &Path {
+        self.file.path()
+    }
+
+    /// Blocks or nodes in it.
+    pub fn entries(&self) -> u32 {
+        self.trailer.entries
+    }
+
+    /// Records in it.
+    pub fn records(&self) -> u32 {
+        self.trailer.records
+    }
+
+    /// Pages of entries.
+    pub fn pages(&self) -> u32 {
+        self.trailer.pages
+    }
+
+    /// The frame at a place.
+    ///
+    /// # Errors
+    /// The file cannot be read, or what is there is damaged or no frame.
+    pub async fn frame<E: Engine<File = F>>(&self, io: &Io<E>, place: Place) -> Result<Frame, ImageError> {
+        match self.record(io, place).await? {
+            Record::Frame(frame) => Ok(frame),
+            Record::Node(_) => Err(self.damaged("record", place.offset(), &"it is a node and no frame")),
+        }
+    }
+
+    /// The node at a place.
+    ///
+    /// # Errors
+    /// The file cannot be read, or what is there is damaged or no node.
+    pub async fn node<E: Engine<File = F>>(&self, io: &Io<E>, place: Place) -> Result<Node, ImageError> {
+        match self.record(io, place).await? {
+            Record::Node(node) => Ok(*node),
+            Record::Frame(_) => Err(self.damaged("record", place.offset(), &"it is a frame and no node")),
+        }
+    }
+
+    async fn record<E: Engine<File = F>>(&self, io: &Io<E>, place: Place) -> Result<Record, ImageError> {
+        let (offset, end) = (place.offset(), self.trailer.entries_at);
+        if offset < BLOCK_SIZE || offset >= end {
+            return Err(self.damaged("record", offset, &"there are no records"));
+        }
+        let len = (place.read_len() as u64).min(end - offset) as usize;
+        let (bytes, range) = read_aligned(io, &self.file, self.start + offset, len, false)
+            .await
+            .map_err(|error| ImageError::new(self.path(), error))?;
+        let decoded = decode_record(&self.header.id, offset, &bytes[range]);
+        decoded.map(|(record, _)| record).map_err(|why| self.damaged("record", offset, &why))
+    }
+
+    /// The entries of some of its pages, in the order in which they were stored.
+    ///
+    /// # Errors
+    /// The file cannot be read, or a page is damaged.
+    pub async fn entries_in<E: Engine<File = F>>(
+        &self,
+        io: &Io<E>,
+        pages: Range<u32>,
+    ) -> Result<Vec<Entry>, ImageError> {
+        let pages = pages.start..pages.end.min(self.trailer.pages);
+        let mut entries = Vec::new();
+        for first in pages.clone().step_by(PAGES_AT_ONCE as usize) {
+            let end = pages.end.min(first + PAGES_AT_ONCE);
+            let at = |page: u32| self.trailer.entries_at + u64::from(page) * BLOCK_SIZE;
+            let bytes = read(io, &self.file, self.start + at(first)..self.start + at(end)).await?;
+            for (number, page) in (first..end).zip(bytes.chunks_exact(BLOCK_BYTES)) {
+                let decoded = decode_page(&self.header.id, self.header.number, number, page);
+                entries.extend(decoded.map_err(|why| self.damaged("page of entries", at(number), &why))?);
+            }
+        }
+        Ok(entries)
+    }
+
+    /// An error about a byte of the pack.
+    fn damaged(&self, field: &'static str, offset: u64, why: &dyn std::fmt::Display) -> ImageError {
+        ImageError::corrupt(self.path(), field, self.start + offset, why)
+    }
+}
+
+/// Reads whole blocks.
+async fn read<E: Engine>(io: &Io<E>, file: &E::File, range: Range<u64>) -> Result<AlignedBuf, ImageError> {
+    let len = (range.end - range.start) as usize;
+    let read = read_aligned(io, file, range.start, len, false).await;
+    read.map(|(bytes, _)| bytes).map_err(|error| ImageError::new(file.path(), error))
+}

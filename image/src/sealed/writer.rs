@@ -1,0 +1,174 @@
+//! Making packs.
+//!
+//! A pack is written under a name of its own, synced, and then given its name; it is never changed afterwards. Its name is
+//! durable when the directory has been synced, which whoever publishes packs does once for all of them.
+
+use std::path::{Path, PathBuf};
+
+use super::entries::EntryPages;
+use super::hash::Hash;
+use super::header::{PackHeader, PackId, PackKind};
+use super::place::{PACK_BYTES_MAX, Place};
+use super::record::NewRecord;
+use super::trailer::Trailer;
+use crate::error::ImageError;
+use sapwood_blockdev::buffer::AlignedBuf;
+use sapwood_blockdev::engine::{Engine, Op};
+use sapwood_blockdev::io::Io;
+use sapwood_blockdev::storage::{OpenOptions, Storage};
+use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, FileOffset};
+
+/// Bytes of records after which a pack is full.
+pub const PACK_BYTES: u64 = 64 << 20;
+const _: () = assert!(PACK_BYTES + (Place::LEN_MAX as u64) < PACK_BYTES_MAX);
+
+/// Bytes written at a time.
+const CHUNK_LEN: usize = 1 << 20;
+
+/// A pack that is being made.
+pub struct PackWriter<E: Engine> {
+    io: Io<E>,
+    file: E::File,
+    header: PackHeader,
+    /// Its name when it is whole, and until then.
+    path: PathBuf,
+    unfinished: PathBuf,
+    /// What has not been written, from byte `written` on.
+    tail: Vec<u8>,
+    written: u64,
+    records: u32,
+    pages: EntryPages,
+}
+
+/// A pack that is whole, and durable but for its name.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Written {
+    /// Its number.
+    pub number: u32,
+    /// Its id.
+    pub id: PackId,
+    /// What it holds.
+    pub kind: PackKind,
+    /// Length of the file in bytes.
+    pub bytes: u64,
+    /// Blocks or nodes in it.
+    pub entries: u32,
+    /// The file.
+    pub path: PathBuf,
+}
+
+impl<E: Engine> PackWriter<E> {
+    /// Begins pack `number` in a directory.
+    ///
+    /// # Errors
+    /// When the file exists, or cannot be made.
+    pub fn create<S: Storage<File = E::File>>(
+        storage: &S,
+        io: &Io<E>,
+        directory: &Path,
+        number: u32,
+        kind: PackKind,
+    ) -> Result<Self, ImageError> {
+        let path = directory.join(pack_name(number));
+        let unfinished = path.with_extension("pack.tmp");
+        let mut id = PackId([0; 16]);
+        storage.random(&mut id.0).map_err(|e| ImageError::io(&path, "choose an id for", e))?;
+        let file =
+            storage.open(&unfinished, OpenOptions::CREATE).map_err(|e| ImageError::open(&unfinished, e))?;
+        let header = PackHeader { id, kind, number };
+        let tail = header.encode();
+        let pages = EntryPages::default();
+        Ok(Self { io: io.clone(), file, header, path, unfinished, tail, written: 0, records: 0, pages })
+    }
+
+    /// Its number.
+    pub fn number(&self) -> u32 {
+        self.header.number
+    }
+
+    /// Bytes of the records in it.
+    pub fn bytes(&self) -> u64 {
+        self.written + self.tail.len() as u64 - BLOCK_SIZE
+    }
+
+    /// Whether it should be finished and another one begun.
+    pub fn is_full(&self) -> bool {
+        self.bytes() >= PACK_BYTES
+    }
+
+    /// Appends a record whose blocks, or node, have these hashes: the place of the first. It is in memory until
+    /// [`write_out`](Self::write_out) or [`finish`](Self::finish).
+    ///
+    /// # Panics
+    /// When there are not as many hashes as blocks, or the pack was full long ago.
+    pub fn push(&mut self, record: NewRecord, hashes: &[Hash]) -> Place {
+        assert_eq!(record.count, hashes.len(), "a hash for each block");
+        let offset = self.written + self.tail.len() as u64;
+        let place = Place::new(self.header.number, offset, record.len(), 0);
+        self.pages.push(&self.header.id, offset, record.len(), hashes);
+        self.tail.extend(record.place(&self.header.id, offset));
+        self.records += 1;
+        place
+    }
+
+    /// Writes what has gathered, when that is much.
+    ///
+    /// # Errors
+    /// What the storage says.
+    pub async fn write_out(&mut self) -> Result<(), ImageError> {
+        while self.tail.len() >= CHUNK_LEN {
+            self.write_chunk(CHUNK_LEN).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes the first `len` bytes of the tail, a multiple of 4096.
+    async fn write_chunk(&mut self, len: usize) -> Result<(), ImageError> {
+        let buf = AlignedBuf::from_slice(&self.tail[..len]);
+        self.tail.drain(..len);
+        let write = Op::write(self.file.clone(), FileOffset(self.written), buf);
+        self.written += len as u64;
+        self.io.run(write).await.result.map_err(|e| ImageError::errno(&self.unfinished, "write", e))?;
+        Ok(())
+    }
+
+    /// Completes the pack, makes it durable and gives it its name.
+    ///
+    /// # Errors
+    /// What the storage says; then there is no such pack, but maybe an unfinished file.
+    pub async fn finish(mut self) -> Result<Written, ImageError> {
+        let align = |tail: &mut Vec<u8>| tail.resize(tail.len().next_multiple_of(BLOCK_BYTES), 0);
+        align(&mut self.tail);
+        let entries_at = self.written + self.tail.len() as u64;
+        let entries = self.pages.entries;
+        let pages = std::mem::take(&mut self.pages).finish(&self.header.id);
+        let trailer = Trailer {
+            id: self.header.id,
+            entries_at,
+            pages: (pages.len() / BLOCK_BYTES) as u32,
+            entries,
+            records: self.records,
+        };
+        self.tail.extend(pages);
+        self.tail.extend(trailer.encode());
+        self.write_out().await?;
+        self.write_chunk(self.tail.len()).await?;
+        let sync = Op::Sync { file: self.file.clone() };
+        self.io.run(sync).await.result.map_err(|e| ImageError::errno(&self.unfinished, "sync", e))?;
+        let rename = Op::Rename { from: self.unfinished.clone(), to: self.path.clone() };
+        self.io.run(rename).await.result.map_err(|e| ImageError::errno(&self.unfinished, "rename", e))?;
+        let PackHeader { id, kind, number } = self.header;
+        Ok(Written { number, id, kind, bytes: self.written, entries, path: self.path })
+    }
+
+    /// Gives the pack up: the unfinished file is removed.
+    pub async fn abandon(self) {
+        // What cannot be removed is found as garbage later.
+        let _ = self.io.run(Op::Unlink { path: self.unfinished }).await;
+    }
+}
+
+/// The file name of a pack.
+pub fn pack_name(number: u32) -> String {
+    format!("{number:08x}.pack")
+}
