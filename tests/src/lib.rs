@@ -1,6 +1,7 @@
 //! Tests that need more than one crate, and the tools they share: real guests, a vhost-user client,
 //! a model of a disk, damaged images and large ones, counters, mounted file systems, and the simulated world.
 
+pub mod corpus;
 pub mod counting;
 pub mod damage;
 pub mod frontend;

@@ -82,7 +82,7 @@ pub fn sapwood_program() -> Result<PathBuf> {
 }
 
 /// The cargo target directory that this program lies in.
-fn target_directory() -> Result<PathBuf> {
+pub(crate) fn target_directory() -> Result<PathBuf> {
     let program = std::env::current_exe().context("finding this program's own file")?;
     let profile = program.ancestors().find(|path| path.ends_with("release") || path.ends_with("debug"));
     let target = profile.and_then(Path::parent).map(Path::to_owned);

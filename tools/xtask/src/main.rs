@@ -1,7 +1,8 @@
-//! Development tasks: `cargo xtask setup | test | soak | demo | bench`.
+//! Development tasks: `cargo xtask setup | test | soak | demo | bench | corpus`.
 
 mod bench;
 mod demo;
+mod images;
 mod process;
 mod setup;
 mod suite;
@@ -40,6 +41,8 @@ enum Task {
     },
     /// Measure `sapwood serve` beside `qemu-storage-daemon`
     Bench(bench::Bench),
+    /// Make the images that deduplication and compression are measured with
+    Corpus(images::Corpus),
     /// Run the tests for long: more simulated histories, longer fuzzing
     Soak {
         /// As for `test`
@@ -72,6 +75,7 @@ fn perform(task: &Task) -> Result<bool> {
         Task::Setup => set_up(&workspace),
         Task::Demo => demo::run(&workspace),
         Task::Bench(options) => bench::run(&workspace, options),
+        Task::Corpus(options) => images::run(&workspace, options),
         Task::Test { only, fuzz_seconds } => {
             let fuzz = Duration::from_secs(*fuzz_seconds);
             run_suite(&workspace, Effort { soak_seeds: None, fuzz }, only)

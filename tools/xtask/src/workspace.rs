@@ -39,6 +39,11 @@ impl Workspace {
         self.target.join("guest")
     }
 
+    /// Where the corpus is kept.
+    pub fn corpus(&self) -> PathBuf {
+        self.target.join("corpus")
+    }
+
     /// The `sapwood` program: the one that `SAPWOOD_BIN` names, else built here for release.
     ///
     /// # Errors

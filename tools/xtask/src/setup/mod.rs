@@ -1,11 +1,11 @@
 //! Brings a machine to where tests and demo run: packages of the host, a guest kernel, a guest
 //! root file system, a disk that boots by itself. What is there already costs nothing and needs no network.
 
-mod apt;
+pub mod apt;
 mod bootable;
-mod cache;
+pub mod cache;
 mod kernel;
-mod rootfs;
+pub mod rootfs;
 mod sources;
 
 use std::fs;

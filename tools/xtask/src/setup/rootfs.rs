@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Result;
@@ -50,18 +51,56 @@ pub fn make(into: &Path) -> Result<()> {
 /// # Errors
 /// mmdebstrap fails; the message holds what it wrote.
 pub fn bootstrap(packages: &[&str], tree: &Path, sources: &Path) -> Result<()> {
-    let source = apt::release_source()?.with_suite(SUITE);
-    fs::write(sources, source.to_deb822())?;
+    let excluded = ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"];
     let mut command = apt::privileged("mmdebstrap");
-    command.args(["--quiet", "--mode=root", "--format=directory", "--variant=essential"]);
+    command.args(excluded.map(|path| format!("--dpkgopt=path-exclude={path}")));
+    finish_bootstrap(command, "essential", SUITE, packages, tree, sources)
+}
+
+/// Makes a whole Debian of `suite` (what has the priority "important", and `packages`, with documentation) in the
+/// directory `tree`, as [`bootstrap`] does. Packages that were downloaded stay in `downloads`.
+///
+/// # Errors
+/// mmdebstrap fails; the message holds what it wrote.
+pub fn bootstrap_whole(
+    suite: &str,
+    packages: &[&str],
+    tree: &Path,
+    sources: &Path,
+    downloads: &Path,
+) -> Result<()> {
+    // A mount is gone with the namespace, whatever happens to mmdebstrap.
+    let mut command = apt::privileged("unshare");
+    command.args(["--mount", "--propagation=private", "mmdebstrap"]);
+    for step in ["download/empty", "essential/unlink", "cleanup/apt/cache"] {
+        command.arg(format!("--skip={step}"));
+    }
+    let folder = "\"$1/var/cache/apt/archives\"";
+    let from = downloads.display();
+    command.arg(format!("--setup-hook=mkdir -p {folder} && mount --bind '{from}' {folder}"));
+    command.arg(format!("--customize-hook=umount {folder}"));
+    command.arg("--customize-hook=rm -f \"$1\"/etc/ssh/ssh_host_*");
+    command.arg("--dpkgopt=force-unsafe-io");
+    finish_bootstrap(command, "important", suite, packages, tree, sources)
+}
+
+fn finish_bootstrap(
+    mut command: Command,
+    variant: &str,
+    suite: &str,
+    packages: &[&str],
+    tree: &Path,
+    sources: &Path,
+) -> Result<()> {
+    let source = apt::release_source()?.with_suite(suite);
+    fs::write(sources, source.to_deb822())?;
+    command.args(["--quiet", "--mode=root", "--format=directory"]);
+    command.arg(format!("--variant={variant}"));
     command.arg(format!("--include={}", packages.join(",")));
     command.arg("--aptopt=APT::Install-Recommends \"false\";");
     for option in apt::proxy_options() {
         command.arg(format!("--aptopt={option}"));
     }
-    for path in ["/usr/share/doc/*", "/usr/share/man/*", "/usr/share/locale/*"] {
-        command.arg(format!("--dpkgopt=path-exclude={path}"));
-    }
-    command.arg(SUITE).arg(tree).arg(sources);
+    command.arg(suite).arg(tree).arg(sources);
     process::output(&mut command, BOOTSTRAP_LIMIT).map(|_| ())
 }
