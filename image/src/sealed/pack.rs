@@ -164,11 +164,6 @@ impl<F: StorageFile> Pack<F> {
         decoded.map(|(record, _)| record).map_err(|why| self.damaged("record", offset, &why))
     }
 
-    /// Where its records end.
-    pub(super) fn records_end(&self) -> u64 {
-        self.trailer.entries_at
-    }
-
     /// Bytes before the end of the records, as they are stored; not checked.
     pub(super) async fn stored<E: Engine<File = F>>(
         &self,

@@ -270,11 +270,6 @@ impl<E: Engine> Packs<E> {
         self.pool.len()
     }
 
-    /// For messages.
-    pub(super) fn path(&self) -> &Path {
-        &self.path
-    }
-
     /// The error for content that is nowhere.
     pub(super) fn missing(&self, hash: &Hash) -> ImageError {
         ImageError::corrupt(&self.path, "content", 0, format!("{hash} is in none of the packs"))
