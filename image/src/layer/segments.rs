@@ -393,26 +393,6 @@ impl Segments {
         self.list[segment as usize].pinned = true;
     }
 
-    /// The cleaner has moved all blocks of a segment, and marked the nodes in it for the next checkpoint: until then
-    /// there is nothing more to do for it. Says whether there are such nodes.
-    pub(super) fn note_emptied(&mut self, segment: u32) -> bool {
-        let emptied = &mut self.list[segment as usize];
-        if emptied.live_blocks > 0 || emptied.is_empty() {
-            return false;
-        }
-        if !std::mem::replace(&mut emptied.emptied, true) {
-            self.emptied.push(segment);
-        }
-        true
-    }
-
-    /// A checkpoint begins, which stores what was marked.
-    pub(super) fn forget_emptied(&mut self) {
-        for segment in std::mem::take(&mut self.emptied) {
-            self.list[segment as usize].emptied = false;
-        }
-    }
-
     /// Whether all space of a segment was reserved in this session.
     pub(super) fn is_reserved(&self, segment: u32) -> bool {
         self.list[segment as usize].reserved

@@ -42,6 +42,26 @@ impl Segments {
         !self.candidates(segment..segment + 1, published, 0).is_empty()
     }
 
+    /// The cleaner has moved all blocks of a segment, and marked the nodes in it for the next checkpoint: until then
+    /// there is nothing more to do for it. Says whether there are such nodes.
+    pub(in crate::layer) fn note_emptied(&mut self, segment: u32) -> bool {
+        let emptied = &mut self.list[segment as usize];
+        if emptied.live_blocks > 0 || emptied.is_empty() {
+            return false;
+        }
+        if !std::mem::replace(&mut emptied.emptied, true) {
+            self.emptied.push(segment);
+        }
+        true
+    }
+
+    /// A checkpoint begins, which stores what was marked.
+    pub(in crate::layer) fn forget_emptied(&mut self) {
+        for segment in std::mem::take(&mut self.emptied) {
+            self.list[segment as usize].emptied = false;
+        }
+    }
+
     /// Chooses a free segment whose space was reserved in this session.
     pub(in crate::layer) fn choose_reserved(&mut self) -> Option<u32> {
         let segment = self.free_allocated.iter().copied().find(|&segment| self.is_reserved(segment))?;
