@@ -6,13 +6,14 @@
 //!
 //! From the bottom up: `hash` and `place` say what a block is and where it may be; `record`, `codec` and `node` are the
 //! stored forms, `entries`, `header` and `trailer` the parts of a pack around them; `writer` makes packs and
-//! `pack` reads one, and `packs` all of a store.
+//! `pack` reads one, and `packs` all of a store. `dedup` says which blocks may be there already.
 //!
 //! Invariants:
 //! - a hash depends on contents alone, so equal contents have equal hashes wherever they are stored;
 //! - a place is a hint: what is found there is believed when its hash is the one that was asked for.
 
 mod codec;
+mod dedup;
 mod entries;
 mod hash;
 mod header;
@@ -27,6 +28,7 @@ mod trailer;
 mod writer;
 
 pub use codec::{Codec, Coder};
+pub use dedup::{CONTAINER_ENTRIES_MAX, CONTAINER_PAGES, Container, DedupIndex, Lookup, SEGMENT_BLOCKS};
 pub use entries::{Entry, PAGE_ENTRIES_MAX};
 pub use hash::{Hash, root_hash};
 pub use header::{PackId, PackKind};
