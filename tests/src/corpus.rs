@@ -6,6 +6,9 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
+use rustix::fs::{SeekFrom, seek};
+use rustix::io::Errno;
+use sapwood_image::sealed::Hash;
 
 use crate::guest::target_directory;
 
@@ -20,9 +23,6 @@ pub const IMAGE_FILE: &str = "disk.raw";
 pub const BLOCK_BYTES: usize = 4096;
 /// Blocks that are read at a time.
 const BATCH: usize = 256;
-
-/// The hash of a block; zeroes for one of zeroes.
-pub type BlockHash = [u8; 32];
 
 /// Where the corpus is: `SAPWOOD_CORPUS_DIR`, or else `corpus` beside the directory of profiles that this program was
 /// built into.
@@ -50,33 +50,34 @@ pub fn image(corpus: &Path, name: &str) -> PathBuf {
 ///
 /// # Errors
 /// The image cannot be read.
-pub fn hashes(image: &Path) -> Result<Vec<BlockHash>> {
-    let mut hashes = Vec::new();
-    let take = |_, block: &[u8]| hashes.push(hash(block));
-    each_block(image, take).with_context(|| format!("reading {}", image.display()))?;
+pub fn hashes(image: &Path) -> Result<Vec<Hash>> {
+    read_hashes(image).with_context(|| format!("reading {}", image.display()))
+}
+
+fn read_hashes(image: &Path) -> io::Result<Vec<Hash>> {
+    let file = File::open(image)?;
+    let mut hashes = vec![Hash::ZERO; file.metadata()?.len() as usize / BLOCK_BYTES];
+    let mut buffer = vec![0; BATCH * BLOCK_BYTES];
+    let mut at = next_data(&file, 0)?;
+    while at < hashes.len() {
+        let count = BATCH.min(hashes.len() - at);
+        let batch = &mut buffer[..count * BLOCK_BYTES];
+        file.read_exact_at(batch, (at * BLOCK_BYTES) as u64)?;
+        for (block, hash) in batch.chunks(BLOCK_BYTES).zip(&mut hashes[at..]) {
+            *hash = Hash::of_block(block);
+        }
+        at = next_data(&file, at + count)?;
+    }
     Ok(hashes)
 }
 
-fn hash(block: &[u8]) -> BlockHash {
-    if block.iter().all(|byte| *byte == 0) { [0; 32] } else { blake3::hash(block).into() }
-}
-
-/// Gives every block of `image` with its number to `take`, in order.
-fn each_block(image: &Path, mut take: impl FnMut(u64, &[u8])) -> io::Result<()> {
-    let file = File::open(image)?;
-    let blocks = file.metadata()?.len() / BLOCK_BYTES as u64;
-    let mut buffer = vec![0; BATCH * BLOCK_BYTES];
-    let mut at = 0;
-    while at < blocks {
-        let count = (blocks - at).min(BATCH as u64) as usize;
-        let batch = &mut buffer[..count * BLOCK_BYTES];
-        file.read_exact_at(batch, at * BLOCK_BYTES as u64)?;
-        for (i, block) in batch.chunks(BLOCK_BYTES).enumerate() {
-            take(at + i as u64, block);
-        }
-        at += count as u64;
+/// The first block from `block` on that is not in a hole.
+fn next_data(file: &File, block: usize) -> io::Result<usize> {
+    match seek(file, SeekFrom::Data((block * BLOCK_BYTES) as u64)) {
+        Ok(offset) => Ok(offset as usize / BLOCK_BYTES),
+        Err(Errno::NXIO) => Ok(usize::MAX),
+        Err(error) => Err(error.into()),
     }
-    Ok(())
 }
 
 #[cfg(test)]
@@ -93,10 +94,10 @@ mod tests {
         let hashes = hashes(file.path()).unwrap();
         assert_eq!(hashes.len(), count);
         for (i, hash) in hashes.iter().enumerate() {
-            assert_eq!(*hash != [0; 32], i == marked, "block {i}");
+            assert_eq!(!hash.is_zero(), i == marked, "block {i}");
         }
         let mut block = vec![0; BLOCK_BYTES];
         block[BLOCK_BYTES - 1] = b'x';
-        assert_eq!(hashes[marked], *blake3::hash(&block).as_bytes());
+        assert_eq!(hashes[marked], Hash::of_block(&block));
     }
 }

@@ -20,6 +20,7 @@ mod recent;
 #[cfg(test)]
 mod tests;
 
+use std::cmp::Reverse;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
@@ -34,6 +35,8 @@ pub const SEGMENT_BLOCKS: usize = 1024;
 pub const CONTAINER_PAGES: u32 = 4;
 /// Entries in a container, at most.
 pub const CONTAINER_ENTRIES_MAX: usize = CONTAINER_PAGES as usize * PAGE_ENTRIES_MAX;
+/// Containers that are read for one segment, at most.
+const WANTED_MAX: usize = 128;
 /// Unique bytes in the store for which there is one byte of the index: 64 MiB for 1 TiB.
 const UNIQUE_PER_BYTE: u64 = 1 << 14;
 /// Parts of the budget that are for hooks, and of how many.
@@ -109,7 +112,8 @@ impl DedupIndex {
     }
 
     /// The containers that the blocks of a segment name, as far as they have not been found: those that most blocks name
-    /// first, and those that follow where blocks were found near the end of one. None that was given out for this segment before.
+    /// first, and those that follow where blocks were found near the end of one. None that was given out for this segment
+    /// before, and no more than [`WANTED_MAX`] for all of it: hashes can be made that name containers in vain.
     pub fn wanted(&mut self, lookup: &mut Lookup) -> Vec<Container> {
         let find = |hash: &_| self.recent.find(hash).or_else(|| self.hooks.find(hash));
         let mut named: Vec<Container> = lookup.left().filter_map(find).collect();
@@ -118,9 +122,10 @@ impl DedupIndex {
         let same = |a: &Container, b: &Container| a == b;
         let mut counted: Vec<(usize, Container)> =
             named.chunk_by(same).map(|same| (same.len(), same[0])).collect();
-        counted.retain(|(_, container)| lookup.ask(*container));
-        counted.sort_by_key(|(count, container)| (std::cmp::Reverse(*count), *container));
-        counted.into_iter().map(|(_, container)| container).collect()
+        counted.sort_by_key(|(count, container)| (Reverse(*count), *container));
+        let mut wanted: Vec<Container> = counted.into_iter().map(|(_, container)| container).collect();
+        wanted.retain(|container| lookup.ask(*container));
+        wanted
     }
 
     /// Looks for the blocks of a segment in a container that was wanted, whose entries are as its pages have them.

@@ -8,7 +8,8 @@
 //! stored forms, `entries`, `header` and `trailer` the parts of a pack around them; `writer` makes packs and
 //! `pack` reads one, and `packs` all of a store, with the exact `index` beside them. `snapshot` is a disk. `cursor` reads a
 //! tree, `tree` makes one, and `diff` compares two. `seal` turns a `source` into packs and a root, with `workers`, through
-//! `known` past what is stored already, and `output` holds the new packs. `archive` is a disk in one file.
+//! `known` past what is stored already (which `dedup` says in little memory), and `output` holds the new packs. `archive` is a
+//! disk in one file.
 //!
 //! Invariants:
 //! - a hash depends on contents alone, so equal contents have equal hashes wherever they are stored;
@@ -18,6 +19,7 @@ mod archive;
 mod codec;
 pub mod collect;
 mod cursor;
+mod dedup;
 mod diff;
 mod entries;
 mod hash;
@@ -45,6 +47,7 @@ mod writer;
 pub use archive::{Archive, ArchiveInfo, DESCRIPTION_BYTES_MAX, Export, Exported, NAME_BYTES_MAX, export};
 pub use codec::{Codec, Coder};
 pub use cursor::SEALED_BYTES_MAX;
+pub use dedup::{CONTAINER_ENTRIES_MAX, CONTAINER_PAGES, Container, DedupIndex, Lookup};
 pub use diff::{DiffStats, diff};
 pub use entries::{Entry, PAGE_ENTRIES_MAX};
 pub use hash::{Hash, root_hash};

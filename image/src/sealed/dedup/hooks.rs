@@ -155,9 +155,9 @@ mod tests {
     fn a_full_table_is_thinned_and_never_wrong() {
         let mut hooks = Hooks::new(BUDGET);
         let places = hooks.marks.places() as u32;
-        let fits = places / 8 * USABLE_EIGHTHS as u32;
+        let fits = places / 16 * 13;
         (0..fits).for_each(|i| hooks.insert(&hook(i), container(i)));
-        assert_eq!((found(&hooks, fits), hooks.thin), (fits as usize, 0), "what is usable is used");
+        assert_eq!((found(&hooks, fits), hooks.thin), (fits as usize, 0), "it is not full before");
         let many = places * 3;
         (fits..many).for_each(|i| hooks.insert(&hook(i), container(i)));
         let left = found(&hooks, many);

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use super::{CONTAINER_ENTRIES_MAX, Container};
+use super::{CONTAINER_ENTRIES_MAX, Container, WANTED_MAX};
 use crate::sealed::entries::Entry;
 use crate::sealed::hash::Hash;
 use crate::sealed::place::Place;
@@ -56,9 +56,9 @@ impl Lookup {
         std::mem::take(&mut self.following)
     }
 
-    /// Whether a container was not given out for this segment before.
+    /// Whether a container may be given out: it was not for this segment before, nor were [`WANTED_MAX`].
     pub(super) fn ask(&mut self, container: Container) -> bool {
-        self.asked.insert(container)
+        self.asked.len() < WANTED_MAX && self.asked.insert(container)
     }
 
     /// Looks for the blocks among these entries; whether any was found.

@@ -38,7 +38,11 @@ impl Marks {
     /// The value of a mark that `is_valid`.
     pub(super) fn find(&self, mark: u32, is_valid: impl Fn(u32) -> bool) -> Option<u32> {
         let fits = |place: &&u64| **place != 0 && mark_of(**place) == mark && is_valid(**place as u32);
-        self.buckets(mark)?.iter().flat_map(|at| &self.0[*at..at + BUCKET]).find(fits).map(|place| *place as u32)
+        self.buckets(mark)?
+            .iter()
+            .flat_map(|at| &self.0[*at..at + BUCKET])
+            .find(fits)
+            .map(|place| *place as u32)
     }
 
     /// Sets the value of a mark, in a place that has the mark, or else in one that is free or whose value is not valid.

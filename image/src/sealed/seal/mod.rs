@@ -40,7 +40,7 @@ use sapwood_blockdev::storage::Storage;
 use sapwood_blockdev::units::SECTOR_SIZE;
 
 /// Blocks read, hashed and looked up together: 4 MiB of disk.
-pub const SEGMENT_BLOCKS: u64 = 1024;
+pub const SEGMENT_BLOCKS: u64 = super::dedup::SEGMENT_BLOCKS as u64;
 /// Blocks in a frame.
 pub const FRAME_BLOCKS: usize = 16;
 /// How hard frames are compressed (see [`Coder::new`](super::Coder::new)).

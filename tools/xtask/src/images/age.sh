@@ -16,7 +16,7 @@ apt() {
 }
 apt update
 apt install --reinstall git locales perl-modules-5.36 php8.2-common vim-runtime
-apt purge npm imagemagick
+apt purge certbot imagemagick
 apt autoremove --purge
 apt -t bookworm-backports upgrade
 apt install build-essential postgresql-client

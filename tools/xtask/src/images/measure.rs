@@ -9,7 +9,8 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
-use sapwood_tests::corpus::{self, AGED, BLOCK_BYTES, BlockHash, IMAGES};
+use sapwood_image::sealed::Hash;
+use sapwood_tests::corpus::{self, AGED, BLOCK_BYTES, IMAGES};
 
 use super::frames;
 use crate::process;
@@ -55,10 +56,10 @@ pub fn run(corpus: &Path, sample: usize) -> Result<()> {
 }
 
 /// Counts the blocks of an image and adds them to those `seen`; each that is new is named to `found`.
-fn take_in(hashes: &[BlockHash], seen: &mut HashSet<BlockHash>, mut found: impl FnMut(u32)) -> Count {
+fn take_in(hashes: &[Hash], seen: &mut HashSet<Hash>, mut found: impl FnMut(u32)) -> Count {
     let mut count = Count::default();
     for (block, hash) in hashes.iter().enumerate() {
-        if *hash == [0; 32] {
+        if hash.is_zero() {
             continue;
         }
         count.nonzero += 1;

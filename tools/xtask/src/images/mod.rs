@@ -46,7 +46,7 @@ pub fn run(workspace: &Workspace, options: &Corpus) -> Result<bool> {
     fs::create_dir_all(&corpus).with_context(|| format!("making {}", corpus.display()))?;
     let lock = fs::File::create(corpus.join(".lock"))?;
     lock.lock().context("waiting for another run")?;
-    if !is_fresh(&corpus) {
+    if !is_there(&corpus) {
         if let Some(reason) = apt::unable() {
             println!("skipped: {reason}");
             return Ok(false);
@@ -61,7 +61,8 @@ pub fn run(workspace: &Workspace, options: &Corpus) -> Result<bool> {
     Ok(true)
 }
 
-fn is_fresh(corpus: &Path) -> bool {
+/// Whether the whole corpus is there, as it would be made now.
+pub fn is_there(corpus: &Path) -> bool {
     let made = |recipe: &Recipe| cache::is_fresh(corpus, recipe.name, &recipe.text());
     recipes::all().iter().all(made) && cache::is_fresh(corpus, AGED, &age::recipe())
 }

@@ -11,6 +11,7 @@ use sapwood_tests::guest::accelerator::tcg_has_svm;
 
 use super::fuzz;
 use super::{Step, Verdict};
+use crate::images;
 use crate::process;
 use crate::setup::{self, Outcome};
 use crate::workspace::Workspace;
@@ -96,6 +97,7 @@ impl<'a> Suite<'a> {
         for (name, needs) in STORAGE {
             steps.push(Step::new(format!("storage/{name}"), move || self.storage(name, needs)));
         }
+        steps.push(Step::new("corpus", || self.corpus()));
         steps.extend(fuzz::steps(self.workspace, self.effort)?);
         steps.push(Step::new("guests", || self.guests()));
         steps.push(Step::new("nested", || self.nested()));
@@ -127,6 +129,7 @@ impl<'a> Suite<'a> {
         let mut command = self.workspace.cargo();
         command.args(arguments);
         command.env("SAPWOOD_BIN", self.program()).env("SAPWOOD_GUEST_DIR", self.workspace.guest());
+        command.env("SAPWOOD_CORPUS_DIR", self.workspace.corpus());
         // An error's message says what happened; where it was wrapped does not.
         command.env("RUST_LIB_BACKTRACE", "0");
         if let Some(seeds) = self.effort.soak_seeds {
@@ -182,6 +185,17 @@ impl<'a> Suite<'a> {
             process::run(&mut command, minutes(15))?;
         }
         Ok(Verdict::Passed)
+    }
+
+    /// What is measured with the corpus, where it was made: it takes a quarter of an hour.
+    fn corpus(&self) -> Result<Verdict> {
+        if !images::is_there(&self.workspace.corpus()) {
+            return Ok(Verdict::Skipped("there is no corpus: `cargo xtask corpus` makes it".to_owned()));
+        }
+        let arguments = ["test", "--package", "sapwood-tests", "--tests", "--", "corpus_"];
+        let mut command = self.command(&arguments);
+        command.args(["--ignored", "--test-threads=1", "--show-output"]);
+        process::run(&mut command, minutes(15)).map(|()| Verdict::Passed)
     }
 
     fn doctests(&self) -> Result<Verdict> {
