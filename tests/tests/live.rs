@@ -287,7 +287,7 @@ fn reads_of_a_switch(mapped: u64) -> u64 {
     let volume = Volume::new(layer);
     let mut queue = volume.queue(engine());
     let mut done = Vec::new();
-    let mut write = |queue: &mut VolumeQueue<_>, block: u64| {
+    let write = |queue: &mut VolumeQueue<_>, block: u64| {
         let buf = SharedBuf::heap(BLOCK as usize);
         let (offset, command) = (GuestOffset(block * BLOCK), Command::Write(buf.into()));
         queue.submit(Request { tag: block, offset, len: BLOCK, command });

@@ -23,7 +23,8 @@ fn subject(mutation: Option<Mutation>) -> LiveSubject {
 #[test]
 fn random_histories_keep_the_contract() {
     let subject = subject(None);
-    for seed in seeds(500) {
+    // Behind the log's end lay a copy of an index block, by which the check looked past the segment.
+    for seed in [1605].into_iter().chain(seeds(400)) {
         let plan = Plan::with_snapshots(seed, 3);
         if let Err(message) = run(&subject, &plan, None, false).result {
             panic!("{}", report(&subject, &Failure { plan, cut: None, message }, "sim_live"));
@@ -73,14 +74,15 @@ fn snapshots_cut_anywhere_leave_a_disk_that_opens_right() {
     }
 }
 
-/// A guest that flushes what it wrote before a snapshot at every moment of that.
+/// A guest that writes and flushes at every moment of a snapshot.
 fn flush_always(seed: u64) -> Result<u64, Box<Failure>> {
-    let mut steps = vec![write(0, 0, 24), Step::Drain, Step::Snapshot];
-    for _ in 0..30 {
-        steps.extend([Step::Flush { queue: 0 }, Step::Run { rounds: 2 }]);
+    let mut steps = vec![Step::Snapshot];
+    for at in 0..40 {
+        steps.extend([write(0, at, 8), Step::Run { rounds: 3 }]);
+        steps.extend([Step::Flush { queue: 1 }, Step::Run { rounds: 1 }]);
     }
     steps.push(Step::Drain);
-    let plan = Plan::written(seed, Shape::small(), &steps);
+    let plan = Plan::written(seed, Shape { queues: 2, ..Shape::small() }, &steps);
     cut_everywhere(&subject(Some(Mutation::FlushBeforeBaseSync)), &plan, &[Some(Persistence::Sectors(0))])
 }
 

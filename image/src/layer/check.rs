@@ -294,6 +294,10 @@ fn parse(contents: &[u8]) -> (Vec<DataBlock>, Vec<u32>) {
     while at < blocks {
         let index_at = at as usize * BLOCK_BYTES;
         let Ok((index, _)) = Index::decode(&contents[index_at..index_at + BLOCK_BYTES]) else { break };
+        // Behind the end of the log may lie anything, a guest's copy of an index block, too.
+        if index.data_blocks >= blocks - at {
+            break;
+        }
         let mut rest = index.checksums.iter();
         let mut inside = at + 1;
         for run in &index.runs {

@@ -26,6 +26,7 @@ use super::tuning::{Tuning, breaks};
 use super::{BaseSpec, CreateLayer, OpenLayer};
 use crate::error::{ErrorKind, ImageError};
 use crate::format::Format;
+use crate::site;
 use sapwood_blockdev::device::DeviceError;
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
@@ -180,10 +181,25 @@ impl<E: Engine> Layer<E> {
         let segment_size = self.header().segment_blocks * BLOCK_SIZE as u32;
         let options = CreateLayer { size: Some(size), segment_size, ..CreateLayer::default() };
         make(storage, io, &next.path, &options, Some(BaseRef { path, identity })).await?;
-        let options = OpenLayer { read_only: false, tuning };
-        let head = Head::read(storage, io, &next.path, &options).await?;
+        let opened =
+            self.open_successor(storage, io, &next.path, &OpenLayer { read_only: false, tuning }).await;
+        if opened.is_err() {
+            // The first failure is the one to tell.
+            site::remove_incomplete(storage, io, &next.path).await.ok();
+        }
+        opened
+    }
+
+    async fn open_successor<S: Storage<File = E::File>>(
+        self: &Arc<Self>,
+        storage: &S,
+        io: &Io<E>,
+        path: &Path,
+        options: &OpenLayer,
+    ) -> Result<Arc<Self>, ImageError> {
+        let head = Head::read(storage, io, path, options).await?;
         let below = Below { record: head.record.clone(), chain: None, open: Some(Arc::clone(self)) };
-        let (layer, interrupted) = Self::open_over(io, &next.path, &options, head, below, false).await?;
+        let (layer, interrupted) = Self::open_over(io, path, options, head, below, false).await?;
         layer.begin_session(storage, io, interrupted).await?;
         Ok(layer)
     }
