@@ -1,5 +1,7 @@
 //! Stores in the simulated world: random histories against a model, and the same cut off anywhere.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
 use sapwood_store::{Mutation, StoreOptions};
 use sapwood_tests::sim::explore::seeds;
 use sapwood_tests::sim::persist::Persistence;
@@ -10,8 +12,8 @@ const SEEDS_MAX: u64 = 3000;
 
 #[test]
 fn random_histories_hold_what_the_model_says() {
-    for seed in seeds(250) {
-        undisturbed(seed, 60).unwrap_or_else(|error| panic!("{error}"));
+    for seed in seeds(150) {
+        undisturbed(seed, 50).unwrap_or_else(|error| panic!("{error}"));
     }
 }
 
@@ -51,7 +53,10 @@ fn every_breach_of_the_order_is_noticed() {
         let options = StoreOptions { mutation: Some(mutation), ..StoreOptions::default() };
         let noticed = match mutation {
             Mutation::RenameWithoutDirectorySync => cut_every_init(&options).err(),
-            _ => (0..SEEDS_MAX).find_map(|seed| cut(seed, &options).err()),
+            _ => (0..SEEDS_MAX).find_map(|seed| {
+                let ended = catch_unwind(AssertUnwindSafe(|| cut(seed, &options)));
+                ended.unwrap_or_else(|_| Err(format!("seed {seed}: it panicked"))).err()
+            }),
         };
         match noticed.as_deref().and_then(|text| text.lines().next()) {
             Some(text) => println!("{mutation:?}: {text}"),

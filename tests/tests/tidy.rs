@@ -181,15 +181,17 @@ fn nothing_is_left_unfinished() {
 }
 
 #[test]
-fn lints_are_inherited_and_image_is_safe() {
+fn lints_are_inherited_and_formats_are_safe() {
     let manifest = fs::read_to_string(root().join("Cargo.toml")).unwrap();
     let members = manifest.lines().find_map(|line| line.strip_prefix("members = [")).expect("the members");
     for member in members.split('"').skip(1).step_by(2) {
         let manifest = fs::read_to_string(root().join(member).join("Cargo.toml")).unwrap();
         assert!(manifest.contains("[lints]\nworkspace = true\n"), "{member}: does not inherit the lints");
     }
-    let image = fs::read_to_string(root().join("image/src/lib.rs")).unwrap();
-    assert!(image.contains("#![forbid(unsafe_code)]"));
+    for member in ["image", "store"] {
+        let lib = fs::read_to_string(root().join(member).join("src/lib.rs")).unwrap();
+        assert!(lib.contains("#![forbid(unsafe_code)]"), "{member}");
+    }
 }
 
 #[test]

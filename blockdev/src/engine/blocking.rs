@@ -23,6 +23,11 @@ pub struct BlockingEngine {
     stats: EngineStats,
 }
 
+// SAFETY: `scratch` alone is not `Send`, for its addresses: they are filled in and used within one
+// operation, under a mutable borrow, and mean nothing between two.
+#[allow(unsafe_code)]
+unsafe impl Send for BlockingEngine {}
+
 impl BlockingEngine {
     /// An engine for the calling thread.
     ///

@@ -67,7 +67,10 @@ impl Catalog {
     fn database<E: Engine + Send>(file: E::File, engine: E, synced: bool) -> Result<Database> {
         let path = file.path().to_owned();
         let backend = Backend::new(file, engine, synced);
-        let database = Builder::new().set_cache_size(CACHE_BYTES).create_with_backend(backend);
+        // Damaged pages are found here: later, redb would panic where it meets one.
+        let mut builder = Builder::new();
+        builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
+        let database = builder.create_with_backend(backend);
         database.map_err(|error| StoreError::database(&path, "open", error))
     }
 

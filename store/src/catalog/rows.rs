@@ -63,7 +63,7 @@ pub struct VolumeRow {
 
 /// What holds the contents of a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "state", rename_all = "lowercase")]
+#[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum NodeState {
     /// Nothing: it is what its parent is, or zeroes.
@@ -94,7 +94,6 @@ pub struct NodeRow {
     /// When it was made, in milliseconds since 1970.
     pub created_ms: u64,
     /// What holds its contents.
-    #[serde(flatten)]
     pub state: NodeState,
     /// What users say of it.
     #[serde(flatten)]
@@ -173,5 +172,23 @@ mod tests {
         let text = |state: &str| format!(r#"{{"size":512,"created_ms":1,"state":"{state}"}}"#);
         assert_eq!(serde_json::from_str::<NodeRow>(&text("bare")).unwrap().state, NodeState::Bare);
         assert!(serde_json::from_str::<NodeRow>(&text("molten")).is_err());
+    }
+
+    #[test]
+    fn nodes_survive_being_stored() {
+        let id = "000102030405060708090a0b0c0d0e0f";
+        let text = format!(
+            r#"{{"name":"s","size":512,"created_ms":1,"protected":true,"age":7,
+                "state":{{"frozen":{{"layer":"{id}","settled":false}}}}}}"#
+        );
+        let row: NodeRow = serde_json::from_str(&text).unwrap();
+        assert_eq!(row.state, NodeState::Frozen { layer: id.parse().unwrap(), settled: false });
+        assert_eq!((row.notes.protected, &row.more["age"]), (true, &Value::from(7)));
+        let again = serde_json::to_string(&row).unwrap();
+        assert_eq!(serde_json::from_str::<NodeRow>(&again).unwrap(), row);
+        assert_eq!(
+            serde_json::from_str::<Value>(&again).unwrap(),
+            serde_json::from_str::<Value>(&text).unwrap()
+        );
     }
 }

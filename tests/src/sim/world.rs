@@ -340,6 +340,13 @@ impl World {
         self.state().cut = cut;
     }
 
+    /// Such an end, now.
+    pub fn cut_now(&self, process: Option<ProcessId>, mode: Persistence) {
+        let mut state = self.state();
+        state.cut = Some(Cut { event: 0, process, mode });
+        state.cut_if_due();
+    }
+
     /// Whether a process lives.
     pub fn is_alive(&self, process: ProcessId) -> bool {
         !self.state().dead[process as usize]

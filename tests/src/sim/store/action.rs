@@ -288,20 +288,17 @@ pub fn cut_off(model: &Model, action: &Action, progress: Progress, power: bool) 
             }
             return vec![before];
         }
-        Action::Live(name, snapshot, writes, _) => {
+        Action::Live(name, snapshot, writes, later) => {
             if let Some(volume) = before.volumes.get_mut(name) {
-                let old = volume.content.clone();
-                write(&mut volume.content, writes);
-                volume.content = either(&old, &volume.content);
+                may_have_written(&mut volume.content, writes);
                 volume.is_dirty = None;
             }
-            if let (true, Some(old)) = (applies, model.volumes.get(name)) {
+            if let (true, Some(before)) = (applies, before.volumes.get(name)) {
                 let frozen = after.snapshots.get_mut(&(name.clone(), snapshot.clone()));
-                let frozen = frozen.expect("it applies");
-                frozen.content = either(&old.content, &frozen.content);
-                let below = frozen.content.clone();
+                frozen.expect("it applies").content.clone_from(&before.content);
                 let volume = after.volumes.get_mut(name).expect("it applies");
-                volume.content = either(&below, &volume.content);
+                volume.content.clone_from(&before.content);
+                may_have_written(&mut volume.content, later);
                 volume.is_dirty = None;
             }
         }
@@ -316,6 +313,12 @@ pub fn cut_off(model: &Model, action: &Action, progress: Progress, power: bool) 
         _ => {}
     }
     if applies { vec![before, after] } else { vec![before] }
+}
+
+fn may_have_written(content: &mut Content, writes: &Writes) {
+    for (block, mark) in writes {
+        content[*block].insert(*mark);
+    }
 }
 
 fn cut_writes(volume: &mut Volume, writes: &Writes, progress: Progress, power: bool) {

@@ -103,7 +103,11 @@ impl History {
         let last = self.rig.world.events() + EVENTS_MAX;
         loop {
             match self.rig.open() {
-                Ok(_) => return self.rig.check_files().map_err(|error| format!("after tidying: {error}")),
+                Ok(_) => {
+                    // What a dead process has in flight keeps the locks of its layers, too; a host waits for it.
+                    while self.rig.world.step() {}
+                    return self.rig.check_files().map_err(|error| format!("after tidying: {error}"));
+                }
                 Err(failure) if failure.kind == "locked" && self.rig.world.events() < last => {
                     if !self.rig.world.step() {
                         return Err(format!("a dead process holds a lock for ever: {}", failure.text));
@@ -160,9 +164,10 @@ impl History {
         world.set_faults(Faults::default());
         if world.is_alive(self.rig.process) {
             match end {
-                End::Kill => world.kill(self.rig.process),
-                End::Power(mode) => world.power_cut(mode),
-                End::Failure => world.retire(self.rig.process),
+                End::Kill => world.cut_now(Some(self.rig.process), Persistence::Prefix),
+                End::Power(mode) => world.cut_now(None, mode),
+                // It closes the store, as far as that can be done.
+                End::Failure => {}
             }
         }
         if candidates.is_empty() {
@@ -286,10 +291,7 @@ pub fn cut_init(
     let made = history.rig.init();
     world.cut_at(None);
     if world.is_alive(process) {
-        match power {
-            Some(mode) => world.power_cut(mode),
-            None => world.kill(process),
-        }
+        world.cut_now(power.is_none().then_some(process), mode);
     }
     let is_made = made.is_ok();
     // What the dead process had in flight.
