@@ -85,6 +85,9 @@ fn text(info: &DiskInfo) -> String {
         // Writing to a string does not fail.
         let _ = write_layer(&mut text, layer);
     }
+    if let Some(root) = &info.root {
+        let _ = writeln!(text, "root: {root}");
+    }
     if let Some(qcow2) = &info.qcow2 {
         let _ = write_qcow2(&mut text, qcow2);
     }
@@ -191,6 +194,9 @@ pub fn json(info: &DiskInfo) -> Value {
     });
     if let Some(gives_space_back) = info.gives_space_back {
         value["gives-space-back"] = gives_space_back.into();
+    }
+    if let Some(root) = &info.root {
+        value["root"] = root.to_string().into();
     }
     if let Some(qcow2) = &info.qcow2 {
         add_qcow2(&mut value, qcow2);
