@@ -178,7 +178,7 @@ fn merging_keeps_what_lives() {
             open(&lab, directory, number).unwrap()
         })
         .collect();
-    let lives = |pack: u32| pack % 3 != 0;
+    let lives = |pack: u32| !pack.is_multiple_of(3);
     let written = merged(&lab, directory, 9, &runs, lives).unwrap();
     let wanted: BTreeSet<(u64, u64)> = lists
         .iter()
