@@ -132,7 +132,8 @@ fn of_sealed(path: &Path, root: Option<Hash>) -> DiskInfo {
         virtual_size: 0,
         actual_size: 0,
         is_device: false,
-        is_direct: false,
+        // As far as the file system of its packs can.
+        is_direct: true,
         gives_space_back: None,
         layer: None,
         qcow2: None,

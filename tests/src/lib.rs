@@ -11,6 +11,7 @@ pub mod load;
 pub mod model;
 pub mod mounts;
 pub mod qcow2;
+pub mod sealed;
 pub mod sim;
 pub mod stack;
 pub mod synthetic;

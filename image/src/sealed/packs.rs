@@ -35,9 +35,9 @@ type OpenPack<F> = Box<dyn Fn(u32) -> Result<(F, Range<u64>), ImageError> + Send
 pub struct PacksTuning {
     /// Packs that are open at a time, at least two.
     pub files_max: usize,
-    /// Memory for decompressed frames in bytes; not less than 0.6 MB, four of the largest, is used.
+    /// Memory for decompressed frames in bytes; not less than 0.5 MB, four of the largest, is used.
     pub frame_bytes: u64,
-    /// Memory for nodes in bytes, a quarter of it for pages of packs; 64 MiB hold the nodes of 4.5 GiB of a
+    /// Memory for nodes in bytes, a quarter of it for pages of packs; 64 MiB hold the nodes of about 4 GiB of a
     /// disk's blocks. Not less than 0.1 MB is used.
     pub node_bytes: u64,
 }

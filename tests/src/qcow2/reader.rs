@@ -84,7 +84,7 @@ impl<L: Lab> Reader<L> {
     /// What the disk holds.
     ///
     /// # Errors
-    /// Those of [`Qcow2::extents`].
+    /// Those of [`ChainDisk::extents`].
     pub fn extents(&self) -> Result<Vec<Extent>, ImageError> {
         let (disk, size) = (Arc::clone(&self.disk), self.size());
         wait(&self.lab, async move |_, io| disk.extents(&io, 0..size).await)

@@ -11,8 +11,6 @@
 
 mod layout;
 mod run;
-#[cfg(test)]
-mod tests;
 mod tiers;
 mod write;
 

@@ -13,7 +13,8 @@ fn tier_of(entries: u64) -> u32 {
 /// Which of the runs with so many entries are to be merged next, by their numbers in the list: those of the lowest tier that
 /// has eight. None when no tier has as many.
 ///
-/// So an entry is written once for each tier, and there are less than eight runs in each: 27 for 16 TiB of different blocks.
+/// So an entry is written once for each tier, and there are less than eight runs in each: at most 35 with 16 TiB of different
+/// blocks.
 pub fn next_merge(entries: &[u64]) -> Option<Vec<usize>> {
     let tiers: Vec<u32> = entries.iter().map(|entries| tier_of(*entries)).collect();
     let is_full = |tier: &u32| tiers.iter().filter(|other| *other == tier).count() >= TIER_RUNS;
@@ -35,7 +36,9 @@ mod tests {
             while let Some(merged) = next_merge(&runs) {
                 assert!(merged.len() >= TIER_RUNS);
                 let sum: u64 = merged.iter().map(|run| runs[*run]).sum();
-                merged.iter().rev().for_each(|run| drop(runs.remove(*run)));
+                for run in merged.iter().rev() {
+                    runs.remove(*run);
+                }
                 runs.push(sum);
                 written += sum;
             }

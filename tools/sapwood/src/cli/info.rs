@@ -10,6 +10,7 @@ use sapwood_image::Format;
 use sapwood_image::info::{DiskInfo, info};
 use sapwood_image::layer::{BaseSpec, LayerInfo, Traffic};
 use sapwood_image::qcow2::{Qcow2Info, Snapshot};
+use sapwood_image::sealed::Hash;
 use serde_json::{Value, json};
 
 use super::online::{self, Online, Target};
@@ -84,6 +85,9 @@ fn text(info: &DiskInfo) -> String {
     if let Some(layer) = &info.layer {
         // Writing to a string does not fail.
         let _ = write_layer(&mut text, layer);
+    }
+    if let Some(root) = &info.root {
+        let _ = writeln!(text, "root: {root}");
     }
     if let Some(qcow2) = &info.qcow2 {
         let _ = write_qcow2(&mut text, qcow2);
@@ -195,6 +199,9 @@ pub fn json(info: &DiskInfo) -> Value {
     if let Some(gives_space_back) = info.gives_space_back {
         value["gives-space-back"] = gives_space_back.into();
     }
+    if let Some(root) = &info.root {
+        value["root"] = root.to_string().into();
+    }
     if let Some(qcow2) = &info.qcow2 {
         add_qcow2(&mut value, qcow2);
     }
@@ -241,10 +248,14 @@ fn written(blocks: u64) -> u64 {
     blocks.saturating_mul(BLOCK_SIZE)
 }
 
-/// What [`json()`] said of a raw disk or a layer.
+/// What [`json()`] said of a raw disk, a layer or a sealed snapshot.
 fn of_json(value: &Value) -> Option<DiskInfo> {
     let path_in = |name: &str| value[name].as_str().map(PathBuf::from);
-    let format: Format = value["format"].as_str()?.parse().ok()?;
+    let format = match value["format"].as_str()? {
+        // Nobody can name it as the format of a file.
+        name if name == Format::Sealed.name() => Format::Sealed,
+        name => name.parse().ok()?,
+    };
     let data = &value["format-specific"]["data"];
     let base = path_in("backing-filename").map(|path| {
         let format = value["backing-filename-format"].as_str().and_then(|name| name.parse().ok());
@@ -296,7 +307,18 @@ fn of_json(value: &Value) -> Option<DiskInfo> {
         gives_space_back: value["gives-space-back"].as_bool(),
         layer: if format == Format::Layer { Some(layer()?) } else { None },
         qcow2: None,
+        root: value["root"].as_str().and_then(hash_of),
     })
+}
+
+/// A hash from its 64 digits.
+fn hash_of(digits: &str) -> Option<Hash> {
+    let mut hash = Hash::ZERO;
+    let is_hash = digits.len() == 2 * Hash::BYTES && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+    for (i, byte) in hash.0.iter_mut().enumerate().take_while(|_| is_hash) {
+        *byte = u8::from_str_radix(&digits[2 * i..2 * i + 2], 16).ok()?;
+    }
+    is_hash.then_some(hash)
 }
 
 fn add_qcow2(value: &mut Value, qcow2: &Qcow2Info) {
