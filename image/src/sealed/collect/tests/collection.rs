@@ -165,6 +165,34 @@ fn a_pack_with_damage_in_what_is_live_stays() {
 }
 
 #[test]
+fn what_is_moved_has_the_hash_that_its_pack_lists() {
+    let store = TestStore::new();
+    let of_task = Rc::clone(&store);
+    store.run(async move {
+        let store = of_task;
+        let mut writer = store.writer(PackKind::Data);
+        let mut coder = Coder::new(1).unwrap();
+        // Two frames: of the first nothing is live, of the second a block that is not what is listed.
+        let dead: Vec<Vec<u8>> = (1..=8).map(|i| super::store::block(i * 4)).collect();
+        let hashes: Vec<Hash> = dead.iter().map(|block| Hash::of_block(block)).collect();
+        writer.push(NewRecord::frame(&mut coder, &dead.concat()), &hashes);
+        let other = Hash([9; 32]);
+        let place = writer.push(NewRecord::frame(&mut coder, &super::store::block(5)), &[other]);
+        let data = writer.number();
+        store.publish(writer.finish().await.unwrap().number).await;
+        let mut node = Node::zero(1);
+        node.children[0] = Child { hash: other, place };
+        let mut writer = store.writer(PackKind::Nodes);
+        let tree = Child { hash: node.hash(), place: writer.push(NewRecord::node(&node), &[node.hash()]) };
+        store.publish(writer.finish().await.unwrap().number).await;
+        store.commit(Root { size: 4096, tree }, vec![5]);
+        let (moved, dropped) = store.collect().await.unwrap();
+        assert_eq!((moved, dropped), (Moved::default(), vec![]));
+        assert!(store.listed.borrow().contains(&data));
+    });
+}
+
+#[test]
 fn a_collection_that_is_stopped_keeps_what_it_has_done() {
     let store = TestStore::new();
     let mut random = Random(3);
