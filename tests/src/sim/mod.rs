@@ -11,7 +11,7 @@
 //! - [`content`], [`register`], [`contract`]: what a disk promises its guest, and whether it
 //!   keeps it;
 //! - [`subject`]: what is tested; [`layer`]: layers; [`toy`]: a small disk that tests the simulator itself;
-//! - [`store`]: stores;
+//! - [`store`] is about directories of volumes;
 //! - [`plan`], [`session`], [`history`], [`explore`]: histories, how they run, and what is
 //!   reported of those that fail.
 
