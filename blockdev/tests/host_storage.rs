@@ -149,3 +149,17 @@ fn another_process_is_named_and_its_death_frees_the_lock() {
     holder.wait().unwrap();
     file.lock(Lock::Exclusive).unwrap();
 }
+
+#[test]
+fn directories_are_made_and_listed() {
+    let dir = tempfile::tempdir().unwrap();
+    let inner = dir.path().join("inner");
+    assert_eq!(HostStorage.list_directory(&inner).unwrap_err().kind(), ErrorKind::NotFound);
+    HostStorage.create_directory(&inner).unwrap();
+    assert_eq!(HostStorage.create_directory(&inner).unwrap_err().kind(), ErrorKind::AlreadyExists);
+    for name in ["b", "a"] {
+        open(&inner.join(name), OpenOptions::CREATE);
+    }
+    assert_eq!(HostStorage.list_directory(&inner).unwrap(), ["a", "b"]);
+    assert_eq!(HostStorage.list_directory(dir.path()).unwrap(), ["inner"]);
+}

@@ -103,13 +103,8 @@ impl<S: Storage> Store<S> {
         }
         self.create_layer(io, layer, row.size, base).await?;
         if let Err(error) = self.catalog.change(name) {
-            // It may be named all the same, where the storage failed: then it must stay.
-            if self
-                .catalog
-                .view()
-                .and_then(|view| view.volume(volume))
-                .is_ok_and(|row| row.is_none_or(|row| row.layer != Some(layer)))
-            {
+            // Where the storage failed the catalog may name it all the same, once it is opened again.
+            if matches!(error.kind, StoreErrorKind::InUse(_)) {
                 let _ = remove(io, &self.directory.layer(layer)).await;
             }
             return Err(error);

@@ -343,3 +343,16 @@ fn abandoned_tasks_let_the_engine_go() {
     drop(io);
     assert!(reactor.upgrade().is_none());
 }
+
+#[test]
+fn one_operation_is_performed_to_its_end() {
+    let scripted = |script: &[Result<usize, Errno>]| {
+        let script = script.iter().copied().collect();
+        let mut engine = Scripted { script, ..Scripted::default() };
+        let outcome = perform(&mut engine, read(6));
+        (outcome.result, engine.attempts, outcome.memory.map(|memory| memory.len()))
+    };
+    assert_eq!(scripted(&[Ok(2), Err(Errno::AGAIN), Ok(4)]), (Ok(6), vec![0, 2, 2], Some(6)));
+    assert_eq!(scripted(&[Ok(2), Ok(0)]), (Ok(2), vec![0, 2], Some(6)));
+    assert_eq!(scripted(&[Err(Errno::IO)]), (Err(Errno::IO), vec![0], Some(6)));
+}

@@ -12,7 +12,7 @@
 //!   keeps it;
 //! - [`subject`]: what is tested; [`layer`]: layers; [`live`]: layers of which
 //!   snapshots are taken; [`toy`]: a small disk that tests the simulator itself;
-//! - [`store`]: stores;
+//! - [`store`]: directories of volumes;
 //! - [`plan`], [`session`], [`history`], [`explore`]: histories, how they run, and what is
 //!   reported of those that fail.
 

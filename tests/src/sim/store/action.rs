@@ -276,7 +276,8 @@ pub struct Progress {
     pub is_flushed: bool,
 }
 
-/// The states that a store may be in after `action` was cut off, `power` or process failing.
+/// The states that a store may be in after `action` was cut off; with `power`, what was not durable may
+/// be lost.
 pub fn cut_off(model: &Model, action: &Action, progress: Progress, power: bool) -> Vec<Model> {
     let mut before = model.clone();
     let mut after = model.clone();

@@ -69,6 +69,12 @@ impl History {
         self.compare(&action, done)
     }
 
+    fn act(&mut self, action: &Action) -> Result<(), String> {
+        self.log.push(format!("{action:?}"));
+        let done = self.rig.perform(action);
+        self.compare(action, done)
+    }
+
     fn compare(&mut self, action: &Action, done: Result<(), Failure>) -> Result<(), String> {
         let expected = self.model.apply(action);
         match (&done, expected) {
@@ -137,7 +143,8 @@ impl History {
 
     /// Goes on until something ends the session, or long enough.
     fn session(&mut self, steps: u64, end: End) -> Result<(), String> {
-        let power = matches!(end, End::Power(_));
+        // A sync that fails may drop what was not durable.
+        let power = end != End::Kill;
         self.arm(end);
         let mut candidates = Vec::new();
         for _ in 0..steps {
@@ -217,7 +224,7 @@ fn check(what: &str, content: &mut Content, found: &[u32]) -> Result<(), String>
     }
     for (block, (marks, found)) in content.iter_mut().zip(found).enumerate() {
         if !marks.contains(found) {
-            return Err(format!("{what}: block {block} reads as {found:#x}, not as one of {marks:x?}"));
+            return Err(format!("{what}: block {block} reads as {found}, not as one of {marks:?}"));
         }
         *marks = [*found].into();
     }
@@ -268,6 +275,40 @@ pub fn cut(seed: u64, options: &StoreOptions) -> Result<(), String> {
             let steps = history.rng.between(1, 10);
             history.session(steps, end)?;
         }
+        history.verify()
+    };
+    let result = go();
+    result.map_err(|message| format!("seed {seed}: {}", history.told(&message)))
+}
+
+/// A writer is killed, and a snapshot of what it left is taken before anybody has looked at that; then the
+/// power fails.
+///
+/// # Errors
+/// The snapshot lacks what was reported to the writer.
+pub fn killed_writer(seed: u64, options: &StoreOptions) -> Result<(), String> {
+    let mut history = History::new(seed, options);
+    let volume = || "v0".to_owned();
+    let mut go = || {
+        history.begin()?;
+        history.act(&Action::Create(volume()))?;
+        history.act(&Action::Write(volume(), vec![(20, 99)], true))?;
+        let (world, process) = (history.rig.world.clone(), Some(history.rig.process));
+        let event = world.events() + history.rng.between(1, 80);
+        world.cut_at(Some(Cut { event, process, mode: Persistence::Prefix }));
+        let write = Action::Write(volume(), (0..8).map(|block| (block, block as u32 + 1)).collect(), true);
+        let done = history.rig.perform(&write);
+        world.cut_at(None);
+        if done.is_ok() {
+            return Ok(());
+        }
+        let left = cut_off(&history.model, &write, history.rig.progress.get(), false).pop();
+        history.model = left.expect("a write leaves one state");
+        history.reopen()?;
+        history.act(&Action::Snapshot(volume(), "s0".to_owned()))?;
+        world.cut_now(None, Persistence::Sectors(0));
+        history.model.power_cut();
+        history.reopen()?;
         history.verify()
     };
     let result = go();
