@@ -1,3 +1,5 @@
+//! A volume on the host's files, in one thread that says who goes on when.
+
 use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::rc::Rc;
