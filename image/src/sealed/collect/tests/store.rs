@@ -304,6 +304,8 @@ pub(super) struct Seal {
     /// What the base's tree holds, by level and position.
     base: HashMap<(u32, u64), Child>,
     leaves: Vec<Child>,
+    /// The first block that it has stored of each content.
+    first: HashMap<Hash, usize>,
     frame: Vec<u64>,
     frame_at: Vec<usize>,
     writer: Option<PackWriter<BlockingEngine>>,
@@ -324,7 +326,7 @@ impl Seal {
             None => HashMap::new(),
         };
         let (leaves, frame, frame_at) = (Vec::new(), Vec::new(), Vec::new());
-        Some(Self { pin, breach, values, base, leaves, frame, frame_at, writer: None })
+        Some(Self { pin, breach, values, base, leaves, first: HashMap::new(), frame, frame_at, writer: None })
     }
 
     /// A place for content that needs none of its own.
@@ -351,7 +353,10 @@ impl Seal {
             let value = self.values[at];
             let hash = Hash::of_block(&block(value));
             let known = self.known(store, (0, at as u64), hash, random);
-            if known.is_none() {
+            // Most of what it holds twice itself is stored once: its place is known when its frame is.
+            let is_again = known.is_none() && self.first.contains_key(&hash) && !random.percent(20);
+            if known.is_none() && !is_again {
+                self.first.entry(hash).or_insert(at);
                 self.frame.push(value);
                 self.frame_at.push(at);
             }
@@ -380,16 +385,23 @@ impl Seal {
     /// Writes what is left, and the nodes; publishes the packs: the root.
     pub(super) async fn publish(&mut self, store: &TestStore, random: &mut Random) -> Root {
         self.end_frame(store);
+        for at in 0..self.leaves.len() {
+            let leaf = self.leaves[at];
+            if !leaf.hash.is_zero() && leaf.place.is_none() {
+                self.leaves[at] = self.leaves[self.first[&leaf.hash]];
+            }
+        }
         let mut nodes = store.writer(PackKind::Nodes);
         let height = height_of(self.leaves.len() as u64);
         let mut children = self.leaves.clone();
         for level in 1..=height {
-            let mut parents = Vec::new();
+            let mut parents: Vec<Child> = Vec::new();
             for (at, below) in (0..).zip(children.chunks(FANOUT)) {
                 let mut node = Node::zero(level);
                 node.children[..below.len()].copy_from_slice(below);
                 let hash = node.hash();
                 let known = self.known(store, (level, at), hash, random);
+                let known = known.or_else(|| parents.iter().find(|child| child.hash == hash).copied());
                 parents.push(
                     known.unwrap_or_else(|| Child {
                         hash,
