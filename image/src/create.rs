@@ -26,7 +26,7 @@ impl CreateDisk {
         match format {
             Format::Raw => Some(Self::Raw(CreateRaw { size, allocate: false })),
             Format::Layer => Some(Self::Layer(CreateLayer { size: Some(size), ..CreateLayer::default() })),
-            Format::Qcow2 => None,
+            Format::Qcow2 | Format::Sealed => None,
         }
     }
 }

@@ -12,10 +12,12 @@ pub enum Format {
     Layer,
     /// QEMU's qcow2, versions 2 and 3: for reading only.
     Qcow2,
+    /// A snapshot in packs. It has no file of its own: whoever holds the packs opens it.
+    Sealed,
 }
 
 impl Format {
-    /// Every format.
+    /// Every format of a file, as it can be named.
     pub const ALL: [Self; 3] = [Self::Raw, Self::Layer, Self::Qcow2];
 
     /// The name, on the command line and inside layers.
@@ -24,6 +26,7 @@ impl Format {
             Self::Raw => "raw",
             Self::Layer => "layer",
             Self::Qcow2 => "qcow2",
+            Self::Sealed => "sealed",
         }
     }
 }

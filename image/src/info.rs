@@ -13,6 +13,7 @@ use crate::layer::LayerInfo;
 use crate::open::{Disk, OpenDisk};
 use crate::probe::{Guess, probe};
 use crate::qcow2::{self, Qcow2Info};
+use crate::sealed::Hash;
 
 /// Facts about an image.
 pub struct DiskInfo {
@@ -35,6 +36,8 @@ pub struct DiskInfo {
     pub layer: Option<LayerInfo>,
     /// More about a qcow2 image.
     pub qcow2: Option<Qcow2Info>,
+    /// By what a sealed snapshot is known.
+    pub root: Option<Hash>,
 }
 
 /// Describes an image. Unlike everything else this takes a file that looks like nothing for raw,
@@ -77,9 +80,12 @@ pub fn info_of<S: Storage, E: Engine<File = S::File>>(
     path: &Path,
     disk: &Disk<E>,
 ) -> Result<DiskInfo, ImageError> {
-    let said = of_file(storage, path, disk.format())?;
+    let said = match disk {
+        Disk::Sealed(chain) => of_sealed(path, chain.root_hash()),
+        _ => of_file(storage, path, disk.format())?,
+    };
     let layer = match disk {
-        Disk::Raw(_) | Disk::Qcow2(_) => None,
+        Disk::Raw(_) | Disk::Qcow2(_) | Disk::Sealed(_) => None,
         Disk::Layer(layer) => Some(layer.info()),
     };
     let actual_size = match &layer {
@@ -102,5 +108,22 @@ fn of_file<S: Storage>(storage: &S, path: &Path, format: Format) -> Result<DiskI
         gives_space_back: file.gives_space_back(),
         layer: None,
         qcow2: None,
+        root: None,
     })
+}
+
+/// What there is to say about a sealed snapshot: it shares its packs, so no bytes are its own.
+fn of_sealed(path: &Path, root: Option<Hash>) -> DiskInfo {
+    DiskInfo {
+        path: path.to_owned(),
+        format: Format::Sealed,
+        virtual_size: 0,
+        actual_size: 0,
+        is_device: false,
+        is_direct: false,
+        gives_space_back: None,
+        layer: None,
+        qcow2: None,
+        root,
+    }
 }

@@ -9,14 +9,14 @@ use sapwood_blockdev::engine::{Engine, Time};
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::{Lock, LockError, Storage, StorageFile};
 
-use crate::below::OpenBelow;
+use crate::below::{ChainDisk, ChainQueue, NO_FILE, OpenBelow};
 use crate::error::{ErrorKind, ImageError};
 use crate::extent::Extent;
 use crate::format::Format;
 use crate::layer::{Layer, LayerQueue, OpenLayer, Tuning};
 use crate::probe::probe;
-use crate::qcow2::{Qcow2, Qcow2Queue};
 use crate::raw::{RawDevice, RawQueue};
+use crate::sealed::{Packs, Root};
 
 /// How to open a disk.
 #[derive(Clone, Debug, Default)]
@@ -38,6 +38,7 @@ impl OpenDisk {
             Format::Qcow2 if !self.read_only => {
                 "qcow2 images are read, not written: serve one with --readonly, or convert it to a layer first"
             }
+            Format::Sealed => NO_FILE,
             Format::Raw | Format::Layer if self.below.snapshot.is_some() => {
                 "only qcow2 images have snapshots inside"
             }
@@ -54,7 +55,9 @@ pub enum Disk<E: Engine> {
     /// A layer, with all that lies below it.
     Layer(Arc<Layer<E>>),
     /// A qcow2 image, with all that lies below it.
-    Qcow2(Arc<Qcow2<E>>),
+    Qcow2(Arc<ChainDisk<E>>),
+    /// A sealed snapshot.
+    Sealed(Arc<ChainDisk<E>>),
 }
 
 /// One thread's access to a [`Disk`].
@@ -64,7 +67,9 @@ pub enum DiskQueue<E: Engine> {
     /// To a layer.
     Layer(LayerQueue<E>),
     /// To a qcow2 image.
-    Qcow2(Qcow2Queue<E>),
+    Qcow2(ChainQueue<E>),
+    /// To a sealed snapshot.
+    Sealed(ChainQueue<E>),
 }
 
 /// Evaluates an expression for whichever format `$disk` has.
@@ -74,6 +79,7 @@ macro_rules! dispatch {
             $type::Raw($inner) => $body,
             $type::Layer($inner) => $body,
             $type::Qcow2($inner) => $body,
+            $type::Sealed($inner) => $body,
         }
     };
 }
@@ -101,8 +107,18 @@ impl<E: Engine> Disk<E> {
                 let tuning = options.tuning;
                 Self::Layer(Layer::open(storage, io, path, &OpenLayer { read_only, tuning }).await?)
             }
-            Format::Qcow2 => Self::Qcow2(Qcow2::open(storage, io, path, &options.below).await?),
+            Format::Qcow2 | Format::Sealed => {
+                Self::Qcow2(ChainDisk::open(storage, io, path, format, &options.below).await?)
+            }
         }))
+    }
+
+    /// A sealed snapshot, as a disk that is only read.
+    ///
+    /// # Errors
+    /// When there can be no such disk.
+    pub fn open_sealed(packs: &Arc<Packs<E>>, root: Root) -> Result<Arc<Self>, ImageError> {
+        Ok(Arc::new(Self::Sealed(ChainDisk::open_sealed(packs, root)?)))
     }
 
     /// The format.
@@ -111,6 +127,7 @@ impl<E: Engine> Disk<E> {
             Self::Raw(_) => Format::Raw,
             Self::Layer(_) => Format::Layer,
             Self::Qcow2(_) => Format::Qcow2,
+            Self::Sealed(_) => Format::Sealed,
         }
     }
 
@@ -120,6 +137,7 @@ impl<E: Engine> Disk<E> {
             Self::Raw(raw) => DiskQueue::Raw(raw.queue_on(io)),
             Self::Layer(layer) => DiskQueue::Layer(layer.queue_on(io)),
             Self::Qcow2(qcow2) => DiskQueue::Qcow2(qcow2.queue_on(io)),
+            Self::Sealed(sealed) => DiskQueue::Sealed(sealed.queue_on(io)),
         }
     }
 
@@ -127,7 +145,7 @@ impl<E: Engine> Disk<E> {
     /// thread of its own or spawned beside a queue.
     pub async fn maintain(self: Arc<Self>, io: Io<E>) {
         match &*self {
-            Self::Raw(_) | Self::Qcow2(_) => {}
+            Self::Raw(_) | Self::Qcow2(_) | Self::Sealed(_) => {}
             Self::Layer(layer) => Arc::clone(layer).maintain(io).await,
         }
     }
@@ -158,7 +176,7 @@ impl<E: Engine> Disk<E> {
         match self {
             Self::Raw(raw) => raw.extents(range),
             Self::Layer(layer) => layer.extents(io, range).await,
-            Self::Qcow2(qcow2) => qcow2.extents(io, range).await,
+            Self::Qcow2(chain) | Self::Sealed(chain) => chain.extents(io, range).await,
         }
     }
 

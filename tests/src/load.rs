@@ -61,7 +61,7 @@ impl<E: Engine<File = HostFile>> Load<E> {
                 segment_size: 256 << 10,
                 ..CreateLayer::default()
             }),
-            Format::Qcow2 => panic!("qcow2 is only read"),
+            Format::Qcow2 | Format::Sealed => panic!("{format} is only read"),
         };
         let (io, at) = (Io::new(engines()), path.to_owned());
         let made =
@@ -100,7 +100,7 @@ impl<E: Engine<File = HostFile>> Load<E> {
                     let options = OpenLayer { read_only: false, tuning };
                     Disk::Layer(Layer::open(&HostStorage, &inner, &path, &options).await?)
                 }
-                Format::Qcow2 => panic!("qcow2 is only read"),
+                Format::Qcow2 | Format::Sealed => panic!("{format} is only read"),
             }))
         });
         let disk: Arc<Disk<E>> = opened.unwrap_or_else(|e: ImageError| panic!("{e}"));

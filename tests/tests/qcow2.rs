@@ -10,10 +10,11 @@ use sapwood_blockdev::device::{BlockDevice, Command, DeviceError};
 use sapwood_blockdev::engine::{BlockingEngine, UringEngine};
 use sapwood_blockdev::io::{Io, block_on};
 use sapwood_blockdev::storage::{HostStorage, Lock, OpenOptions, Storage, StorageFile};
+use sapwood_image::below::ChainDisk;
 use sapwood_image::compare::compare;
 use sapwood_image::layer::{self, BaseSpec, CreateLayer, Tuning};
 use sapwood_image::probe::{Guess, probe};
-use sapwood_image::qcow2::{self, Qcow2, Qcow2Info};
+use sapwood_image::qcow2::{self, Qcow2Info};
 use sapwood_image::{ErrorKind, Extent, ExtentKind, Format, OpenBelow, OpenDisk, Side};
 use sapwood_tests::damage::lab::{Bench, HostLab, Lab, check as layer_check, create, wait};
 use sapwood_tests::qcow2::craft::{Craft, Kind, field, put64, specimen};
@@ -358,7 +359,7 @@ fn threads_share_a_disk() {
     let path = qemu.path("disk");
     let opening = {
         let io = io.clone();
-        async move { Qcow2::open(&HostStorage, &io, &path, &trusting()).await }
+        async move { ChainDisk::open(&HostStorage, &io, &path, Format::Qcow2, &trusting()).await }
     };
     let disk = block_on(&io, opening).unwrap();
     let threads: Vec<_> = (0..3)

@@ -53,7 +53,7 @@ impl<E: Engine> Chain<E> {
                 Mapping::Unallocated => (ExtentKind::Absent, None),
                 Mapping::Zero => (ExtentKind::Zero, None),
                 Mapping::Data(offset) => (ExtentKind::Data, Some(offset)),
-                Mapping::Compressed { .. } => (ExtentKind::Compressed, None),
+                Mapping::Compressed { .. } | Mapping::Sealed => (ExtentKind::Compressed, None),
             };
             let file = (kind != ExtentKind::Absent).then(|| match &last {
                 Some((link, path)) if *link == found.link => Arc::clone(path),

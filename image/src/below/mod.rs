@@ -11,9 +11,11 @@
 //!   thousand. The index has a bound. A layer that does not fit into it is a stage of its own,
 //!   whose map is asked through a cache, as a writable layer's is.
 //! - A qcow2 image is a stage; its tables are read through a cache (`cache`). So is a raw image.
+//! - A sealed snapshot ([`crate::sealed`]) is a stage, the last one (`sealed`): it answers for every block, whether that
+//!   is zero or stored. Its nodes and data are in the caches that belong to its packs, which disks share.
 //!
 //! [`Chain::plan`] finds the bytes of a range in memory alone, without waiting: pieces that are zero,
-//! in a file, or compressed. When something is missing (a page of a table, nodes of a map, a file that
+//! in a file, compressed, or sealed. When something is missing (a page of a table, nodes of a map, a file that
 //! is not open) it says what; [`Chain::load`] brings that, and planning goes on where it stopped.
 //!
 //! The files of layers are open as far as a bound allows, and are opened again when they are needed
@@ -28,18 +30,23 @@
 //! the link open meanwhile ([`Chain::hold_top`]).
 
 pub(crate) mod cache;
+mod disk;
 mod index;
 mod map;
 mod open;
 mod plan;
 mod pool;
+mod queue;
 mod read;
+mod sealed;
 
+pub use disk::ChainDisk;
 pub use open::OpenBelow;
-pub(crate) use open::{BackingSpec, NextLink, open_shared};
+pub(crate) use open::{BackingSpec, NO_FILE, NextLink, open_shared};
 pub(crate) use plan::push;
-pub use plan::{Compressed, Held, Piece, Source, Stop};
-pub(crate) use pool::Opened;
+pub use plan::{Compressed, Held, Piece, SealedPart, Source, Stop};
+pub(crate) use pool::{Opened, Permit, Permits};
+pub use queue::ChainQueue;
 pub(crate) use read::{reaches, read_aligned, read_file};
 
 use std::path::{Path, PathBuf};
@@ -54,9 +61,10 @@ use crate::layer::frozen::Seal;
 use crate::layer::{Tuning, check_size};
 use crate::qcow2::image::Image;
 use crate::raw::check_growth;
+use crate::sealed::Snapshot;
 use cache::{ClusterCache, TableCache};
 use index::Index;
-use pool::{Permits, Pool};
+use pool::Pool;
 
 /// Links of a chain, at most.
 pub const LINKS_MAX: usize = 65_535;
@@ -66,7 +74,7 @@ pub const QCOW2_MAX: usize = 100;
 /// Opens a file again, and locks it.
 type Reopen<F> = Box<dyn Fn(&Path) -> Result<F, ImageError> + Send + Sync>;
 
-/// See the module's documentation. Made by [`Chain::open`].
+/// See the module's documentation. Made by [`Chain::open`] and [`Chain::open_sealed`].
 pub struct Chain<E: Engine> {
     /// From the top down; never empty.
     links: Vec<Link<E>>,
@@ -115,6 +123,8 @@ pub(crate) enum Link<E: Engine> {
     Qcow2(Box<Image<E>>),
     /// A layer that is only read.
     Layer(Box<LayerLink>),
+    /// A sealed snapshot, below which is nothing.
+    Sealed(Snapshot<E>),
 }
 
 /// What is known of a layer while its file is closed.
@@ -134,6 +144,7 @@ impl<E: Engine> Link<E> {
             Self::Raw { file, .. } => file.path(),
             Self::Qcow2(image) => image.path(),
             Self::Layer(layer) => &layer.path,
+            Self::Sealed(snapshot) => snapshot.packs().path(),
         }
     }
 
@@ -142,6 +153,7 @@ impl<E: Engine> Link<E> {
             Self::Raw { size, .. } => *size,
             Self::Qcow2(image) => image.size(),
             Self::Layer(layer) => layer.size,
+            Self::Sealed(snapshot) => snapshot.root().size,
         }
     }
 }
@@ -188,7 +200,7 @@ impl<E: Engine> Chain<E> {
                 let data = image.external_data().map(|(file, identity)| (file.path().to_owned(), *identity));
                 std::iter::once((image.path().to_owned(), image.identity)).chain(data).collect()
             }
-            Link::Layer(_) => Vec::new(),
+            Link::Layer(_) | Link::Sealed(_) => Vec::new(),
         });
         files.collect()
     }

@@ -24,8 +24,10 @@ use crate::qcow2::image::Image;
 const PAGED_MAX: usize = 8;
 /// Memory for nodes of the map of a layer while that is read once, in bytes.
 const SCAN_CACHE_BYTES: u64 = 64 << 10;
-/// Parts of compressed clusters that layers' reads decompress at a time.
-const DECOMPRESSING_MAX: usize = 4;
+/// What is said of an image that is no file.
+pub(crate) const NO_FILE: &str = "a sealed snapshot is no file: it is opened by the store that it is in";
+/// Parts of compressed clusters, or frames, that are decompressed at a time for a chain.
+pub(super) const DECOMPRESSING_MAX: usize = 4;
 
 /// What may be done when an image is opened for reading.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -178,6 +180,7 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
             }
             Format::Layer => self.open_layer(&link.path, link.named.is_some()).await,
             Format::Qcow2 => self.open_qcow2(link).await,
+            Format::Sealed => Err(ImageError::new(&link.path, ErrorKind::Unsupported(NO_FILE.to_owned()))),
         }
     }
 

@@ -20,6 +20,7 @@ use crate::layer::Layer;
 use crate::layer::frozen::Holds;
 use crate::layer::paging::{Pins, device_error};
 use crate::qcow2::{Mapping, image};
+use crate::sealed::{Child, Hash, Lacking, Node};
 
 /// A stretch of a disk whose bytes are in one place.
 #[derive(Debug)]
@@ -47,6 +48,17 @@ pub enum Source<F> {
     },
     /// In a compressed cluster.
     Compressed(Compressed),
+    /// In the packs of a sealed snapshot.
+    Sealed(SealedPart),
+}
+
+/// A part of a sealed snapshot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SealedPart {
+    /// The number of the snapshot in the chain.
+    pub(super) link: usize,
+    /// Its first byte on the disk.
+    pub(super) start: u64,
 }
 
 /// A part of a compressed cluster.
@@ -89,6 +101,8 @@ enum Part {
     File,
     /// The nodes of a layer's map for these blocks.
     Nodes(Range<u64>),
+    /// This node of a sealed snapshot.
+    SealedNode(Child),
 }
 
 /// How far looking a byte up has come.
@@ -108,6 +122,7 @@ pub struct Held<E: Engine> {
     pages: Vec<((usize, u64), Page)>,
     opened: Option<(usize, Opened<E>)>,
     pins: Vec<Pins<E>>,
+    sealed: Vec<(Hash, Arc<Node>)>,
     /// Goes with a file that is open beside the pool.
     permit: Option<Permit>,
 }
@@ -119,6 +134,7 @@ impl<E: Engine> Default for Held<E> {
             pages: Vec::new(),
             opened: None,
             pins: Vec::new(),
+            sealed: Vec::new(),
             permit: None,
         }
     }
@@ -233,6 +249,16 @@ impl<E: Engine> Chain<E> {
                 let known = ((run.start + run.count) * BLOCK_SIZE - at).min(len);
                 (mapping(run.holds, at % BLOCK_SIZE), known)
             }
+            Link::Sealed(snapshot) => {
+                let node = |child: &Child| held.node(child).or_else(|| snapshot.packs().cached_node(child));
+                let run = snapshot.run(at / BLOCK_SIZE, (at + len).div_ceil(BLOCK_SIZE), node);
+                let (is_stored, end) = run.map_err(|lacking| match lacking {
+                    Lacking::Node(child) => miss(Part::SealedNode(child)),
+                    Lacking::Damage(error) => Stop::Damage(error),
+                })?;
+                let mapping = if is_stored { Mapping::Sealed } else { Mapping::Zero };
+                (mapping, (end * BLOCK_SIZE - at).min(len))
+            }
         };
         position.len = known;
         let is_here = mapping != Mapping::Unallocated;
@@ -248,6 +274,7 @@ impl<E: Engine> Chain<E> {
                 let skip = self.cluster_size(link).map_or(0, |size| range.start % size) as usize;
                 return Ok(Source::Compressed(Compressed { link, offset, len, skip }));
             }
+            Mapping::Sealed => return Ok(Source::Sealed(SealedPart { link, start: range.start })),
         };
         let (file, len) = match &self.links[link] {
             Link::Raw { file, identity, .. } => (file.clone(), identity.size),
@@ -264,6 +291,8 @@ impl<E: Engine> Chain<E> {
                 let file = opened.file();
                 return Ok(Source::File { file, offset: FileOffset(offset), may_end: false });
             }
+            // It has no bytes in a file of its own.
+            Link::Sealed(_) => return Ok(Source::Zero),
         };
         // As QEMU does. Nothing that is not in the file needs to be read.
         Ok(match offset < len {
@@ -320,6 +349,10 @@ impl<E: Engine> Chain<E> {
                 held.pins.push(pins);
                 held.opened.get_or_insert((link, Opened::Layer(layer)));
             }
+            (Part::SealedNode(child), Link::Sealed(snapshot)) => {
+                let loaded = snapshot.packs().node(io, &child).await;
+                held.sealed.push((child.hash, loaded.map_err(|error| self.complain(&error))?));
+            }
             _ => return Err(DeviceError::Corrupt),
         }
         Ok(())
@@ -343,6 +376,7 @@ impl<E: Engine> Chain<E> {
         let link = match &self.links[0] {
             Link::Raw { file, .. } => return Ok(Opened::File(file.clone())),
             Link::Qcow2(_) => return refuse("qcow2 images are read, not written"),
+            Link::Sealed(_) => return refuse("a sealed snapshot never changes"),
             Link::Layer(link) => link,
         };
         if let Some(opened) = self.pool.get(0) {
@@ -387,6 +421,10 @@ impl<E: Engine> Held<E> {
         self.pages.iter().find(|(held, _)| *held == key).map(|(_, page)| Arc::clone(page))
     }
 
+    fn node(&self, child: &Child) -> Option<Arc<Node>> {
+        self.sealed.iter().find(|(held, _)| *held == child.hash).map(|(_, node)| Arc::clone(node))
+    }
+
     fn opened(&self, link: usize) -> Option<Opened<E>> {
         self.opened.as_ref().filter(|(held, _)| *held == link).map(|(_, opened)| opened.clone())
     }
@@ -402,6 +440,7 @@ pub(crate) fn push<F: StorageFile>(pieces: &mut Vec<Piece<F>>, next: Piece<F>) {
                 Source::File { file: a, offset: at, may_end: may_a },
                 Source::File { file: b, offset, may_end },
             ) => at.plus(len) == *offset && may_a == may_end && a.path() == b.path(),
+            (Source::Sealed(a), Source::Sealed(b)) => a.link == b.link && a.start + len == b.start,
             _ => false,
         };
         if joins && last.range.end == next.range.start {

@@ -157,18 +157,18 @@ impl<E: Engine> State<E> {
 }
 
 /// A number of permits, and who waits for one.
-pub(super) struct Permits(Arc<Mutex<(usize, VecDeque<Waker>)>>);
+pub(crate) struct Permits(Arc<Mutex<(usize, VecDeque<Waker>)>>);
 
 /// One of them, given back when dropped.
-pub(super) struct Permit(Arc<Mutex<(usize, VecDeque<Waker>)>>);
+pub(crate) struct Permit(Arc<Mutex<(usize, VecDeque<Waker>)>>);
 
 impl Permits {
-    pub(super) fn new(count: usize) -> Self {
+    pub(crate) fn new(count: usize) -> Self {
         Self(Arc::new(Mutex::new((count, VecDeque::new()))))
     }
 
     /// Waits for one.
-    pub(super) async fn take(&self) -> Permit {
+    pub(crate) async fn take(&self) -> Permit {
         poll_fn(|cx| {
             let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
             if state.0 == 0 {

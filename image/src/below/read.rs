@@ -95,6 +95,7 @@ impl<E: Engine> Chain<E> {
                 let bytes = cluster.get(part.skip..part.skip + memory.len());
                 memory.write_at(0, bytes.ok_or(DeviceError::Corrupt)?);
             }
+            Source::Sealed(part) => self.read_sealed(io, part, memory).await?,
         }
         Ok(())
     }

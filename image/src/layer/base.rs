@@ -172,7 +172,7 @@ fn check_options(path: &Path, spec: &BaseSpec) -> Result<(), ImageError> {
         let detail = format_args!("the snapshot's name must have 1 to {SNAPSHOT_MAX} bytes");
         return Err(ImageError::invalid(path, detail));
     }
-    if spec.options.backing_format == Some(Format::Layer) {
+    if matches!(spec.options.backing_format, Some(Format::Layer | Format::Sealed)) {
         return Err(ImageError::invalid(path, "only raw and qcow2 can lie below qcow2"));
     }
     Ok(())

@@ -159,6 +159,7 @@ fn number(format: Format) -> u32 {
         Format::Raw => FORMAT_RAW,
         Format::Layer => FORMAT_LAYER,
         Format::Qcow2 => FORMAT_QCOW2,
+        Format::Sealed => unreachable!("a base that is no file is recorded in another way"),
     }
 }
 

@@ -100,7 +100,9 @@ impl<E: Engine> Lower<E> {
                 let layer = Layer::open(storage, io, path, options).await?;
                 Ok(Self::Layer(Driver::new(layer, io.clone())))
             }
-            Format::Qcow2 => Err(ImageError::new(path, sapwood_blockdev::device::DeviceError::ReadOnly)),
+            Format::Qcow2 | Format::Sealed => {
+                Err(ImageError::new(path, sapwood_blockdev::device::DeviceError::ReadOnly))
+            }
         }
     }
 

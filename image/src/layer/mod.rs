@@ -52,6 +52,7 @@ mod record;
 mod recover;
 mod replay;
 mod reserve;
+mod sealed_base;
 mod segments;
 mod shed;
 mod slot;

@@ -133,9 +133,14 @@ impl<E: Engine> LayerQueue<E> {
                 memory.zero_at(at, part_len);
                 continue;
             }
-            remaining += 1;
             let whole = part_len == len;
-            let target = if whole { std::mem::take(&mut memory) } else { memory.share(at, part_len) };
+            let mut target = if whole { std::mem::take(&mut memory) } else { memory.share(at, part_len) };
+            if let Source::Sealed(part) = source
+                && self.layer().below().read_cached(part, &mut target)
+            {
+                continue;
+            }
+            remaining += 1;
             self.read_part(key, range.start, source, target);
         }
         self.parts = parts;

@@ -12,7 +12,7 @@ use super::driver::Driver;
 use super::node::Entry;
 use super::paging::device_error;
 use super::waiter::Result;
-use crate::below::{Held, Piece, Source, Stop, push, read_file};
+use crate::below::{Held, Piece, SealedPart, Source, Stop, push, read_file};
 use crate::error::ImageError;
 use sapwood_blockdev::buffer::{AlignedBuf, Memory, SharedBuf};
 use sapwood_blockdev::device::DeviceError;
@@ -87,6 +87,11 @@ impl<E: Engine> Below<E> {
             push(pieces, Piece { range: inside.end..range.end, source: Source::Zero });
         }
         Ok(())
+    }
+
+    /// Fills `memory` with a part of a sealed snapshot, if all of that is in memory: says whether it was.
+    pub(super) fn read_cached(&self, part: SealedPart, memory: &mut Memory) -> bool {
+        self.chain.as_ref().is_some_and(|chain| chain.read_cached(part, memory))
     }
 
     /// Reads from byte `start` into shared memory; what nothing says anything about reads as zeroes.

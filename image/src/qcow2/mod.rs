@@ -2,9 +2,8 @@
 //!
 //! `docs/qcow2.md` says what is read and what is refused. From the bottom up: `header`, `table` and
 //! `snapshot` decode stored bytes (docs/interop/qcow2.rst of QEMU is their source); `compress`
-//! decodes clusters; `image` is one open file and finds where its bytes are; `device` is a disk for
-//! guests, made of an image and all that lies below it ([`crate::below`]); `queue` serves it; `info`
-//! and `check` look at one image alone.
+//! decodes clusters; `image` is one open file and finds where its bytes are, and [`crate::below`]
+//! makes a disk for guests of it and all that lies below it; `info` and `check` look at one image alone.
 //!
 //! Invariants:
 //! - Nothing of an image is trusted: tables are read page by page through a cache of a fixed size,
@@ -14,13 +13,11 @@
 mod bytes;
 mod check;
 pub(crate) mod compress;
-mod device;
 #[cfg(feature = "fuzzing")]
 pub mod doors;
 mod header;
 pub(crate) mod image;
 mod info;
-mod queue;
 mod snapshot;
 mod table;
 
@@ -30,10 +27,8 @@ use std::path::Path;
 use crate::error::{ErrorKind, ImageError};
 
 pub use check::{CheckReport, check};
-pub use device::Qcow2;
 pub use header::MAGIC;
 pub use info::{BackingInfo, Qcow2Info, info};
-pub use queue::Qcow2Queue;
 pub use snapshot::Snapshot;
 pub(crate) use table::Mapping;
 

@@ -40,6 +40,8 @@ pub(crate) enum Mapping {
         /// Their length in bytes at most: what follows the compressed data is to be ignored.
         len: u32,
     },
+    /// In the packs of a sealed snapshot: never in a qcow2 image.
+    Sealed,
 }
 
 impl Mapping {

@@ -6,9 +6,9 @@
 //!
 //! From the bottom up: `hash` and `place` say what a block is and where it may be; `record`, `codec` and `node` are the
 //! stored forms, `entries`, `header` and `trailer` the parts of a pack around them; `writer` makes packs and
-//! `pack` reads one, and `packs` all of a store. `cursor` reads a tree, `tree` makes one, and `diff` compares two. `seal` turns
-//! a `source` into packs and a root, with `workers`, through `known` past what is stored already, and `output` holds the new packs.
-//! `archive` is a disk in one file.
+//! `pack` reads one, and `packs` all of a store, with the exact `index` beside them. `snapshot` is a disk. `cursor` reads a
+//! tree, `tree` makes one, and `diff` compares two. `seal` turns a `source` into packs and a root, with `workers`, through
+//! `known` past what is stored already, and `output` holds the new packs. `archive` is a disk in one file.
 //!
 //! Invariants:
 //! - a hash depends on contents alone, so equal contents have equal hashes wherever they are stored;
@@ -21,6 +21,7 @@ mod diff;
 mod entries;
 mod hash;
 mod header;
+pub mod index;
 mod known;
 mod node;
 mod output;
@@ -29,6 +30,7 @@ mod packs;
 mod place;
 mod record;
 mod seal;
+mod snapshot;
 mod source;
 #[cfg(test)]
 mod tests;
@@ -49,10 +51,12 @@ pub use header::{PackId, PackKind};
 pub use known::{Dedup, ExactMap, Found};
 pub use node::{Child, FANOUT, Node, height_of};
 pub use pack::Pack;
-pub use packs::{FoundBlock, Packs, Root};
+pub use packs::{FoundBlock, Packs, PacksTuning, Root};
 pub use place::{PACK_BYTES_MAX, Place};
 pub use record::{FRAME_BLOCKS_MAX, Frame, NewRecord};
 pub use seal::{FRAME_BLOCKS, LEVEL, SEGMENT_BLOCKS, SealStats, Sealed, Sealing, Step, Watch, seal};
+pub(crate) use snapshot::Lacking;
+pub use snapshot::Snapshot;
 pub use source::{
     Content, DiskSource, FrozenSource, MemoryBlock, MemorySource, Source, SourceRun, TreeSource,
 };

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use super::entries::{Entry, decode_page};
+use super::hash::Hash;
 use super::header::{PackHeader, PackId, PackKind};
 use super::node::Node;
 use super::place::Place;
@@ -128,6 +129,30 @@ impl<F: StorageFile> Pack<F> {
             .map_err(|error| ImageError::new(self.path(), error))?;
         let decoded = decode_record(&self.header.id, offset, &bytes[range]);
         decoded.map(|(record, _)| record).map_err(|why| self.damaged("record", offset, &why))
+    }
+
+    /// Where its records end.
+    pub(super) fn records_end(&self) -> u64 {
+        self.trailer.entries_at
+    }
+
+    /// Bytes before the end of the records, as they are stored; not checked.
+    pub(super) async fn stored<E: Engine<File = F>>(
+        &self,
+        io: &Io<E>,
+        bytes: Range<u64>,
+    ) -> Result<Box<[u8]>, ImageError> {
+        let end = bytes.end.min(self.records_end());
+        let len = end.saturating_sub(bytes.start) as usize;
+        let (read, range) = read_aligned(io, &self.file, self.start + bytes.start, len, false)
+            .await
+            .map_err(|error| ImageError::new(self.path(), error))?;
+        Ok(read[range].into())
+    }
+
+    /// The error about a record that holds something else than what its place was said to be of.
+    pub(super) fn holds_other(&self, place: Place, hash: &Hash) -> ImageError {
+        self.damaged("record", place.offset(), &format_args!("it does not hold {hash}"))
     }
 
     /// The entries of some of its pages, in the order in which they were stored.

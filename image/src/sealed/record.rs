@@ -24,6 +24,9 @@ const R_CHECKSUM: usize = R_RAW_LEN + 4;
 const R_PAYLOAD: usize = R_CHECKSUM + 4;
 const _: () = assert!(R_PAYLOAD + FRAME_BLOCKS_MAX * BLOCK_BYTES + RECORD_ALIGNMENT <= Place::LEN_MAX);
 
+/// Bytes of the longest record of a node.
+pub(super) const NODE_RECORD_MAX: usize = (R_PAYLOAD + NODE_BYTES_MAX).next_multiple_of(RECORD_ALIGNMENT);
+
 const KIND_FRAME: u8 = 1;
 const KIND_NODE: u8 = 2;
 

@@ -7,8 +7,8 @@ use sapwood_blockdev::buffer::SharedBuf;
 use sapwood_blockdev::device::{BlockDevice, Command, DeviceError, DeviceQueue, Request, drain, run};
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::units::GuestOffset;
-use sapwood_image::qcow2::{Qcow2, Qcow2Queue};
-use sapwood_image::{Extent, ImageError, OpenBelow};
+use sapwood_image::below::{ChainDisk, ChainQueue};
+use sapwood_image::{Extent, Format, ImageError, OpenBelow};
 
 use crate::damage::lab::{Lab, wait};
 use crate::sim::rng::Rng;
@@ -20,8 +20,8 @@ const SECTORS_MAX: u64 = 600;
 pub struct Reader<L: Lab> {
     lab: L,
     /// The disk.
-    pub disk: Arc<Qcow2<L::Engine>>,
-    queue: Qcow2Queue<L::Engine>,
+    pub disk: Arc<ChainDisk<L::Engine>>,
+    queue: ChainQueue<L::Engine>,
 }
 
 /// Backing files may be opened.
@@ -33,10 +33,12 @@ impl<L: Lab> Reader<L> {
     /// Opens an image.
     ///
     /// # Errors
-    /// Those of [`Qcow2::open`].
+    /// Those of [`ChainDisk::open`].
     pub fn open(lab: &L, path: &Path, options: &OpenBelow) -> Result<Self, ImageError> {
         let (path, options) = (path.to_owned(), options.clone());
-        let disk = wait(lab, async move |storage, io| Qcow2::open(&storage, &io, &path, &options).await)?;
+        let disk = wait(lab, async move |storage, io| {
+            ChainDisk::open(&storage, &io, &path, Format::Qcow2, &options).await
+        })?;
         let queue = disk.queue_on(Io::new(lab.engine()));
         Ok(Self { lab: lab.clone(), disk, queue })
     }

@@ -59,7 +59,8 @@ impl Check {
                 None => probe(&storage, &io, &path).await?.format(&path)?,
             };
             match format {
-                Format::Raw => Ok(None),
+                // The store checks what is in its packs.
+                Format::Raw | Format::Sealed => Ok(None),
                 Format::Layer => layer::check(&storage, &io, &path).await.map(|r| Some(Report::Layer(r))),
                 Format::Qcow2 => qcow2::check(&storage, &io, &path).await.map(|r| Some(Report::Qcow2(r))),
             }

@@ -75,7 +75,9 @@ impl Create {
         layer.segment_size = options.segment_size.unwrap_or(layer.segment_size);
         let disk = match (self.format, backing) {
             (Format::Raw, Some(_)) => bail!("a raw disk has no base: use -f layer"),
-            (Format::Qcow2, _) => bail!("qcow2 images are read, not made: use -f layer or -f raw"),
+            (Format::Qcow2 | Format::Sealed, _) => {
+                bail!("{} images are read, not made: use -f layer or -f raw", self.format)
+            }
             (Format::Raw, None) => {
                 let size = size.context("how large? Give a SIZE, for example 10G")?;
                 CreateDisk::Raw(CreateRaw { size, allocate: options.allocate })

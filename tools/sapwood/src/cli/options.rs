@@ -49,7 +49,7 @@ impl FormatOptions {
             (Format::Layer, ..) => {
                 bail!("a layer has the options size, backing_file, backing_fmt, segment_size")
             }
-            (Format::Qcow2, ..) => bail!("qcow2 images are read, not made"),
+            (Format::Qcow2 | Format::Sealed, ..) => bail!("{format} images are read, not made"),
             (Format::Raw, ..) => bail!("a raw disk has the options size, preallocation"),
         }
         Ok(())

@@ -1,4 +1,4 @@
-//! A qcow2 image as a disk.
+//! A chain as a disk: a qcow2 image, or a sealed snapshot.
 
 use std::ops::Range;
 use std::path::Path;
@@ -10,18 +10,18 @@ use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
 use sapwood_blockdev::units::BLOCK_SIZE;
 
-use super::queue::Qcow2Queue;
-use crate::below::{Chain, OpenBelow};
+use super::{Chain, ChainQueue, OpenBelow};
 use crate::error::ImageError;
 use crate::extent::Extent;
 use crate::format::Format;
+use crate::sealed::{Hash, Packs, Root, root_hash};
 
-/// A qcow2 image, open for reading, with all that lies below it.
-pub struct Qcow2<E: Engine> {
-    below: Chain<E>,
+/// A disk that is only read: a chain of images with nothing above it.
+pub struct ChainDisk<E: Engine> {
+    below: Arc<Chain<E>>,
 }
 
-impl<E: Engine> Qcow2<E> {
+impl<E: Engine> ChainDisk<E> {
     /// Opens an image; it is shared with other readers.
     ///
     /// # Errors
@@ -30,10 +30,19 @@ impl<E: Engine> Qcow2<E> {
         storage: &S,
         io: &Io<E>,
         path: &Path,
+        format: Format,
         options: &OpenBelow,
     ) -> Result<Arc<Self>, ImageError> {
-        let below = Chain::open(storage, io, path, Format::Qcow2, options).await?;
-        Ok(Arc::new(Self { below }))
+        let below = Chain::open(storage, io, path, format, options).await?;
+        Ok(Arc::new(Self { below: Arc::new(below) }))
+    }
+
+    /// A sealed snapshot.
+    ///
+    /// # Errors
+    /// Those of [`Chain::open_sealed`].
+    pub fn open_sealed(packs: &Arc<Packs<E>>, root: Root) -> Result<Arc<Self>, ImageError> {
+        Ok(Arc::new(Self { below: Arc::new(Chain::open_sealed(packs, root)?) }))
     }
 
     /// The chain of images.
@@ -41,9 +50,14 @@ impl<E: Engine> Qcow2<E> {
         &self.below
     }
 
+    /// By what it is known, if it is a sealed snapshot.
+    pub(crate) fn root_hash(&self) -> Option<Hash> {
+        self.below.sealed_root().map(|root| root_hash(root.size, &root.tree.hash))
+    }
+
     /// A queue over an engine that the caller's thread already runs, and that no other queue uses.
-    pub fn queue_on(self: &Arc<Self>, io: Io<E>) -> Qcow2Queue<E> {
-        Qcow2Queue::new(Arc::clone(self), io)
+    pub fn queue_on(self: &Arc<Self>, io: Io<E>) -> ChainQueue<E> {
+        ChainQueue::new(Arc::clone(&self.below), io)
     }
 
     /// What a range of the disk holds.
@@ -71,9 +85,9 @@ impl<E: Engine> Qcow2<E> {
     }
 }
 
-impl<E: Engine> BlockDevice for Qcow2<E> {
+impl<E: Engine> BlockDevice for ChainDisk<E> {
     type Engine = E;
-    type Queue = Qcow2Queue<E>;
+    type Queue = ChainQueue<E>;
 
     fn geometry(&self) -> Geometry {
         Geometry {
@@ -84,7 +98,7 @@ impl<E: Engine> BlockDevice for Qcow2<E> {
         }
     }
 
-    fn queue(self: &Arc<Self>, engine: E) -> Qcow2Queue<E> {
+    fn queue(self: &Arc<Self>, engine: E) -> ChainQueue<E> {
         self.queue_on(Io::new(engine))
     }
 

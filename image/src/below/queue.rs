@@ -1,6 +1,6 @@
-//! A thread's queue on a qcow2 disk.
+//! A thread's queue on a disk that is a chain and nothing above it.
 //!
-//! - Fast: every table is in memory; each stretch is zeroed, or read straight into the caller's memory.
+//! - Fast: every table and node is in memory; each stretch is zeroed, or read straight into the caller's memory.
 //! - Slow, as tasks: tables that must be read first (then the request goes on as if they had been
 //!   there), compressed clusters, memory that direct I/O cannot reach.
 //!
@@ -18,8 +18,7 @@ use sapwood_blockdev::io::{Io, Outcome};
 use sapwood_blockdev::units::SECTOR_SIZE;
 use slab::Slab;
 
-use super::device::Qcow2;
-use crate::below::{Compressed, Held, Piece, Source, reaches};
+use super::{Chain, Compressed, Held, Piece, Source, reaches};
 
 /// Bytes that parts being decompressed may take on one queue; one may always go on.
 const DECOMPRESSING_MAX: usize = 16 << 20;
@@ -42,9 +41,9 @@ enum Message<F> {
     Ended { key: usize, result: Result, cost: usize },
 }
 
-/// One thread's access to a qcow2 disk. Made by [`Qcow2::queue_on`].
-pub struct Qcow2Queue<E: Engine> {
-    device: Arc<Qcow2<E>>,
+/// One thread's access to a [`ChainDisk`](super::ChainDisk), which makes it.
+pub struct ChainQueue<E: Engine> {
+    chain: Arc<Chain<E>>,
     io: Io<E>,
     pending: Slab<Pending>,
     ready: Vec<Done>,
@@ -58,10 +57,10 @@ pub struct Qcow2Queue<E: Engine> {
     finished: Vec<(u64, Outcome)>,
 }
 
-impl<E: Engine> Qcow2Queue<E> {
-    pub(super) fn new(device: Arc<Qcow2<E>>, io: Io<E>) -> Self {
+impl<E: Engine> ChainQueue<E> {
+    pub(super) fn new(chain: Arc<Chain<E>>, io: Io<E>) -> Self {
         Self {
-            device,
+            chain,
             io,
             pending: Slab::new(),
             ready: Vec::new(),
@@ -87,12 +86,12 @@ impl<E: Engine> Qcow2Queue<E> {
         };
         let end = offset.0.checked_add(len).ok_or(DeviceError::OutOfRange)?;
         let on_sectors = (offset.0 | len).is_multiple_of(SECTOR_SIZE);
-        if !on_sectors || end > self.device.below().size() || memory.len() as u64 != len {
+        if !on_sectors || end > self.chain.size() || memory.len() as u64 != len {
             return Err(DeviceError::OutOfRange);
         }
         let key = self.pending.insert(Pending { tag, remaining: 1, result: Ok(()) });
         let mut pieces = std::mem::take(&mut self.pieces);
-        match self.device.below().plan(offset.0..end, &Held::default(), &mut pieces) {
+        match self.chain.plan(offset.0..end, &Held::default(), &mut pieces) {
             Ok(()) => self.read(key, memory, &mut pieces),
             // What was planned is planned again: tables are read at most once for that.
             Err(_) => self.plan_slowly(key, offset.0..end, memory),
@@ -103,10 +102,10 @@ impl<E: Engine> Qcow2Queue<E> {
     }
 
     fn plan_slowly(&self, key: usize, range: std::ops::Range<u64>, memory: Memory) {
-        let (device, io, inbox) = (Arc::clone(&self.device), self.io.clone(), Rc::clone(&self.inbox));
+        let (chain, io, inbox) = (Arc::clone(&self.chain), self.io.clone(), Rc::clone(&self.inbox));
         self.io.spawn(async move {
             let mut pieces = Vec::new();
-            let planned = device.below().plan_all(&io, range, &mut pieces).await;
+            let planned = chain.plan_all(&io, range, &mut pieces).await;
             inbox.borrow_mut().push(Message::Planned { key, memory, pieces: planned.map(|()| pieces) });
         });
     }
@@ -124,7 +123,11 @@ impl<E: Engine> Qcow2Queue<E> {
                 continue;
             }
             let part = if part_len == len { std::mem::take(&mut memory) } else { memory.share(at, part_len) };
+            let mut part = part;
             match source {
+                Source::Sealed(sealed) if self.chain.read_cached(sealed, &mut part) => {
+                    self.ended(key, Ok(()));
+                }
                 Source::Compressed(compressed) => self.compressed.push_back((key, compressed, part)),
                 Source::File { file, offset, .. } if reaches(&file, offset, &part) => {
                     self.io.start(key as u64, Op::read(file, offset, part));
@@ -137,9 +140,9 @@ impl<E: Engine> Qcow2Queue<E> {
     }
 
     fn read_slowly(&self, key: usize, source: Source<E::File>, memory: Memory, cost: usize) {
-        let (device, io, inbox) = (Arc::clone(&self.device), self.io.clone(), Rc::clone(&self.inbox));
+        let (chain, io, inbox) = (Arc::clone(&self.chain), self.io.clone(), Rc::clone(&self.inbox));
         self.io.spawn(async move {
-            let result = device.below().read_piece(&io, source, memory).await;
+            let result = chain.read_piece(&io, source, memory).await;
             inbox.borrow_mut().push(Message::Ended { key, result, cost });
         });
     }
@@ -147,7 +150,7 @@ impl<E: Engine> Qcow2Queue<E> {
     /// Starts parts in compressed clusters, as many as there is room for.
     fn start_compressed(&mut self) {
         while let Some((_, part, _)) = self.compressed.front() {
-            let cost = self.device.below().cost(*part);
+            let cost = self.chain.cost(*part);
             if self.decompressing > 0 && self.decompressing + cost > DECOMPRESSING_MAX {
                 return;
             }
@@ -182,7 +185,7 @@ impl<E: Engine> Qcow2Queue<E> {
     }
 }
 
-impl<E: Engine> DeviceQueue for Qcow2Queue<E> {
+impl<E: Engine> DeviceQueue for ChainQueue<E> {
     type Engine = E;
 
     fn submit(&mut self, request: Request) {
