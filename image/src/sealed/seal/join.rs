@@ -12,7 +12,7 @@ use crate::sealed::hash::Hash;
 use crate::sealed::header::PackKind;
 use crate::sealed::known::{Dedup, Found};
 use crate::sealed::node::{Child, Node};
-use crate::sealed::output::RecordSink;
+use crate::sealed::output::{Put, RecordSink};
 use crate::sealed::packs::{Packs, Root};
 use crate::sealed::place::Place;
 use crate::sealed::record::NewRecord;
@@ -261,7 +261,7 @@ where
         let record = NewRecord::node(node);
         self.stats.nodes += 1;
         self.stats.node_bytes += record.len() as u64;
-        let place = self.output.push(PackKind::Nodes, record, &[hash]).await?;
+        let Put { place, .. } = self.output.push(PackKind::Nodes, record, &[hash]).await?;
         self.dedup.insert_node(hash, place);
         Ok(place)
     }
