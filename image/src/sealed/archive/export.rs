@@ -237,12 +237,7 @@ impl<'a, E: Engine, S: Storage<File = E::File>> Sections<'a, E, S> {
 }
 
 impl<E: Engine, S: Storage<File = E::File>> RecordSink for Sections<'_, E, S> {
-    async fn push(
-        &mut self,
-        kind: PackKind,
-        record: NewRecord,
-        hashes: &[Hash],
-    ) -> Result<Put, ImageError> {
+    async fn push(&mut self, kind: PackKind, record: NewRecord, hashes: &[Hash]) -> Result<Put, ImageError> {
         let open = match kind {
             PackKind::Data => self.data.take(),
             PackKind::Nodes => self.nodes.take(),
