@@ -31,6 +31,9 @@ pub(super) struct Cursor<E: Engine> {
     held: BTreeMap<(u32, u64), Arc<Node>>,
     /// Whether places are kept to itself: those who are told could not read there.
     hides_places: bool,
+    /// Whether a node is read where it is said to be, and not taken from memory because its hash is the same: in an
+    /// increment, what lies below one has places at one place of the disk and none at another.
+    reads_places: bool,
     /// Nodes read so far.
     pub(super) reads: u64,
 }
@@ -38,12 +41,26 @@ pub(super) struct Cursor<E: Engine> {
 impl<E: Engine> Cursor<E> {
     pub(super) fn new(packs: Arc<Packs<E>>, io: &Io<E>, root: Root) -> Self {
         let height = height_of(root.blocks());
-        Self { packs, io: io.clone(), root, height, held: BTreeMap::new(), hides_places: false, reads: 0 }
+        Self {
+            packs,
+            io: io.clone(),
+            root,
+            height,
+            held: BTreeMap::new(),
+            hides_places: false,
+            reads_places: false,
+            reads: 0,
+        }
     }
 
     /// The same, saying only what there is and not where.
     pub(super) fn without_places(self) -> Self {
         Self { hides_places: true, ..self }
+    }
+
+    /// The same, for an increment.
+    pub(super) fn reading_places(self) -> Self {
+        Self { reads_places: true, ..self }
     }
 
     /// Blocks of the disk.
@@ -82,7 +99,19 @@ impl<E: Engine> Cursor<E> {
     }
 
     async fn load(&mut self, child: &Child, level: u32, index: u64) -> Result<Arc<Node>, ImageError> {
-        let node = load_node(&self.packs, &self.io, child, level).await?;
+        let node = if self.reads_places && !child.place.is_none() {
+            let node =
+                self.packs.pack(&self.io, child.place.pack()).await?.node(&self.io, child.place).await?;
+            if node.hash() != child.hash {
+                return Err(misplaced(
+                    &self.packs,
+                    format!("{:?} is not where it is said to be", child.hash),
+                ));
+            }
+            of_level(&self.packs, Arc::new(node), level)?
+        } else {
+            load_node(&self.packs, &self.io, child, level).await?
+        };
         self.reads += 1;
         if self.held.len() >= HELD_MAX {
             self.held.clear();
@@ -104,15 +133,19 @@ pub(super) async fn load_node<E: Engine>(
     child: &Child,
     level: u32,
 ) -> Result<Arc<Node>, ImageError> {
-    let node = packs.node(io, child).await?;
-    if node.level != level {
-        let why = format!(
-            "node {:?} is of level {}, and one of level {level} belongs there",
-            child.hash, node.level
-        );
-        return Err(ImageError::corrupt(packs.path(), "tree", 0, why));
+    of_level(packs, packs.node(io, child).await?, level)
+}
+
+fn of_level<E: Engine>(packs: &Packs<E>, node: Arc<Node>, level: u32) -> Result<Arc<Node>, ImageError> {
+    if node.level == level {
+        return Ok(node);
     }
-    Ok(node)
+    let why = format!("{:?} is of level {}, and one of level {level} belongs there", node.hash(), node.level);
+    Err(misplaced(packs, why))
+}
+
+fn misplaced<E: Engine>(packs: &Packs<E>, why: String) -> ImageError {
+    ImageError::corrupt(packs.path(), "node", 0, why)
 }
 
 impl Root {

@@ -43,9 +43,9 @@ pub(super) struct EntryPages {
 }
 
 impl EntryPages {
-    /// Adds the blocks of a record of `len` bytes at byte `offset`.
-    pub(super) fn push(&mut self, pack: &PackId, offset: u64, len: usize, hashes: &[Hash]) {
-        let mut first = 0;
+    /// Adds the blocks of a record of `len` bytes at byte `offset`: the page that they begin in, and how many are in it.
+    pub(super) fn push(&mut self, pack: &PackId, offset: u64, len: usize, hashes: &[Hash]) -> (u32, usize) {
+        let (mut first, mut begin) = (0, None);
         while first < hashes.len() {
             if self.page.is_empty() {
                 self.page.resize(P_GROUPS, 0);
@@ -56,6 +56,7 @@ impl EntryPages {
                 self.end_page(pack);
                 continue;
             }
+            begin.get_or_insert(((self.complete.len() / BLOCK_BYTES) as u32, count));
             self.page.extend(((offset / RECORD_ALIGNMENT as u64) as u32).to_le_bytes());
             self.page.extend(((len.div_ceil(1024)) as u16).to_le_bytes());
             self.page.extend([first as u8, count as u8]);
@@ -64,6 +65,7 @@ impl EntryPages {
             self.entries += count as u32;
             first += count;
         }
+        begin.unwrap_or_default()
     }
 
     fn end_page(&mut self, pack: &PackId) {
@@ -130,14 +132,16 @@ mod tests {
 
     #[test]
     fn pages_hold_all_entries_in_order() {
-        let mut pages = EntryPages::default();
+        let (mut pages, mut told) = (EntryPages::default(), Vec::new());
         let hash =
             |record: u64, i: usize| Hash([record as u8 + 1, i as u8 + 1].repeat(16).try_into().unwrap());
         let records: Vec<(u64, usize)> =
             (0..40).map(|i| (4096 + i * 32 * 700, 1 + i as usize % 32)).collect();
         for (i, &(offset, count)) in (0..).zip(&records) {
             let hashes: Vec<Hash> = (0..count).map(|k| hash(i, k)).collect();
-            pages.push(&ID, offset, 22_000, &hashes);
+            let (page, in_page) = pages.push(&ID, offset, 22_000, &hashes);
+            let place = |k: usize| Place::new(9, offset, 22_000, k);
+            told.extend((0..count).map(|k| (place(k), page + u32::from(k >= in_page))));
         }
         let total = pages.entries as usize;
         let bytes = pages.finish(&ID);
@@ -145,6 +149,8 @@ mod tests {
         for (number, page) in (0..).zip(bytes.chunks_exact(BLOCK_BYTES)) {
             let of_page = decode_page(&ID, 9, number, page).unwrap();
             assert!(of_page.len() > PAGE_ENTRIES_MAX / 2 || number as usize == bytes.len() / BLOCK_BYTES - 1);
+            let here = told.iter().filter(|(_, page)| *page == number).map(|(place, _)| *place);
+            assert!(of_page.iter().map(|entry| entry.place).eq(here), "they are where it was said");
             entries.extend(of_page);
         }
         assert_eq!(entries.len(), total);

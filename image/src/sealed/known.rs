@@ -35,8 +35,9 @@ pub trait Dedup<E: Engine> {
     /// Where a block is.
     fn find(&mut self, hash: &Hash) -> Option<Found>;
 
-    /// A block was stored, in a pack that is not finished yet.
-    fn insert(&mut self, hash: Hash, place: Place);
+    /// A block was stored, in a pack that may not be finished yet; `page` is the page of the pack's entries that it
+    /// will be in.
+    fn insert(&mut self, hash: Hash, place: Place, page: u32);
 
     /// Where a node is; by default nobody knows.
     fn find_node(&mut self, _hash: &Hash) -> Option<Found> {
@@ -58,6 +59,11 @@ impl ExactMap {
     /// Different blocks that it knows.
     pub fn blocks(&self) -> u64 {
         self.blocks.len() as u64
+    }
+
+    /// Where a block is.
+    pub fn place_of(&self, hash: &Hash) -> Option<Place> {
+        self.blocks.get(hash).copied()
     }
 
     /// Learns what a pack holds.
@@ -90,7 +96,7 @@ impl<E: Engine> Dedup<E> for ExactMap {
         self.blocks.get(hash).copied().map(Found::Sure)
     }
 
-    fn insert(&mut self, hash: Hash, place: Place) {
+    fn insert(&mut self, hash: Hash, place: Place, _: u32) {
         self.blocks.insert(hash, place);
     }
 

@@ -12,15 +12,23 @@ use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
 
+/// Where a record was put.
+pub(super) struct Put {
+    /// The place of its first block.
+    pub(super) place: Place,
+    /// For each block, the page of the pack's entries that it will be in.
+    pub(super) pages: Vec<u32>,
+}
+
 /// Where records go.
 pub(super) trait RecordSink {
-    /// Appends a record to the open pack of its kind: its place.
+    /// Appends a record to the open pack of its kind.
     fn push(
         &mut self,
         kind: PackKind,
         record: NewRecord,
         hashes: &[Hash],
-    ) -> impl Future<Output = Result<Place, ImageError>>;
+    ) -> impl Future<Output = Result<Put, ImageError>>;
 }
 
 /// See the module's documentation.
@@ -28,6 +36,8 @@ pub(super) struct Output<E: Engine, S, N> {
     storage: S,
     io: Io<E>,
     directory: PathBuf,
+    /// Bytes of records after which a pack is finished.
+    pack_bytes: u64,
     /// Says the number of the next pack.
     numbers: N,
     data: Option<PackWriter<E>>,
@@ -43,10 +53,10 @@ where
     S: Storage<File = E::File>,
     N: FnMut() -> Result<u32, ImageError>,
 {
-    pub(super) fn new(storage: &S, io: &Io<E>, directory: PathBuf, numbers: N) -> Self {
+    pub(super) fn new(storage: &S, io: &Io<E>, directory: PathBuf, pack_bytes: u64, numbers: N) -> Self {
         let storage = storage.clone();
         let (data, nodes, finished, begun) = (None, None, Vec::new(), Vec::new());
-        Self { storage, io: io.clone(), directory, numbers, data, nodes, finished, begun }
+        Self { storage, io: io.clone(), directory, pack_bytes, numbers, data, nodes, finished, begun }
     }
 
     /// Finishes the open packs: all packs, whole and synced. Their names are durable when the directory has been synced.
@@ -76,12 +86,7 @@ where
     S: Storage<File = E::File>,
     N: FnMut() -> Result<u32, ImageError>,
 {
-    async fn push(
-        &mut self,
-        kind: PackKind,
-        record: NewRecord,
-        hashes: &[Hash],
-    ) -> Result<Place, ImageError> {
+    async fn push(&mut self, kind: PackKind, record: NewRecord, hashes: &[Hash]) -> Result<Put, ImageError> {
         let slot = match kind {
             PackKind::Data => &mut self.data,
             PackKind::Nodes => &mut self.nodes,
@@ -90,16 +95,17 @@ where
             Some(pack) => pack,
             None => {
                 let number = (self.numbers)()?;
-                self.begun.push(self.directory.join(pack_name(number)));
                 let pack = PackWriter::create(&self.storage, &self.io, &self.directory, number, kind)?;
+                self.begun.push(self.directory.join(pack_name(number)));
                 slot.insert(pack)
             }
         };
         let place = pack.push(record, hashes);
+        let put = Put { place, pages: (0..hashes.len()).map(|index| pack.page_of(index)).collect() };
         pack.write_out().await?;
-        if let Some(full) = slot.take_if(|pack| pack.is_full()) {
+        if let Some(full) = slot.take_if(|pack| pack.bytes() >= self.pack_bytes) {
             self.finished.push(full.finish().await?);
         }
-        Ok(place)
+        Ok(put)
     }
 }

@@ -176,26 +176,41 @@ impl Trial {
     /// Seals, from a block on, under somebody's eyes.
     pub(super) fn seal_watched<Src: Source + 'static>(
         &mut self,
+        source: Src,
+        base: Option<Root>,
+        start: u64,
+        watch: impl FnMut(&SealStats) -> Step + 'static,
+    ) -> Result<Sealed, ImageError> {
+        let known = std::mem::take(&mut self.known);
+        let (sealed, known) = self.seal_with(known, source, base, start, watch);
+        self.known = known;
+        sealed
+    }
+
+    /// Seals with any index.
+    pub(super) fn seal_with<Src: Source + 'static, D: Dedup<BlockingEngine> + 'static>(
+        &mut self,
+        mut dedup: D,
         mut source: Src,
         base: Option<Root>,
         start: u64,
         mut watch: impl FnMut(&SealStats) -> Step + 'static,
-    ) -> Result<Sealed, ImageError> {
+    ) -> (Result<Sealed, ImageError>, D) {
         let (io, packs) = (self.io.clone(), Arc::clone(&self.packs));
         let directory = self.directory.path().to_owned();
-        let mut known = std::mem::take(&mut self.known);
         let workers = std::mem::replace(&mut self.workers, Workers::inline(0).unwrap());
         let mut number = self.numbers;
-        let (sealed, known, workers, number) = block_on(&self.io, async move {
+        let (sealed, dedup, workers, number) = block_on(&self.io, async move {
             let sealing = Sealing {
                 storage: &HostStorage,
                 io: &io,
                 directory: &directory,
                 packs: &packs,
-                dedup: &mut known,
+                dedup: &mut dedup,
                 workers: &workers,
                 base,
                 frame_blocks: 4,
+                pack_bytes: PACK_BYTES,
                 start,
             };
             let numbers = || {
@@ -203,10 +218,10 @@ impl Trial {
                 Ok(number)
             };
             let sealed = seal(sealing, &mut source, numbers, &mut watch).await;
-            (sealed, known, workers, number)
+            (sealed, dedup, workers, number)
         });
-        (self.known, self.workers, self.numbers) = (known, workers, number);
-        sealed
+        (self.workers, self.numbers) = (workers, number);
+        (sealed, dedup)
     }
 
     /// Seals.

@@ -40,6 +40,8 @@ pub struct PackWriter<E: Engine> {
     written: u64,
     records: u32,
     pages: EntryPages,
+    /// In which page the entries of the last record begin, and how many are in it.
+    last: (u32, usize),
 }
 
 /// A pack that is whole, and durable but for its name.
@@ -89,7 +91,19 @@ impl<E: Engine> PackWriter<E> {
     fn of(io: &Io<E>, file: E::File, header: PackHeader, path: PathBuf, unfinished: PathBuf) -> Self {
         let (tail, pages) = (header.encode(), EntryPages::default());
         let (start, written, records) = (0, 0, 0);
-        Self { io: io.clone(), file, start, header, path, unfinished, tail, written, records, pages }
+        Self {
+            io: io.clone(),
+            file,
+            start,
+            header,
+            path,
+            unfinished,
+            tail,
+            written,
+            records,
+            pages,
+            last: (0, 0),
+        }
     }
 
     /// Says where in the file the pack begins, a multiple of 4096, before any of it is written.
@@ -127,10 +141,15 @@ impl<E: Engine> PackWriter<E> {
         assert_eq!(record.count, hashes.len(), "a hash for each block");
         let offset = self.written + self.tail.len() as u64;
         let place = Place::new(self.header.number, offset, record.len(), 0);
-        self.pages.push(&self.header.id, offset, record.len(), hashes);
+        self.last = self.pages.push(&self.header.id, offset, record.len(), hashes);
         self.tail.extend(record.place(&self.header.id, offset));
         self.records += 1;
         place
+    }
+
+    /// The page of entries that a block of the record will be in that was pushed last.
+    pub fn page_of(&self, index: usize) -> u32 {
+        self.last.0 + u32::from(index >= self.last.1)
     }
 
     /// Writes what has gathered, when that is much.

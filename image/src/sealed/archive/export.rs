@@ -16,7 +16,7 @@ use crate::sealed::cursor::Cursor;
 use crate::sealed::hash::Hash;
 use crate::sealed::header::{PackHeader, PackId, PackKind};
 use crate::sealed::known::{Dedup, Found};
-use crate::sealed::output::RecordSink;
+use crate::sealed::output::{Put, RecordSink};
 use crate::sealed::packs::{Packs, Root};
 use crate::sealed::place::Place;
 use crate::sealed::record::NewRecord;
@@ -237,12 +237,7 @@ impl<'a, E: Engine, S: Storage<File = E::File>> Sections<'a, E, S> {
 }
 
 impl<E: Engine, S: Storage<File = E::File>> RecordSink for Sections<'_, E, S> {
-    async fn push(
-        &mut self,
-        kind: PackKind,
-        record: NewRecord,
-        hashes: &[Hash],
-    ) -> Result<Place, ImageError> {
+    async fn push(&mut self, kind: PackKind, record: NewRecord, hashes: &[Hash]) -> Result<Put, ImageError> {
         let open = match kind {
             PackKind::Data => self.data.take(),
             PackKind::Nodes => self.nodes.take(),
@@ -252,6 +247,8 @@ impl<E: Engine, S: Storage<File = E::File>> RecordSink for Sections<'_, E, S> {
             None => self.begin(kind)?,
         };
         let place = pack.push(record, hashes);
+        // Nobody reads pages of an archive that is being made.
+        let put = Put { place, pages: vec![0; hashes.len()] };
         match kind {
             PackKind::Data => {
                 pack.write_out().await?;
@@ -269,7 +266,7 @@ impl<E: Engine, S: Storage<File = E::File>> RecordSink for Sections<'_, E, S> {
                 }
             }
         }
-        Ok(place)
+        Ok(put)
     }
 }
 
@@ -289,7 +286,7 @@ impl<E: Engine> Dedup<E> for Remembered {
         self.blocks.get(hash).copied().map(Found::Sure)
     }
 
-    fn insert(&mut self, hash: Hash, place: Place) {
+    fn insert(&mut self, hash: Hash, place: Place, _: u32) {
         self.blocks.insert(hash, place);
     }
 

@@ -104,7 +104,8 @@ impl<E: Engine> Archive<E> {
             let detail = format!("it is an increment over {wanted}, which must be there first");
             return Err(ImageError::new(self.packs.path(), ErrorKind::Base(detail)));
         }
-        Ok(TreeSource::new(&self.packs, io, self.root, base))
+        let source = TreeSource::new(&self.packs, io, self.root, base);
+        Ok(if self.info.base.is_some() { source.reading_places() } else { source })
     }
 }
 

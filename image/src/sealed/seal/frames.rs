@@ -8,7 +8,7 @@ use crate::sealed::hash::Hash;
 use crate::sealed::header::PackKind;
 use crate::sealed::known::Dedup;
 use crate::sealed::node::Child;
-use crate::sealed::output::RecordSink;
+use crate::sealed::output::{Put, RecordSink};
 use crate::sealed::place::Place;
 use crate::sealed::record::NewRecord;
 use crate::sealed::workers::{Ticket, Workers};
@@ -104,10 +104,10 @@ impl Frames {
         let Some((hashes, ticket)) = self.flying.pop_front() else { return Ok(()) };
         let record = ticket.wait().await;
         stats.stored_bytes += record.len() as u64;
-        let place = output.push(PackKind::Data, record, &hashes).await?;
-        for (index, hash) in hashes.iter().enumerate() {
+        let Put { place, pages } = output.push(PackKind::Data, record, &hashes).await?;
+        for (index, (hash, page)) in hashes.iter().zip(pages).enumerate() {
             self.pending.remove(hash);
-            dedup.insert(*hash, place.with_index(index));
+            dedup.insert(*hash, place.with_index(index), page);
         }
         self.places.push_back(place);
         Ok(())

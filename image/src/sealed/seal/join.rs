@@ -7,12 +7,12 @@ use super::frames::{Frames, Slot};
 use super::gather::{Gathered, Gatherer};
 use super::{FRAMES_MAX, JOINED_MAX, SealStats, Step, Watch};
 use crate::error::{ErrorKind, ImageError};
-use crate::sealed::cursor::{Cursor, load_node};
+use crate::sealed::cursor::Cursor;
 use crate::sealed::hash::Hash;
 use crate::sealed::header::PackKind;
 use crate::sealed::known::{Dedup, Found};
 use crate::sealed::node::{Child, Node};
-use crate::sealed::output::RecordSink;
+use crate::sealed::output::{Put, RecordSink};
 use crate::sealed::packs::{Packs, Root};
 use crate::sealed::place::Place;
 use crate::sealed::record::NewRecord;
@@ -186,7 +186,7 @@ where
             Some(Found::Sure(place)) => Ok(Some(known(place))),
             // What cannot be read is stored again.
             Some(Found::Hint(place)) => {
-                Ok(self.packs.block(self.io, hash, place).await.ok().map(|_| known(place)))
+                Ok(holds_block(self.packs, self.io, place, hash).await.then(|| known(place)))
             }
         }
     }
@@ -249,10 +249,7 @@ where
     async fn put(&mut self, node: &Node, hash: Hash) -> Result<Place, ImageError> {
         let known = match self.dedup.find_node(&hash) {
             Some(Found::Sure(place)) => Some(place),
-            Some(Found::Hint(place)) => {
-                let child = Child { hash, place };
-                load_node(self.packs, self.io, &child, node.level).await.ok().map(|_| place)
-            }
+            Some(Found::Hint(place)) => holds_node(self.packs, self.io, place, &hash).await.then_some(place),
             None => None,
         };
         if let Some(place) = known {
@@ -261,8 +258,21 @@ where
         let record = NewRecord::node(node);
         self.stats.nodes += 1;
         self.stats.node_bytes += record.len() as u64;
-        let place = self.output.push(PackKind::Nodes, record, &[hash]).await?;
+        let Put { place, .. } = self.output.push(PackKind::Nodes, record, &[hash]).await?;
         self.dedup.insert_node(hash, place);
         Ok(place)
     }
+}
+
+/// Whether a block is at that very place: elsewhere, or in memory, does not count.
+async fn holds_block<E: Engine>(packs: &Packs<E>, io: &Io<E>, place: Place, hash: &Hash) -> bool {
+    let Ok(pack) = packs.pack(io, place.pack()).await else { return false };
+    let Ok(frame) = pack.frame(io, place).await else { return false };
+    frame.block(place.index()).is_some_and(|block| Hash::of_block(block) == *hash)
+}
+
+/// Whether a node is at that very place.
+async fn holds_node<E: Engine>(packs: &Packs<E>, io: &Io<E>, place: Place, hash: &Hash) -> bool {
+    let Ok(pack) = packs.pack(io, place.pack()).await else { return false };
+    pack.node(io, place).await.is_ok_and(|node| node.hash() == *hash)
 }

@@ -4,7 +4,7 @@
 //! zero, in the base, or stored already is not stored; the rest gathers into frames, which workers compress and which
 //! are appended in the order in which they began. A segment enters the tree when all its blocks have places.
 //!
-//! Memory: twice as many segments of 4 MiB as there are workers (one without), 128 frames of at most 128 KiB, 16
+//! Memory: twice as many segments of 4 MiB as there are workers (one without), 128 frames and those of one segment more, 16
 //! segments that wait for places (60 KiB each), the nodes of the base over these, and 2 MiB of packs' tails; with the
 //! dedup index, which is the caller's.
 //!
@@ -32,7 +32,7 @@ use super::packs::{Packs, Root};
 use super::record::FRAME_BLOCKS_MAX;
 use super::source::Source;
 use super::workers::Workers;
-use super::writer::Written;
+use super::writer::{PACK_BYTES, Written};
 use crate::error::ImageError;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
@@ -69,6 +69,8 @@ pub struct Sealing<'a, E: Engine, S, D> {
     pub base: Option<Root>,
     /// Blocks in a frame, from 1 to [`FRAME_BLOCKS_MAX`].
     pub frame_blocks: usize,
+    /// Bytes of records after which a pack is finished: [`PACK_BYTES`], or less.
+    pub pack_bytes: u64,
     /// The first block that is asked of the source; what lies before it is as in the base.
     pub start: u64,
 }
@@ -95,7 +97,7 @@ pub struct Sealed {
 /// [`Cancelled`](crate::ErrorKind::Cancelled).
 ///
 /// # Panics
-/// When `frame_blocks` is out of bounds.
+/// When `frame_blocks` or `pack_bytes` is out of bounds.
 pub async fn seal<E, S, D>(
     sealing: Sealing<'_, E, S, D>,
     source: &mut impl Source,
@@ -108,13 +110,15 @@ where
     D: Dedup<E>,
 {
     assert!((1..=FRAME_BLOCKS_MAX).contains(&sealing.frame_blocks), "bounds of a frame");
+    assert!((1..=PACK_BYTES).contains(&sealing.pack_bytes), "bounds of a pack");
     let size = source.size();
     if !size.is_multiple_of(SECTOR_SIZE) || size > SEALED_BYTES_MAX {
         let detail = format_args!("a disk of {size} bytes cannot be sealed");
         return Err(ImageError::invalid(sealing.directory, detail));
     }
-    let Sealing { storage, io, directory, packs, dedup, workers, base, frame_blocks, start } = sealing;
-    let mut output = Output::new(storage, io, directory.to_owned(), numbers);
+    let Sealing { storage, io, directory, packs, dedup, workers, base, frame_blocks, pack_bytes, start } =
+        sealing;
+    let mut output = Output::new(storage, io, directory.to_owned(), pack_bytes, numbers);
     let mut gatherer = Gatherer::new(source, packs, io, base, start);
     let base = base.map(|base| Cursor::new(Arc::clone(packs), io, base));
     let means = Means { io, packs, dedup, workers, output: &mut output, base, frame_blocks };

@@ -7,9 +7,10 @@ use std::rc::Rc;
 
 use super::*;
 use crate::error::ErrorKind;
-use crate::sealed::ExactMap;
 use crate::sealed::source::{Content, MemoryBlock, MemorySource, SourceRun};
 use crate::sealed::trial::{Draw, Model, Trial, block_bytes};
+use crate::sealed::{ExactMap, Found, Hash, Place};
+use sapwood_blockdev::engine::BlockingEngine;
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE};
 
 #[test]
@@ -159,6 +160,46 @@ fn what_fails_or_is_cancelled_leaves_nothing() {
     let error = trial.seal_watched(Failing(source, 4500), None, 0, |_| Step::Go).unwrap_err();
     assert!(error.to_string().contains("it fails here"));
     assert_eq!(trial.files(), 0);
+}
+
+/// An index that says that everything is at one place.
+struct Liar(Place);
+
+impl Dedup<BlockingEngine> for Liar {
+    async fn look_ahead(
+        &mut self,
+        _: &Io<BlockingEngine>,
+        _: &Packs<BlockingEngine>,
+        _: &[Hash],
+    ) -> Result<(), ImageError> {
+        Ok(())
+    }
+
+    fn find(&mut self, _: &Hash) -> Option<Found> {
+        Some(Found::Hint(self.0))
+    }
+
+    fn insert(&mut self, _: Hash, _: Place, _: u32) {}
+
+    fn find_node(&mut self, _: &Hash) -> Option<Found> {
+        Some(Found::Hint(self.0))
+    }
+}
+
+#[test]
+fn a_hint_counts_when_the_block_is_there() {
+    let mut trial = Trial::new();
+    let first = Model { size: BLOCK_SIZE, blocks: vec![1] };
+    let base = trial.seal(first.whole(&mut Draw(0)), None).root;
+    let block = Liar(trial.known.place_of(&Hash::of_block(&block_bytes(1))).unwrap());
+    let model = Model { size: 40 * BLOCK_SIZE, blocks: (1..=40).collect() };
+    for (liar, duplicate, nodes) in [(block, 1, 4), (Liar(base.tree.place), 0, 4)] {
+        let sealed = trial.seal_with(liar, model.whole(&mut Draw(0)), None, 0, |_| Step::Go).0.unwrap();
+        assert_eq!(sealed.root.hash(), model.root_hash());
+        assert_eq!((sealed.stats.duplicate, sealed.stats.unique), (duplicate, 40 - duplicate));
+        assert_eq!(sealed.stats.nodes, nodes);
+        trial.check(&sealed.root, &model);
+    }
 }
 
 /// 1 GiB of blocks that are all different; some are noise, and only these are data.

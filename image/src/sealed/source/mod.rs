@@ -3,6 +3,8 @@
 mod disk;
 mod frozen;
 mod memory;
+#[cfg(test)]
+mod tests;
 mod tree;
 
 pub use disk::DiskSource;

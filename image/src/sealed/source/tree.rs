@@ -33,6 +33,11 @@ impl<E: Engine> TreeSource<E> {
         }
     }
 
+    /// The same, for an increment.
+    pub(in crate::sealed) fn reading_places(self) -> Self {
+        Self { tree: self.tree.reading_places(), ..self }
+    }
+
     /// What a subtree holds, where that is one thing: the same as the base's, zeroes, or one block.
     async fn content(&mut self, level: u32, index: u64) -> Result<Option<Content>, ImageError> {
         let Some(child) = self.tree.child(level, index).await? else { return Ok(None) };
