@@ -56,7 +56,8 @@ impl<S: Storage> Store<S> {
     pub async fn attach<E: Engine<File = S::File>>(&self, io: &Io<E>, name: &str) -> Result<Attachment> {
         let (id, _) = volume(&self.catalog.view()?, name)?;
         let hold = self.usage.take(id, name, "attached")?;
-        let (_, row) = volume(&self.catalog.view()?, name)?;
+        // As it is now that nobody else has it, whatever its name is by now.
+        let row = self.catalog.view()?.volume(id)?.ok_or_else(|| StoreError::not_found(name, "volume"))?;
         let layer = match row.layer {
             Some(layer) => layer,
             None => self.make_layer(io, id, &row).await?,

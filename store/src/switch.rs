@@ -15,7 +15,7 @@ use crate::store::{Store, snapshot, volume};
 impl<S: Storage> Store<S> {
     /// Lets a volume that is not attached go on from a snapshot, of itself or of another volume: its disk is what
     /// the snapshot is. What it holds itself is thrown away, which is refused unless `discard` says so, or
-    /// nothing was written since the last snapshot.
+    /// nothing was written since the last snapshot. What only deleted snapshots held goes with it, unasked.
     ///
     /// # Errors
     /// No such volume or snapshot, a volume that is in use or holds writes that are in no snapshot, what the
@@ -29,7 +29,7 @@ impl<S: Storage> Store<S> {
     ) -> Result<()> {
         let (id, _) = volume(&self.catalog.view()?, name)?;
         let _hold = self.usage.take(id, name, "being switched")?;
-        let (_, row) = volume(&self.catalog.view()?, name)?;
+        let row = self.catalog.view()?.volume(id)?.ok_or_else(|| StoreError::not_found(name, "volume"))?;
         if let (Some(layer), false) = (row.layer, discard) {
             self.check_saved(io, name, layer, row.parent).await?;
         }

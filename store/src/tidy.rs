@@ -9,7 +9,7 @@ use sapwood_blockdev::storage::Storage;
 use crate::catalog::Look;
 use crate::catalog::rows::NodeState;
 use crate::directory::{Directory, remove, sync_directory};
-use crate::error::{Result, StoreError};
+use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::id::Id;
 use crate::store::Store;
 
@@ -74,7 +74,11 @@ impl<S: Storage> Store<S> {
             if row.volume.is_some_and(|volume| self.usage.of_volume(volume).is_some()) {
                 continue;
             }
-            self.settle(io, layer).await?;
+            match self.settle(io, layer).await {
+                // A disk that is running lies over it, and will close it.
+                Err(StoreError { kind: StoreErrorKind::Locked { .. }, .. }) => continue,
+                settled => settled?,
+            };
             self.settled(id)?;
             settled.push(id);
         }

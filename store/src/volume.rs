@@ -113,7 +113,10 @@ impl<S: Storage> Store<S> {
         }
         let layers = self.catalog.change(|change| {
             let mut layers = Vec::new();
-            let (_, row) = volume(change, name)?;
+            let (found, row) = volume(change, name)?;
+            if found != id {
+                return Err(StoreError::not_found(name, "volume"));
+            }
             check_unprotected(name, &row.notes, "volume")?;
             let snapshots = change.snapshots_of(id)?;
             if let (Some((first, _)), false) = (snapshots.first(), with_snapshots) {

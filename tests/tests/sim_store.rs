@@ -2,10 +2,14 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
+use sapwood_blockdev::Errno;
 use sapwood_store::{Mutation, StoreOptions};
 use sapwood_tests::sim::explore::seeds;
+use sapwood_tests::sim::faults::{Faults, Kind, Planned};
 use sapwood_tests::sim::persist::Persistence;
 use sapwood_tests::sim::store::history::{cut, cut_init, killed_writer, undisturbed};
+use sapwood_tests::sim::store::rig::Rig;
+use sapwood_tests::sim::world::{Config, World};
 
 /// Seeds within which a breach must be noticed.
 const SEEDS_MAX: u64 = 3000;
@@ -76,4 +80,26 @@ fn every_breach_of_the_order_is_noticed() {
         }
     }
     assert!(missed.is_empty(), "not noticed: {missed:?}");
+}
+
+#[test]
+fn after_a_commit_that_failed_nothing_is_read_from_the_catalog_before_it_is_opened_again() {
+    for seed in 0..40 {
+        let world = World::new(Config::blocking(seed));
+        let mut rig = Rig::new(&world, &StoreOptions::default());
+        rig.init().unwrap();
+        rig.open().unwrap();
+        rig.store().create("before", 1 << 20).unwrap();
+        // The last sync of a commit is the one after which nobody knows; any of them will do.
+        let planned = vec![Planned { kind: Kind::Sync, skip: (seed % 2) as u32, errno: Errno::IO }];
+        world.set_faults(Faults { planned, ..Faults::default() });
+        rig.store().create("maybe", 1 << 20).expect_err("a sync fails");
+        world.set_faults(Faults::default());
+        let error = rig.store().list().expect_err("what is in memory may not be what is stored");
+        assert_eq!(error.kind.name(), "io");
+        rig.store().create("after", 1 << 20).expect_err("nor is it changed");
+        rig.open().unwrap();
+        let names: Vec<String> = rig.store().list().unwrap().into_iter().map(|listed| listed.name).collect();
+        assert!(names == ["before"] || names == ["before", "maybe"], "seed {seed}: {names:?}");
+    }
 }

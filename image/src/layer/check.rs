@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use self::places::{Held, Places};
 use super::OpenLayer;
+use super::base::OpenBase;
 use super::device::Layer;
 use super::load::Reader;
 use super::map::{BRANCH_BLOCKS, LEAF_BLOCKS, pieces};
@@ -65,7 +66,7 @@ pub async fn check<S: Storage, E: Engine<File = S::File>>(
     let mut report = CheckReport::default();
     let tuning = Tuning { map_cache_bytes: MAP_CACHE_BYTES, ..Tuning::default() };
     let options = OpenLayer { read_only: true, tuning };
-    let layer = match Layer::open(storage, io, path, &options).await {
+    let layer = match Layer::open_with(storage, io, path, &options, OpenBase::UnlessInStore, None).await {
         Ok(layer) => layer,
         Err(ImageError { kind: kind @ (ErrorKind::Corrupt { .. } | ErrorKind::Base(_)), .. }) => {
             report.error(kind.to_string());

@@ -103,7 +103,7 @@ where
         let place = pack.push(record, hashes);
         let put = Put { place, pages: (0..hashes.len()).map(|index| pack.page_of(index)).collect() };
         pack.write_out().await?;
-        if let Some(full) = slot.take_if(|pack| pack.bytes() >= self.pack_bytes) {
+        if let Some(full) = slot.take_if(|pack| pack.is_full_at(self.pack_bytes)) {
             self.finished.push(full.finish().await?);
         }
         Ok(put)

@@ -200,22 +200,28 @@ impl<E: Engine> Packs<E> {
                 Err(error) => first = Some(error),
             }
         }
-        for run in self.index.runs().iter() {
-            let places = match self.index.look_up_in(io, run, hash).await {
-                Ok(places) => places,
-                Err(error) => {
-                    first.get_or_insert(error);
-                    continue;
-                }
-            };
-            for other in places.into_iter().filter(|other| *other != place) {
-                match at(other).await {
-                    Ok(found) => return Ok(found),
-                    Err(error) => drop(first.get_or_insert(error)),
+        loop {
+            let runs = self.index.runs();
+            for run in runs.iter() {
+                let places = match self.index.look_up_in(io, run, hash).await {
+                    Ok(places) => places,
+                    Err(error) => {
+                        first.get_or_insert(error);
+                        continue;
+                    }
+                };
+                for other in places.into_iter().filter(|other| *other != place) {
+                    match at(other).await {
+                        Ok(found) => return Ok(found),
+                        Err(error) => drop(first.get_or_insert(error)),
+                    }
                 }
             }
+            // What was moved meanwhile is where the runs of now say.
+            if Arc::ptr_eq(&runs, &self.index.runs()) {
+                return Err(first.unwrap_or_else(|| self.missing(hash)));
+            }
         }
-        Err(first.unwrap_or_else(|| self.missing(hash)))
     }
 
     async fn node_at(&self, io: &Io<E>, hash: &Hash, place: Place) -> Result<Arc<Node>, ImageError> {

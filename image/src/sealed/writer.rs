@@ -22,6 +22,9 @@ use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, FileOffset};
 pub const PACK_BYTES: u64 = 64 << 20;
 const _: () = assert!(PACK_BYTES + (Place::LEN_MAX as u64) < PACK_BYTES_MAX);
 
+/// Blocks or nodes after which a pack is full, however small they have become: their list takes 18 MiB.
+const PACK_ENTRIES: u32 = 1 << 19;
+
 /// Bytes written at a time.
 const CHUNK_LEN: usize = 1 << 20;
 
@@ -74,6 +77,10 @@ impl<E: Engine> PackWriter<E> {
         kind: PackKind,
     ) -> Result<Self, ImageError> {
         let path = directory.join(pack_name(number));
+        // Whoever has read a pack of that number goes on believing what it was.
+        if storage.open(&path, OpenOptions::READ.buffered()).is_ok() {
+            return Err(ImageError::open(&path, std::io::ErrorKind::AlreadyExists.into()));
+        }
         let unfinished = path.with_extension("pack.tmp");
         let mut id = PackId([0; 16]);
         storage.random(&mut id.0).map_err(|e| ImageError::io(&path, "choose an id for", e))?;
@@ -129,7 +136,12 @@ impl<E: Engine> PackWriter<E> {
 
     /// Whether it should be finished and another one begun.
     pub fn is_full(&self) -> bool {
-        self.bytes() >= PACK_BYTES
+        self.is_full_at(PACK_BYTES)
+    }
+
+    /// As [`is_full`](Self::is_full), of a pack of so many bytes.
+    pub(super) fn is_full_at(&self, bytes: u64) -> bool {
+        self.bytes() >= bytes || self.pages.entries >= PACK_ENTRIES
     }
 
     /// Appends a record whose blocks, or node, have these hashes: the place of the first. It is in memory until

@@ -50,12 +50,16 @@ impl<E: Engine> VolumeQueue<E> {
         if self.volume.is_ahead(self.phase, phase) {
             return;
         }
-        let is_new = self.inner.is_none() || phase.number() != self.phase.number();
+        let is_next = phase.number() != self.phase.number();
+        let is_new = self.inner.is_none() || is_next;
         self.phase = phase;
         if phase.is_switching() {
-            // Of a queue that slept through the beginning nobody expects that it leaves.
             if was_parked {
+                // Of a queue that slept through the beginning nobody expects that it leaves.
                 self.inner = None;
+            } else if self.inner.is_none() && is_next {
+                // It slept through the end of the last switch, and has nothing on the layer that is to be left.
+                self.pass();
             }
             return;
         }
@@ -77,12 +81,17 @@ impl<E: Engine> VolumeQueue<E> {
         if !has_ended || !self.phase.is_switching() {
             return false;
         }
+        self.pass();
+        true
+    }
+
+    /// Tells that there is nothing of it on the old layer, and goes on if everybody else has left.
+    fn pass(&mut self) {
         self.inner = None;
         if let Some((phase, layer)) = self.volume.leave(self.member) {
             self.phase = phase;
             self.start_on(layer.queue_on(self.io.clone()));
         }
-        true
     }
 }
 

@@ -307,3 +307,26 @@ fn the_next_opening_does_what_was_left_to_do() {
     let refused = open(&new, false).map(drop).unwrap_err();
     assert!(refused.to_string().contains("opened for writing since"), "{refused}");
 }
+
+#[test]
+fn a_queue_that_sleeps_over_the_end_of_one_switch_and_the_beginning_of_the_next_holds_nobody_up() {
+    let rig = Rig::new();
+    let (mut q0, mut q1) = (rig.queue(), rig.queue());
+    write(&mut q0, 0, 1);
+    write(&mut q1, 1, 1);
+    poll(&mut q1);
+    rig.begin(1, true);
+    write(&mut q1, 2, 2);
+    poll(&mut q1);
+    poll(&mut q0);
+    rig.end().unwrap();
+    assert_eq!(rig.number(), "1");
+    // Nobody has polled this one since: what it holds waits for the first switch still.
+    write(&mut q0, 3, 3);
+    rig.begin(2, true);
+    poll(&mut q0);
+    poll(&mut q1);
+    rig.end().unwrap();
+    assert_eq!(rig.number(), "2");
+    assert_eq!((read(&mut q0, 0), read(&mut q1, 1), read(&mut q1, 2), read(&mut q0, 3)), (1, 1, 2, 3));
+}

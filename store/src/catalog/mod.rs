@@ -14,6 +14,7 @@ pub mod rows;
 mod tables;
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use redb::{Builder, Database};
 use sapwood_blockdev::engine::Engine;
@@ -33,6 +34,8 @@ pub struct Catalog {
     database: Database,
     path: PathBuf,
     meta: Meta,
+    /// A commit has failed: what is in memory may not be what is stored.
+    is_unknown: AtomicBool,
 }
 
 impl Catalog {
@@ -40,7 +43,7 @@ impl Catalog {
     pub(crate) fn create<E: Engine + Send>(file: E::File, engine: E, store: Id, synced: bool) -> Result<()> {
         let path = file.path().to_owned();
         let database = Self::database(file, engine, synced)?;
-        let catalog = Self { database, path, meta: Meta::new(store) };
+        let catalog = Self { database, path, meta: Meta::new(store), is_unknown: AtomicBool::new(false) };
         catalog.change(|change| change.prepare(&catalog.meta))?;
         let Self { database, path, .. } = catalog;
         database.close().map_err(|error| StoreError::database(&path, "close", error))
@@ -61,7 +64,7 @@ impl Catalog {
         let view = View::begin(&database, &path)?;
         let meta = Meta::read(&view, &path)?;
         drop(view);
-        Ok(Self { database, path, meta })
+        Ok(Self { database, path, meta, is_unknown: AtomicBool::new(false) })
     }
 
     fn database<E: Engine + Send>(file: E::File, engine: E, synced: bool) -> Result<Database> {
@@ -87,8 +90,9 @@ impl Catalog {
     /// The catalog as it is now, whatever is changed meanwhile.
     ///
     /// # Errors
-    /// What the storage says.
+    /// What the storage says; a change has failed before.
     pub fn view(&self) -> Result<View> {
+        self.check()?;
         View::begin(&self.database, &self.path)
     }
 
@@ -97,12 +101,16 @@ impl Catalog {
     ///
     /// # Errors
     /// What `change` says: then nothing was changed. What the storage says: then the change was made or
-    /// was not, and opening the store again tells.
+    /// was not, and opening the store again tells: until then nothing can be read or changed.
     pub fn change<T>(&self, change: impl FnOnce(&mut Change) -> Result<T>) -> Result<T> {
         let mut changing = self.begin()?;
         let result = change(&mut changing);
         match result {
-            Ok(value) => changing.commit().map(|()| value),
+            Ok(value) => {
+                let committed = changing.commit();
+                self.is_unknown.fetch_or(committed.is_err(), Ordering::AcqRel);
+                committed.map(|()| value)
+            }
             Err(error) => {
                 changing.abort();
                 Err(error)
@@ -121,7 +129,16 @@ impl Catalog {
         result
     }
 
+    /// Refuses to go by what is in memory after a commit that may have been made or not.
+    fn check(&self) -> Result<()> {
+        match self.is_unknown.load(Ordering::Acquire) {
+            true => Err(StoreError::database(&self.path, "use", redb::Error::PreviousIo)),
+            false => Ok(()),
+        }
+    }
+
     fn begin(&self) -> Result<Change> {
+        self.check()?;
         let begun = self.database.begin_write();
         let mut transaction =
             begun.map_err(|error| StoreError::database(&self.path, "begin a change of", error))?;

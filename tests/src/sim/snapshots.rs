@@ -31,9 +31,8 @@ impl<S: Subject> History<S> {
 
     /// An order has ended.
     pub(super) fn note_snapshot(&mut self, order: &Order, is_ok: bool) {
-        if is_ok {
-            self.note(order, true);
-        }
+        // One that failed may have failed after its commit.
+        self.note(order, is_ok);
     }
 
     fn note(&mut self, order: &Order, is_reported: bool) {

@@ -259,7 +259,7 @@ impl<E: Engine, S: Storage<File = E::File>> RecordSink for Sections<'_, E, S> {
                 }
             }
             PackKind::Nodes => {
-                let is_full = pack.bytes() >= NODE_PACK_BYTES;
+                let is_full = pack.is_full_at(NODE_PACK_BYTES);
                 self.nodes = Some(pack);
                 if is_full {
                     self.end_packs().await?;

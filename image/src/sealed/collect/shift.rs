@@ -270,7 +270,7 @@ impl<'a, E: Engine, L: Locate<E>, S: Storage<File = E::File>> Mover<'a, E, L, S>
         record: NewRecord,
         hashes: &[Hash],
     ) -> Result<Place, ImageError> {
-        let is_full = self.writer.as_ref().is_some_and(|writer| writer.bytes() >= self.target.pack_bytes);
+        let is_full = self.writer.as_ref().is_some_and(|writer| writer.is_full_at(self.target.pack_bytes));
         if is_full || self.writer.as_ref().is_some_and(|writer| writer.kind() != kind) {
             self.end_pack().await?;
         }
