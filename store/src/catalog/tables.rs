@@ -276,41 +276,31 @@ impl View {
     }
 }
 
-impl Look for View {
-    fn path(&self) -> &Path {
-        &self.path
-    }
+/// Both kinds of transaction open tables in the same way, of types of their own.
+macro_rules! look {
+    ($transaction:ident) => {
+        impl Look for $transaction {
+            fn path(&self) -> &Path {
+                &self.path
+            }
 
-    fn value(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        let table = self.transaction.open_table(table).map_err(redb::Error::from);
-        let value = table.and_then(|table| one(&table, key));
-        value.map_err(|error| StoreError::database(&self.path, "read", error))
-    }
+            fn value(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>> {
+                let table = self.transaction.open_table(table).map_err(redb::Error::from);
+                let value = table.and_then(|table| one(&table, key));
+                value.map_err(|error| StoreError::database(&self.path, "read", error))
+            }
 
-    fn pairs(&self, table: Table, prefix: &[u8], max: usize) -> Result<Vec<Pair>> {
-        let table = self.transaction.open_table(table).map_err(redb::Error::from);
-        let pairs = table.and_then(|table| look(&table, prefix, max));
-        pairs.map_err(|error| StoreError::database(&self.path, "read", error))
-    }
+            fn pairs(&self, table: Table, prefix: &[u8], max: usize) -> Result<Vec<Pair>> {
+                let table = self.transaction.open_table(table).map_err(redb::Error::from);
+                let pairs = table.and_then(|table| look(&table, prefix, max));
+                pairs.map_err(|error| StoreError::database(&self.path, "read", error))
+            }
+        }
+    };
 }
 
-impl Look for Change {
-    fn path(&self) -> &Path {
-        &self.path
-    }
-
-    fn value(&self, table: Table, key: &[u8]) -> Result<Option<Vec<u8>>> {
-        let table = self.transaction.open_table(table).map_err(redb::Error::from);
-        let value = table.and_then(|table| one(&table, key));
-        value.map_err(|error| StoreError::database(&self.path, "read", error))
-    }
-
-    fn pairs(&self, table: Table, prefix: &[u8], max: usize) -> Result<Vec<Pair>> {
-        let table = self.transaction.open_table(table).map_err(redb::Error::from);
-        let pairs = table.and_then(|table| look(&table, prefix, max));
-        pairs.map_err(|error| StoreError::database(&self.path, "read", error))
-    }
-}
+look!(View);
+look!(Change);
 
 impl Change {
     pub(super) fn new(transaction: WriteTransaction, path: &Path) -> Self {
