@@ -11,7 +11,8 @@ use sapwood_blockdev::engine::Engine;
 
 impl<E: Engine> Layer<E> {
     /// Reads what lies below from a sealed snapshot from now on, which must be the same disk. Reads that are under way end with
-    /// what lay there before. The base record stays as it is: whoever opens the layer again says what its base is then.
+    /// what lay there before, so its files must stay for them. The base record stays as it is, and leads to those files when
+    /// the layer is opened again: no resolver answers with a sealed snapshot yet.
     ///
     /// # Errors
     /// When the layer has no base, or one of another size; when there can be no such snapshot.
