@@ -9,11 +9,11 @@ use sapwood_blockdev::engine::{Engine, Time};
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::{Lock, LockError, Storage, StorageFile};
 
-use crate::below::{ChainDisk, ChainQueue, NO_FILE, OpenBelow};
+use crate::below::{Chain, ChainDisk, ChainQueue, NO_FILE, OpenBelow};
 use crate::error::{ErrorKind, ImageError};
 use crate::extent::Extent;
 use crate::format::Format;
-use crate::layer::{Layer, LayerQueue, OpenLayer, Tuning};
+use crate::layer::{Layer, LayerQueue, OpenLayer, ResolveBase, StoreBase, Tuning};
 use crate::probe::probe;
 use crate::raw::{RawDevice, RawQueue};
 use crate::sealed::{Packs, Root};
@@ -56,7 +56,7 @@ pub enum Disk<E: Engine> {
     Layer(Arc<Layer<E>>),
     /// A qcow2 image, with all that lies below it.
     Qcow2(Arc<ChainDisk<E>>),
-    /// A sealed snapshot.
+    /// A sealed snapshot, or any other of a store.
     Sealed(Arc<ChainDisk<E>>),
 }
 
@@ -68,7 +68,7 @@ pub enum DiskQueue<E: Engine> {
     Layer(LayerQueue<E>),
     /// To a qcow2 image.
     Qcow2(ChainQueue<E>),
-    /// To a sealed snapshot.
+    /// To a snapshot.
     Sealed(ChainQueue<E>),
 }
 
@@ -119,6 +119,20 @@ impl<E: Engine> Disk<E> {
     /// When there can be no such disk.
     pub fn open_sealed(packs: &Arc<Packs<E>>, root: Root) -> Result<Arc<Self>, ImageError> {
         Ok(Arc::new(Self::Sealed(ChainDisk::open_sealed(packs, root)?)))
+    }
+
+    /// A snapshot of a store, whatever it is now, as a disk that is only read.
+    ///
+    /// # Errors
+    /// It cannot be opened, is damaged, or the resolver does not know it.
+    pub async fn open_in_store<S: Storage<File = E::File>>(
+        storage: &S,
+        io: &Io<E>,
+        base: &StoreBase,
+        resolver: &dyn ResolveBase<E>,
+    ) -> Result<Arc<Self>, ImageError> {
+        let chain = Chain::open_in_store(storage, io, base, resolver).await?;
+        Ok(Arc::new(Self::Sealed(ChainDisk::over(chain))))
     }
 
     /// The format.

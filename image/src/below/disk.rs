@@ -45,6 +45,11 @@ impl<E: Engine> ChainDisk<E> {
         Ok(Arc::new(Self { below: Arc::new(Chain::open_sealed(packs, root)?) }))
     }
 
+    /// A chain that is open.
+    pub(crate) fn over(below: Chain<E>) -> Arc<Self> {
+        Arc::new(Self { below: Arc::new(below) })
+    }
+
     /// The chain of images.
     pub fn below(&self) -> &Chain<E> {
         &self.below

@@ -58,6 +58,7 @@ use sapwood_blockdev::storage::{FileIdentity, StorageFile};
 
 use crate::error::ImageError;
 use crate::layer::frozen::Seal;
+use crate::layer::in_store::Kept;
 use crate::layer::{Tuning, check_size};
 use crate::qcow2::image::Image;
 use crate::raw::check_growth;
@@ -136,6 +137,8 @@ pub(crate) struct LayerLink {
     seal: Seal,
     /// Its map is not in the index.
     is_paged: bool,
+    /// Keeps its file where it is.
+    _kept: Option<Kept>,
 }
 
 impl<E: Engine> Link<E> {

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use sapwood_blockdev::engine::Engine;
@@ -17,7 +18,7 @@ use crate::format::Format;
 use crate::layer::base::{Named, describe_files};
 use crate::layer::base_record::{BaseIdentity, Qcow2Identity};
 use crate::layer::frozen::blocks_of;
-use crate::layer::in_store::{self, ResolveBase};
+use crate::layer::in_store::{self, Kept, ResolveBase, Resolved, StoreBase};
 use crate::layer::{Layer, LayerId, Tuning, open_file};
 use crate::qcow2::image::Image;
 
@@ -50,31 +51,42 @@ pub(crate) struct BackingSpec {
 }
 
 /// The image with which a chain begins or goes on.
-pub(crate) struct NextLink {
+pub(crate) struct NextLink<E: Engine> {
     pub(crate) path: PathBuf,
     pub(crate) format: Format,
     pub(crate) options: OpenBelow,
     /// The layer that names it, and what it was then.
     pub(crate) named: Option<Named>,
-    /// Of a snapshot of a store: the layer that it is.
-    pub(crate) frozen: Option<LayerId>,
+    /// Of a snapshot of a store: what it is now.
+    pub(crate) resolved: Option<Resolved<E>>,
 }
 
-impl NextLink {
+impl<E: Engine> NextLink<E> {
     /// The base of a layer.
-    pub(crate) fn named<E: Engine>(
+    pub(crate) fn named(
         named: Named,
         resolver: Option<&dyn ResolveBase<E>>,
     ) -> Result<Self, ImageError> {
         let options = named.qcow2().map(Qcow2Identity::options).unwrap_or_default();
-        let (path, frozen) = match named.base.in_store() {
-            Some(base) => {
-                let (path, layer) = in_store::resolve(&named.layer, base, resolver)?;
-                (path, Some(layer))
-            }
-            None => (named.path(), None),
+        let resolved = match named.base.in_store() {
+            Some(base) => Some(in_store::resolve(&named.layer, base, resolver)?),
+            None => None,
         };
-        Ok(Self { path, format: named.format(), options, named: Some(named), frozen })
+        let path = resolved.as_ref().map_or_else(|| named.path(), |resolved| path_of(resolved).to_owned());
+        Ok(Self { path, format: named.format(), options, named: Some(named), resolved })
+    }
+
+    /// A snapshot of a store.
+    fn snapshot(resolved: Resolved<E>) -> Self {
+        let (path, options) = (path_of(&resolved).to_owned(), OpenBelow::default());
+        Self { path, format: Format::Layer, options, named: None, resolved: Some(resolved) }
+    }
+}
+
+fn path_of<E: Engine>(resolved: &Resolved<E>) -> &Path {
+    match resolved {
+        Resolved::Frozen { path, .. } => path,
+        Resolved::Sealed { packs, .. } => packs.path(),
     }
 }
 
@@ -93,8 +105,24 @@ impl<E: Engine> Chain<E> {
         options: &OpenBelow,
     ) -> Result<Self, ImageError> {
         let first =
-            NextLink { path: path.to_owned(), format, options: options.clone(), named: None, frozen: None };
+            NextLink { path: path.to_owned(), format, options: options.clone(), named: None, resolved: None };
         Ok(Self::open_below(storage, io, first, None, &Tuning::default(), None).await?.0)
+    }
+
+    /// Opens a snapshot of a store for reading, with all that lies below it.
+    ///
+    /// # Errors
+    /// As of [`Chain::open`], and what the resolver says.
+    pub async fn open_in_store<S: Storage<File = E::File>>(
+        storage: &S,
+        io: &Io<E>,
+        base: &StoreBase,
+        resolver: &dyn ResolveBase<E>,
+    ) -> Result<Self, ImageError> {
+        let resolved = resolver.resolve(base);
+        let resolved = resolved.map_err(|text| ImageError::new(base.to_string(), ErrorKind::Base(text)))?;
+        let first = NextLink::snapshot(resolved);
+        Ok(Self::open_below(storage, io, first, None, &Tuning::default(), Some(resolver)).await?.0)
     }
 
     /// As [`Chain::open`], of what lies below a layer whose id is `above`. By what the image at the top
@@ -102,7 +130,7 @@ impl<E: Engine> Chain<E> {
     pub(crate) async fn open_below<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
-        first: NextLink,
+        first: NextLink<E>,
         above: Option<LayerId>,
         tuning: &Tuning,
         resolver: Option<&dyn ResolveBase<E>>,
@@ -137,12 +165,12 @@ impl<E: Engine> Chain<E> {
 }
 
 /// What opening a link has found.
-struct Found {
+struct Found<E: Engine> {
     identity: BaseIdentity,
     /// The files, from this link on.
     files: Vec<PathBuf>,
     /// What lies below it.
-    next: Option<NextLink>,
+    next: Option<NextLink<E>>,
 }
 
 /// A chain that is being opened.
@@ -183,10 +211,15 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
     }
 
     /// Opens a link; a qcow2 image with all that it names.
-    async fn open(&mut self, link: &NextLink) -> Result<Found, ImageError> {
+    async fn open(&mut self, link: &NextLink<E>) -> Result<Found<E>, ImageError> {
         if self.links.len() >= LINKS_MAX {
             let detail = format!("more than {LINKS_MAX} bases in a chain");
             return Err(ImageError::new(&link.path, ErrorKind::Base(detail)));
+        }
+        if let Some(Resolved::Sealed { packs, root }) = &link.resolved {
+            self.push_stage(Link::sealed(packs, *root)?);
+            let base = StoreBase { store: [0; 16], snapshot: [0; 16], size: root.size };
+            return Ok(Found { identity: BaseIdentity::Store(base), files: Vec::new(), next: None });
         }
         match link.format {
             Format::Raw => {
@@ -198,8 +231,12 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
             }
             Format::Layer => {
                 let is_open = link.named.as_ref().is_some_and(|named| named.base.is_open());
-                let is_known = link.named.is_some() && link.frozen.is_none() && !is_open;
-                self.open_layer(&link.path, is_known).await
+                let is_known = link.named.is_some() && link.resolved.is_none() && !is_open;
+                let kept = match &link.resolved {
+                    Some(Resolved::Frozen { kept, .. }) => Some(Arc::clone(kept)),
+                    _ => None,
+                };
+                self.open_layer(&link.path, is_known, kept).await
             }
             Format::Qcow2 => self.open_qcow2(link).await,
             Format::Sealed => Err(ImageError::new(&link.path, ErrorKind::Unsupported(NO_FILE.to_owned()))),
@@ -207,10 +244,14 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
     }
 
     /// Refuses a link that is not what the layer over it has recorded.
-    fn check(&self, link: &NextLink, found: Found) -> Result<Found, ImageError> {
-        match (&link.named, link.frozen) {
-            (Some(named), Some(layer)) => named.check_frozen(&found.identity, layer)?,
+    fn check(&self, link: &NextLink<E>, found: Found<E>) -> Result<Found<E>, ImageError> {
+        match (&link.named, &link.resolved) {
+            (Some(named), Some(Resolved::Frozen { layer, .. })) => {
+                named.check_frozen(&found.identity, *layer)?;
+            }
+            (Some(named), Some(Resolved::Sealed { root, .. })) => named.check_sealed(root.size)?,
             (Some(named), None) => named.check(&found.identity, &found.files)?,
+            (None, Some(Resolved::Frozen { path, layer, .. })) => check_id(path, &found.identity, layer)?,
             (None, _) => {}
         }
         Ok(found)
@@ -244,7 +285,12 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
         all.saturating_sub(self.runs + self.index.len_max()) / 2
     }
 
-    async fn open_layer(&mut self, path: &Path, is_known: bool) -> Result<Found, ImageError> {
+    async fn open_layer(
+        &mut self,
+        path: &Path,
+        is_known: bool,
+        kept: Option<Kept>,
+    ) -> Result<Found<E>, ImageError> {
         // Through the page cache, which reads ahead and may know the file from another disk over it.
         let file = open_file(self.storage, path, OpenOptions::READ.buffered(), Lock::Shared)?;
         let tuning = Tuning { map_cache_bytes: SCAN_CACHE_BYTES, ..self.tuning };
@@ -263,6 +309,7 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
             segment_blocks: layer.segment_blocks(),
             seal,
             is_paged: runs.is_none(),
+            _kept: kept,
         }));
         match runs {
             Some(runs) => {
@@ -285,7 +332,7 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
     /// read: then only reads of what is damaged shall fail.
     async fn scan(
         &mut self,
-        layer: &std::sync::Arc<Layer<E>>,
+        layer: &Arc<Layer<E>>,
         blocks: u64,
     ) -> Result<Option<Vec<crate::layer::frozen::FrozenRun>>, ImageError> {
         let mut room = self.room();
@@ -307,7 +354,7 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
     }
 
     /// Opens a qcow2 image and its backing files.
-    async fn open_qcow2(&mut self, link: &NextLink) -> Result<Found, ImageError> {
+    async fn open_qcow2(&mut self, link: &NextLink<E>) -> Result<Found<E>, ImageError> {
         let recorded = link.named.as_ref().and_then(|named| Some((named, named.qcow2()?)));
         let first = self.links.len();
         let mut files: Vec<FileIdentity> = Vec::new();
@@ -381,6 +428,17 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
             clusters: cache::clusters(),
             decompressing: Permits::new(DECOMPRESSING_MAX),
             complained: AtomicBool::new(false),
+        }
+    }
+}
+
+/// Refuses a file that is not the layer that a store says.
+fn check_id(path: &Path, found: &BaseIdentity, layer: &LayerId) -> Result<(), ImageError> {
+    match found {
+        BaseIdentity::Layer { id, .. } if id == layer => Ok(()),
+        _ => {
+            let detail = "it is not the layer that the catalog names: bring the old file back".to_owned();
+            Err(ImageError::new(path, ErrorKind::Base(detail)))
         }
     }
 }

@@ -114,6 +114,13 @@ impl Named {
         describe_change(&was, found, &[]).map_or(Ok(()), |change| Err(self.changed(&change)))
     }
 
+    /// The same of a snapshot of a store, which is sealed and has so many bytes.
+    pub(crate) fn check_sealed(&self, size: u64) -> Result<(), ImageError> {
+        let was = self.base.identity.size();
+        let change = format!("its size was {was} and is {size} bytes");
+        if was == size { Ok(()) } else { Err(self.changed(&change)) }
+    }
+
     /// The error about a base that has changed.
     pub(crate) fn changed(&self, change: &str) -> ImageError {
         if let Some(base) = self.base.in_store() {
@@ -200,7 +207,7 @@ impl<E: Engine> Below<E> {
             format: spec.format,
             options: spec.options.clone(),
             named: None,
-            frozen: None,
+            resolved: None,
         };
         let (chain, identity) = Chain::open_below(storage, io, first, above, tuning, None).await?;
         if identity.size() > SIZE_MAX {

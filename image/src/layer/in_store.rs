@@ -3,7 +3,10 @@
 //! The record of such a layer names the store and the snapshot. Whoever opens it passes a resolver,
 //! which says what the snapshot is at the moment: so a snapshot can become something else, and no layer
 //! over it has to be written.
+//!
+//! What the resolver answers can be kept: a layer's file stays as long as anybody has a chain with it.
 
+use std::any::Any;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,6 +18,7 @@ use super::create::create_with;
 use super::device::Layer;
 use super::layout::LayerId;
 use crate::error::{ErrorKind, ImageError};
+use crate::sealed::{Packs, Root};
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
@@ -36,26 +40,49 @@ impl fmt::Display for StoreBase {
     }
 }
 
+/// Keeps what was resolved where it is, until it is dropped.
+pub type Kept = Arc<dyn Any + Send + Sync>;
+
 /// What a snapshot of a store is now.
-#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
-pub enum Resolved {
+pub enum Resolved<E: Engine> {
     /// A layer that nobody writes any more.
     Frozen {
         /// Its file.
         path: PathBuf,
         /// The id by which it is recognised.
         layer: LayerId,
+        /// Dropped when nobody opens or reads the file by this answer any more.
+        kept: Kept,
     },
+    /// A sealed snapshot: below it is nothing.
+    Sealed {
+        /// Where its content is.
+        packs: Arc<Packs<E>>,
+        /// Its size, and the top of its tree.
+        root: Root,
+    },
+}
+
+impl<E: Engine> Clone for Resolved<E> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Frozen { path, layer, kept } => {
+                Self::Frozen { path: path.clone(), layer: *layer, kept: Arc::clone(kept) }
+            }
+            Self::Sealed { packs, root } => Self::Sealed { packs: Arc::clone(packs), root: *root },
+        }
+    }
 }
 
 /// Knows what the snapshots of a store are.
 pub trait ResolveBase<E: Engine>: Send + Sync {
-    /// What the snapshot is now. It stays that at least until the layer that names it is closed.
+    /// What the snapshot is now. Its content stays at least until the layer that names it is closed; a file, as long as
+    /// what keeps it is.
     ///
     /// # Errors
     /// Another store's snapshot, one that is not there, what the catalog says.
-    fn resolve(&self, base: &StoreBase) -> Result<Resolved, String>;
+    fn resolve(&self, base: &StoreBase) -> Result<Resolved<E>, String>;
 }
 
 /// What a new layer in a store is to be.
@@ -103,17 +130,15 @@ impl<E: Engine> Layer<E> {
     }
 }
 
-/// The path and id of the layer that a snapshot is.
+/// What a snapshot is that the layer at `layer` names.
 pub(crate) fn resolve<E: Engine>(
     layer: &Path,
     base: &StoreBase,
     resolver: Option<&dyn ResolveBase<E>>,
-) -> Result<(PathBuf, LayerId), ImageError> {
+) -> Result<Resolved<E>, ImageError> {
     let Some(resolver) = resolver else { return Err(refuse(layer, base)) };
-    match resolver.resolve(base) {
-        Ok(Resolved::Frozen { path, layer }) => Ok((path, layer)),
-        Err(text) => Err(ImageError::new(layer, ErrorKind::Base(format!("its base {base}: {text}")))),
-    }
+    let resolved = resolver.resolve(base);
+    resolved.map_err(|text| ImageError::new(layer, ErrorKind::Base(format!("its base {base}: {text}"))))
 }
 
 /// Refuses what only the store can do with its layers.

@@ -79,7 +79,7 @@ pub use commit::{Committed, commit};
 pub use compact::{Compacted, compact};
 pub use create::create;
 pub use device::Layer;
-pub use in_store::{CreateInStore, ResolveBase, Resolved, StoreBase, create_in_store};
+pub use in_store::{CreateInStore, Kept, ResolveBase, Resolved, StoreBase, create_in_store};
 pub use layout::{LayerId, MAGIC, SEGMENT_SIZE_DEFAULT, SIZE_MAX};
 #[cfg(feature = "mutations")]
 pub use mutation::Mutation;
