@@ -10,7 +10,7 @@
 //! what to do next; `driver` does it; `paging` loads nodes of the map; `queue`, `read` and `merge` serve guests; `checkpoint`,
 //! `clean`, `compact` and `maintain` work in the background; `create`, `recover` and `check` begin and judge;
 //! `copy_up`, `shed`, `switch`, `rebase`, `commit` and `commit_online` change what lies below; `handover` lets a new layer
-//! take over from one that is in use.
+//! take over from one that is in use; `reopen` looks again what a store has below.
 
 mod age;
 pub(crate) mod base;
@@ -53,9 +53,9 @@ mod read;
 mod rebase;
 mod record;
 mod recover;
+mod reopen;
 mod replay;
 mod reserve;
-mod sealed_base;
 mod segments;
 mod shed;
 mod slot;
