@@ -82,7 +82,6 @@ impl sapwood_image::sealed::collect::Catalog for Asked<'_> {
 
 /// A sealed disk that a node holds.
 pub(crate) struct StoredRoot {
-    #[expect(dead_code, reason = "t")]
     pub(crate) node: Id,
     pub(crate) root: Root,
     /// Whether it is the node's contents; else a part of them, as far as they are sealed.

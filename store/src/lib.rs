@@ -16,6 +16,7 @@
 //! - `resolve` answers what a snapshot is, `tidy` takes away what a crash has left.
 #![forbid(unsafe_code)]
 
+mod account;
 mod attach;
 pub mod catalog;
 mod collect;
@@ -33,16 +34,19 @@ mod notes;
 mod prune;
 mod publish;
 mod resolve;
+mod scrub;
 mod seal;
 mod snapshot;
 mod space;
 mod store;
 mod switch;
 mod tidy;
+mod touch;
 pub mod tree;
 mod usage;
 mod volume;
 
+pub use account::Account;
 pub use attach::{Attachment, SnapshotReader};
 pub use catalog::rows;
 pub use collect::Collected;
@@ -56,7 +60,9 @@ pub use merge::Upkeep;
 pub use mutation::Mutation;
 pub use name::{Name, SnapshotName};
 pub use notes::NotesChange;
+pub use scrub::{DamagedLayer, ScrubProgress, Scrubbed};
 pub use seal::SealedNode;
 pub use space::{Snapshots, Stat, Taken};
 pub use store::{Store, StoreOptions};
 pub use tidy::Tidied;
+pub use touch::Touched;
