@@ -63,6 +63,9 @@ pub enum StoreErrorKind {
     /// It has snapshots.
     #[error("{0}")]
     HasSnapshots(String),
+    /// The store has no room for it, by its quota or its reserve.
+    #[error("{0}")]
+    Full(String),
     /// About a layer.
     #[error("{0}")]
     Image(ErrorKind),
@@ -83,6 +86,7 @@ impl StoreErrorKind {
             Self::Unsaved(_) => "unsaved",
             Self::Protected(_) => "protected",
             Self::HasSnapshots(_) => "has-snapshots",
+            Self::Full(_) => "full",
             Self::Image(kind) => kind.name(),
         }
     }
@@ -112,6 +116,15 @@ impl StoreError {
 
     pub(crate) fn errno(path: &Path, action: &'static str, errno: Errno) -> Self {
         Self::io(path, action, errno)
+    }
+
+    /// The same, for those who know of images only.
+    pub(crate) fn into_image(self, path: &Path) -> ImageError {
+        match self.kind {
+            StoreErrorKind::Io { action, source } => ImageError::io(path, action, source),
+            StoreErrorKind::Image(kind) => ImageError::new(path, kind),
+            kind => ImageError::invalid(path, kind),
+        }
     }
 
     pub(crate) fn invalid(subject: impl fmt::Display, text: impl fmt::Display) -> Self {

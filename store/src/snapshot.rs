@@ -4,6 +4,7 @@ use sapwood_blockdev::device::BlockDevice;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
+use sapwood_image::layer::glance;
 use serde_json::Map;
 
 use crate::catalog::rows::{NodeRow, NodeState, Notes, VolumeRow};
@@ -36,9 +37,9 @@ impl Change {
         if found != id {
             return Err(StoreError::not_found(&name.volume, "volume"));
         }
-        self.check_snapshot_is_new(id, name)?;
+        check_snapshot_is_new(self, id, name)?;
         let state = match row.layer {
-            Some(layer) => NodeState::Frozen { layer, settled: freeze.settled },
+            Some(layer) => NodeState::Frozen { layer, settled: freeze.settled, sealing: None },
             None => NodeState::Bare,
         };
         let snapshot = NodeRow {
@@ -60,24 +61,24 @@ impl Change {
         let row = VolumeRow { parent: Some(node), layer: freeze.next, size, space: None, ..row };
         self.put_volume(id, Some(&row))
     }
-
-    pub(crate) fn check_snapshot_is_new(&self, volume: Id, name: &SnapshotName) -> Result<()> {
-        name::check(&name.snapshot)?;
-        if self.snapshot_named(volume, &name.snapshot)?.is_none() {
-            return Ok(());
-        }
-        let text =
-            "there is a snapshot of that name: choose another, or delete or rename that one".to_owned();
-        Err(StoreError::new(name, StoreErrorKind::Exists(text)))
-    }
 }
 
-impl<S: Storage> Store<S> {
+/// Refuses a name that is none, or that another snapshot of the volume has.
+pub(crate) fn check_snapshot_is_new(look: &impl Look, volume: Id, name: &SnapshotName) -> Result<()> {
+    name::check(&name.snapshot)?;
+    if look.snapshot_named(volume, &name.snapshot)?.is_none() {
+        return Ok(());
+    }
+    let text = "there is a snapshot of that name: choose another, or delete or rename that one".to_owned();
+    Err(StoreError::new(name, StoreErrorKind::Exists(text)))
+}
+
+impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Takes a snapshot of a volume that is not attached. What its guest had written is durable then.
     ///
     /// # Errors
     /// No such volume, one that is in use, a name that is taken or is none, what the storage says.
-    pub async fn snapshot<E: Engine<File = S::File>>(&self, io: &Io<E>, name: &SnapshotName) -> Result<Id> {
+    pub async fn snapshot(&self, io: &Io<E>, name: &SnapshotName) -> Result<Id> {
         let (id, row) = volume(&self.catalog.view()?, &name.volume)?;
         name::check(&name.snapshot)?;
         let _hold = self.usage.take(id, &name.volume, "being snapshotted")?;
@@ -97,16 +98,14 @@ impl<S: Storage> Store<S> {
 
     /// Sees to it that a layer that nobody uses was closed properly: all that was written to it is durable, and
     /// its map is stored. The size of its disk.
-    pub(crate) async fn settle<E: Engine<File = S::File>>(&self, io: &Io<E>, layer: Id) -> Result<u64> {
-        let opened = self.open_layer(io, layer, true).await?;
-        let (is_clean, mut size) = (opened.info().clean, opened.geometry().size);
-        opened.close(io).await?;
-        drop(opened);
-        if !is_clean {
-            let opened = self.open_layer(io, layer, false).await?;
-            size = opened.geometry().size;
-            opened.close(io).await?;
+    pub(crate) async fn settle(&self, io: &Io<E>, layer: Id) -> Result<u64> {
+        let found = glance(&self.storage, io, &self.directory.layer(layer)).await?;
+        if found.is_clean {
+            return Ok(found.size);
         }
+        let opened = self.open_layer(io, layer, false).await?;
+        let size = opened.geometry().size;
+        opened.close(io).await?;
         Ok(size)
     }
 
@@ -122,7 +121,7 @@ impl<S: Storage> Store<S> {
                 return Ok(());
             }
             let named = SnapshotName { volume: from.volume.clone(), snapshot: to.to_owned() };
-            change.check_snapshot_is_new(owner, &named)?;
+            check_snapshot_is_new(change, owner, &named)?;
             change.put_snapshot_name(owner, &from.snapshot, None)?;
             change.put_snapshot_name(owner, to, Some(id))?;
             change.put_node(id, Some(&NodeRow { name: Some(to.to_owned()), ..row }))
@@ -134,11 +133,7 @@ impl<S: Storage> Store<S> {
     ///
     /// # Errors
     /// No such snapshot, one that is protected, what the catalog says.
-    pub async fn delete_snapshot<E: Engine<File = S::File>>(
-        &self,
-        io: &Io<E>,
-        name: &SnapshotName,
-    ) -> Result<()> {
+    pub async fn delete_snapshot(&self, io: &Io<E>, name: &SnapshotName) -> Result<()> {
         if breaks!(self.options, UnlinkBeforeCommit)
             && let (id, row) = snapshot(&self.catalog.view()?, name)?
             && let NodeState::Frozen { layer, .. } = row.state

@@ -54,6 +54,11 @@ impl SharedDedup {
         self.index().bytes()
     }
 
+    /// Bytes that it may take.
+    pub fn budget(&self) -> usize {
+        self.index().budget
+    }
+
     /// Changes the budget (see [`DedupIndex::budget_for`]).
     pub fn set_budget(&self, budget: usize) {
         self.index().set_budget(budget);
