@@ -25,7 +25,7 @@ use std::sync::Arc;
 
 pub(super) use self::gather::Gatherer;
 pub(super) use self::join::{Line, Means};
-use super::cursor::{Cursor, SEALED_BYTES_MAX};
+use super::cursor::Cursor;
 use super::known::Dedup;
 use super::output::Output;
 use super::packs::{Packs, Root};
@@ -34,6 +34,7 @@ use super::source::Source;
 use super::workers::Workers;
 use super::writer::{PACK_BYTES, Written};
 use crate::error::ImageError;
+use crate::layer::SIZE_MAX;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
@@ -93,7 +94,7 @@ pub struct Sealed {
 /// When it fails, or is cancelled, it removes what it had made: nobody knows of it.
 ///
 /// # Errors
-/// What reading the source or the base, or writing packs says; a disk that is not what the source said it would be;
+/// A disk of more than 64 TiB, before anything of it is read; what reading the source or the base, or writing packs says; a disk that is not what the source said it would be;
 /// [`Cancelled`](crate::ErrorKind::Cancelled).
 ///
 /// # Panics
@@ -112,8 +113,11 @@ where
     assert!((1..=FRAME_BLOCKS_MAX).contains(&sealing.frame_blocks), "bounds of a frame");
     assert!((1..=PACK_BYTES).contains(&sealing.pack_bytes), "bounds of a pack");
     let size = source.size();
-    if !size.is_multiple_of(SECTOR_SIZE) || size > SEALED_BYTES_MAX {
-        let detail = format_args!("a disk of {size} bytes cannot be sealed");
+    // Trees reach further, but nobody could open what is larger.
+    if !size.is_multiple_of(SECTOR_SIZE) || size > SIZE_MAX {
+        let detail = format_args!(
+            "a disk of {size} bytes cannot be sealed: it must be a multiple of {SECTOR_SIZE}, and at most {SIZE_MAX}"
+        );
         return Err(ImageError::invalid(sealing.directory, detail));
     }
     let Sealing { storage, io, directory, packs, dedup, workers, base, frame_blocks, pack_bytes, start } =

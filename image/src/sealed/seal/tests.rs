@@ -162,6 +162,33 @@ fn what_fails_or_is_cancelled_leaves_nothing() {
     assert_eq!(trial.files(), 0);
 }
 
+/// A disk of any size of which nothing may be asked.
+struct Untouched(u64);
+
+impl Source for Untouched {
+    fn size(&self) -> u64 {
+        self.0
+    }
+
+    async fn next(&mut self, _: u64) -> Result<SourceRun, ImageError> {
+        panic!("it is asked what it holds");
+    }
+
+    async fn read(&mut self, _: &[Range<u64>]) -> Result<Vec<u8>, ImageError> {
+        panic!("it is read");
+    }
+}
+
+#[test]
+fn what_is_too_large_to_be_opened_is_refused_at_once() {
+    let mut trial = Trial::new();
+    for size in [crate::layer::SIZE_MAX + 512, 4 << 50, u64::MAX - 511, 513] {
+        let error = trial.seal_watched(Untouched(size), None, 0, |_| Step::Go).unwrap_err();
+        assert!(error.to_string().contains(&size.to_string()), "{error}");
+    }
+    assert_eq!(trial.files(), 0);
+}
+
 /// An index that says that everything is at one place.
 struct Liar(Place);
 
