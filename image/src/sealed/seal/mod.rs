@@ -4,9 +4,13 @@
 //! zero, in the base, or stored already is not stored; the rest gathers into frames, which workers compress and which
 //! are appended in the order in which they began. A segment enters the tree when all its blocks have places.
 //!
-//! Memory: twice as many segments of 4 MiB as there are workers (one without), 128 frames and those of one segment more, 16
-//! segments that wait for places (60 KiB each), the nodes of the base over these, and 2 MiB of packs' tails; with the
-//! dedup index, which is the caller's.
+//! While workers are busy, the disk is read ahead, where its source can do that, and packs are written. What comes out
+//! depends neither on who is faster nor on how many workers there are.
+//!
+//! Memory: twice as many segments of 4 MiB as there are workers (one without), 2 that are read ahead and 4 buffers for the
+//! next ones (of a disk only), 128 frames and those of one segment more, 16 segments that wait for places (60 KiB each),
+//! the nodes of the base over these, and for each of two packs 1 MiB that gathers and 3 MiB that are being written or were;
+//! with the dedup index, which is the caller's.
 //!
 //! Whoever stops early gets the root of a whole disk: sealed up to a block, and as the base after it. Going on is
 //! sealing over that root from that block.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use futures_util::future::try_join_all;
 
-use super::{Content, Source, SourceRun};
+use super::{Content, Source, SourceBytes, SourceRun};
 use crate::below::read_aligned;
 use crate::error::ImageError;
 use crate::layer::Layer;
@@ -67,7 +67,7 @@ impl<E: Engine> Source for FrozenSource<E> {
         Ok(SourceRun { content, count: run.count })
     }
 
-    async fn read(&mut self, ranges: &[Range<u64>]) -> Result<Vec<u8>, ImageError> {
+    async fn read(&mut self, ranges: &[Range<u64>]) -> Result<SourceBytes, ImageError> {
         let mut pieces = Vec::new();
         for range in ranges {
             let mut at = range.start;
@@ -86,6 +86,6 @@ impl<E: Engine> Source for FrozenSource<E> {
             let read = try_join_all(some.iter().map(|piece| self.read_piece(*piece))).await?;
             read.iter().for_each(|piece| bytes.extend(piece));
         }
-        Ok(bytes)
+        Ok(bytes.into())
     }
 }
