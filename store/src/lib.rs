@@ -10,16 +10,19 @@
 //! - [`name`]: `volume` and `volume@snapshot`;
 //! - [`Store`]: everything that is done, in `store`, `volume`, `snapshot`, `switch`, `attach`, `live` and
 //!   `notes`;
-//! - [`Content`]: what is sealed; `publish` makes new packs a part of the store, for `seal` and `import`;
+//! - [`Content`]: what is sealed; `publish` makes new packs a part of the store, for `seal`, `import` and `archive`;
+//!   `export` writes archives;
 //! - [`tree`]: what there is, for people and programs to read;
 //! - `resolve` answers what a snapshot is, `tidy` takes away what a crash has left.
 #![forbid(unsafe_code)]
 
+mod archive;
 mod attach;
 pub mod catalog;
 mod content;
 pub mod directory;
 mod error;
+mod export;
 mod id;
 mod import;
 mod live;
@@ -43,6 +46,7 @@ pub use attach::{Attachment, SnapshotReader};
 pub use catalog::rows;
 pub use content::Content;
 pub use error::{Result, StoreError, StoreErrorKind};
+pub use export::Exporting;
 pub use id::Id;
 pub use import::{Imported, Importing};
 pub use live::Prepared;
