@@ -7,6 +7,7 @@
 //! that is the same disk, if there is one. Then nothing is stored but the rows.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
@@ -23,6 +24,7 @@ use crate::import::{AllOrNothing, Imported, Importing, NewSealed};
 use crate::name::{self, SnapshotName};
 use crate::resolve::sealed_root;
 use crate::seal::Job;
+use crate::snapshot::check_snapshot_is_new;
 use crate::store::Store;
 use crate::usage::Hold;
 
@@ -34,7 +36,7 @@ struct Target {
     parent: Option<Id>,
     /// The volume, if it is there already.
     volume: Option<Existing>,
-    pin: Pin,
+    pin: Arc<Pin>,
     _parent: Option<Hold>,
 }
 
@@ -73,7 +75,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         let base = target.base.map(|root| (self.content.packs(), root));
         let mut source = archive.source(io, base)?;
         let job = Job { workers, pin: &target.pin, base: target.base, start: 0 };
-        let sealed = self.seal_source(io, &job, &mut source, &mut AllOrNothing(watch)).await?;
+        let (sealed, mut dedup) = self.seal_source(io, &job, &mut source, &mut AllOrNothing(watch)).await?;
         let root = sealed.root;
         let volume = target.volume.as_ref().map_or_else(|| self.random_id(), |volume| Ok(volume.id))?;
         let (node, created_ms) = (self.random_id()?, self.now_ms());
@@ -87,6 +89,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             }
         })
         .await?;
+        dedup.publish();
         let layer = target.volume.as_ref().and_then(|volume| volume.layer);
         self.remove_layers(io, layer.as_slice()).await;
         Ok(Imported::new(&new, &sealed))
@@ -95,7 +98,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Where an archive goes, and that it stays there.
     fn target(&self, look: &Change, name: &SnapshotName, info: &ArchiveInfo, path: &Path) -> Result<Target> {
         let found = find_sealed(look, &info.base.unwrap_or(info.root))?;
-        let pin = |base: Option<Root>| self.content.pins().pin(base.as_slice());
+        let pin = |base: Option<Root>| Arc::new(self.content.pins().pin(base.as_slice()));
         let is_new = look.volume_named(&name.volume)?.is_none();
         let (id, root) = match (info.base, found) {
             (None, found) => {
@@ -129,7 +132,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Takes a volume for an increment over `base`; what it lies over is the answer, too.
     fn existing(&self, look: &Change, name: &SnapshotName, base: &Root) -> Result<(Option<Id>, Existing)> {
         let (id, _) = crate::store::volume(look, &name.volume)?;
-        look.check_snapshot_is_new(id, name)?;
+        check_snapshot_is_new(look, id, name)?;
         let hold = self.usage.take(id, &name.volume, "receiving a snapshot")?;
         let row = look.volume(id)?.ok_or_else(|| StoreError::not_found(&name.volume, "volume"))?;
         let below = match row.parent {
@@ -150,7 +153,7 @@ impl Change {
     fn receive(&mut self, new: &NewSealed<'_>) -> Result<()> {
         let row = self.volume(new.volume)?;
         let row = row.ok_or_else(|| StoreError::not_found(&new.name.volume, "volume"))?;
-        self.check_snapshot_is_new(new.volume, new.name)?;
+        check_snapshot_is_new(self, new.volume, new.name)?;
         self.add_sealed(new)?;
         self.remove_child(new.parent, Child::Volume(new.volume))?;
         self.add_child(Some(new.node), Child::Volume(new.volume))?;

@@ -4,6 +4,7 @@ use sapwood_blockdev::device::BlockDevice;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
+use sapwood_image::layer::glance;
 use serde_json::Map;
 
 use crate::catalog::rows::{NodeRow, NodeState, Notes, VolumeRow};
@@ -36,7 +37,7 @@ impl Change {
         if found != id {
             return Err(StoreError::not_found(&name.volume, "volume"));
         }
-        self.check_snapshot_is_new(id, name)?;
+        check_snapshot_is_new(self, id, name)?;
         let state = match row.layer {
             Some(layer) => NodeState::Frozen { layer, settled: freeze.settled, sealing: None },
             None => NodeState::Bare,
@@ -60,16 +61,16 @@ impl Change {
         let row = VolumeRow { parent: Some(node), layer: freeze.next, size, space: None, ..row };
         self.put_volume(id, Some(&row))
     }
+}
 
-    pub(crate) fn check_snapshot_is_new(&self, volume: Id, name: &SnapshotName) -> Result<()> {
-        name::check(&name.snapshot)?;
-        if self.snapshot_named(volume, &name.snapshot)?.is_none() {
-            return Ok(());
-        }
-        let text =
-            "there is a snapshot of that name: choose another, or delete or rename that one".to_owned();
-        Err(StoreError::new(name, StoreErrorKind::Exists(text)))
+/// Refuses a name that is none, or that another snapshot of the volume has.
+pub(crate) fn check_snapshot_is_new(look: &impl Look, volume: Id, name: &SnapshotName) -> Result<()> {
+    name::check(&name.snapshot)?;
+    if look.snapshot_named(volume, &name.snapshot)?.is_none() {
+        return Ok(());
     }
+    let text = "there is a snapshot of that name: choose another, or delete or rename that one".to_owned();
+    Err(StoreError::new(name, StoreErrorKind::Exists(text)))
 }
 
 impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
@@ -98,15 +99,13 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Sees to it that a layer that nobody uses was closed properly: all that was written to it is durable, and
     /// its map is stored. The size of its disk.
     pub(crate) async fn settle(&self, io: &Io<E>, layer: Id) -> Result<u64> {
-        let opened = self.open_layer(io, layer, true).await?;
-        let (is_clean, mut size) = (opened.info().clean, opened.geometry().size);
-        opened.close(io).await?;
-        drop(opened);
-        if !is_clean {
-            let opened = self.open_layer(io, layer, false).await?;
-            size = opened.geometry().size;
-            opened.close(io).await?;
+        let found = glance(&self.storage, io, &self.directory.layer(layer)).await?;
+        if found.is_clean {
+            return Ok(found.size);
         }
+        let opened = self.open_layer(io, layer, false).await?;
+        let size = opened.geometry().size;
+        opened.close(io).await?;
         Ok(size)
     }
 
@@ -122,7 +121,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
                 return Ok(());
             }
             let named = SnapshotName { volume: from.volume.clone(), snapshot: to.to_owned() };
-            change.check_snapshot_is_new(owner, &named)?;
+            check_snapshot_is_new(change, owner, &named)?;
             change.put_snapshot_name(owner, &from.snapshot, None)?;
             change.put_snapshot_name(owner, to, Some(id))?;
             change.put_node(id, Some(&NodeRow { name: Some(to.to_owned()), ..row }))

@@ -11,12 +11,12 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::OpenLayer;
 use super::base::{OpenBase, hex};
 use super::base_record::{BaseRecord, BaseRef};
 use super::create::create_with;
 use super::device::Layer;
 use super::layout::LayerId;
+use super::{OpenLayer, Tuning};
 use crate::error::{ErrorKind, ImageError};
 use crate::sealed::{Packs, Root};
 use sapwood_blockdev::engine::Engine;
@@ -40,7 +40,8 @@ impl fmt::Display for StoreBase {
     }
 }
 
-/// Keeps what was resolved where it is, until it is dropped.
+/// Keeps what was resolved where it is, until it is dropped: by whoever has used it last, perhaps in the middle of a read
+/// and under locks of a layer, so that dropping it must not wait for anything that a disk does.
 pub type Kept = Arc<dyn Any + Send + Sync>;
 
 /// What a snapshot of a store is now.
@@ -52,7 +53,7 @@ pub enum Resolved<E: Engine> {
         path: PathBuf,
         /// The id by which it is recognised.
         layer: LayerId,
-        /// Dropped when nobody opens or reads the file by this answer any more.
+        /// Dropped when nobody opens the file by this answer any more. What has it open then may still read it.
         kept: Kept,
     },
     /// A sealed snapshot: below it is nothing.
@@ -127,6 +128,20 @@ impl<E: Engine> Layer<E> {
         resolver: &Arc<dyn ResolveBase<E>>,
     ) -> Result<Arc<Self>, ImageError> {
         Self::open_with(storage, io, path, options, OpenBase::Opened, Some(&**resolver)).await
+    }
+
+    /// Opens a layer of a store, read-only, for what it holds itself: what lies below it is not opened, and cannot be read.
+    ///
+    /// # Errors
+    /// As [`Layer::open`].
+    pub async fn open_alone<S: Storage<File = E::File>>(
+        storage: &S,
+        io: &Io<E>,
+        path: &Path,
+        tuning: Tuning,
+    ) -> Result<Arc<Self>, ImageError> {
+        let options = OpenLayer { read_only: true, tuning };
+        Self::open_with(storage, io, path, &options, OpenBase::UnlessInStore, None).await
     }
 }
 
