@@ -11,7 +11,7 @@
 //! - [`Store`]: everything that is done, in `store`, `volume`, `snapshot`, `switch`, `attach`, `live` and
 //!   `notes`;
 //! - [`Content`]: what is sealed; `publish` makes new packs a part of the store, for `seal`, `import` and `archive`;
-//!   `export` writes archives;
+//!   `export` writes archives, `diff` says what two snapshots do not have in common;
 //! - `collect` frees what nobody needs, `merge` keeps the index short;
 //! - [`tree`]: what there is, for people and programs to read;
 //! - `resolve` answers what a snapshot is, `tidy` takes away what a crash has left.
@@ -23,6 +23,7 @@ mod attach;
 pub mod catalog;
 mod collect;
 mod content;
+mod diff;
 pub mod directory;
 mod error;
 mod export;
@@ -54,6 +55,7 @@ pub use attach::{Attachment, SnapshotReader};
 pub use catalog::rows;
 pub use collect::Collected;
 pub use content::Content;
+pub use diff::Diff;
 pub use error::{Result, StoreError, StoreErrorKind};
 pub use export::Exporting;
 pub use id::Id;

@@ -1,4 +1,4 @@
-//! Archives go from store to store, on the host's files.
+//! What leaves a store, on the host's files: archives, which go from store to store, and lists of what differs.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::fs;
@@ -91,6 +91,10 @@ impl Lab {
 
     /// Writes blocks that no other number fills.
     fn write(&self, volume: &'static str, writes: &[(usize, u32)]) {
+        self.resize_and_write(volume, None, writes);
+    }
+
+    fn resize_and_write(&self, volume: &'static str, size: Option<u64>, writes: &[(usize, u32)]) {
         let attachment = self.with(move |store, io| async move { store.attach(&io, volume).await }).unwrap();
         let path = attachment.path.clone();
         let opened = self.with(move |store, io| async move {
@@ -98,6 +102,10 @@ impl Lab {
             Ok(Layer::open_in_store(&HostStorage, &io, &path, &options, &store.resolver()).await?)
         });
         let layer = opened.unwrap();
+        if let Some(size) = size {
+            let layer = Arc::clone(&layer);
+            self.with(move |_, io| async move { Ok(layer.resize(&io, size).await?) }).unwrap();
+        }
         let mut queue = layer.queue_on(self.io.clone());
         for (block, number) in writes {
             let buf = SharedBuf::heap(BLOCK);
@@ -107,7 +115,7 @@ impl Lab {
         }
         drop(queue);
         self.with(move |_, io| async move { Ok(layer.close(&io).await?) }).unwrap();
-        self.store().detach(attachment, None).unwrap();
+        self.store().detach(attachment, size).unwrap();
     }
 
     fn snapshot(&self, name: &str) {
@@ -117,6 +125,11 @@ impl Lab {
 
     /// The number in each block.
     fn contents(&self, name: &str) -> Vec<u32> {
+        let number = |block: &[u8]| u32::from_le_bytes(block[..4].try_into().unwrap());
+        self.bytes(name).chunks(BLOCK).map(number).collect()
+    }
+
+    fn bytes(&self, name: &str) -> Vec<u8> {
         let reader = self.store().read_snapshot(&at(name)).unwrap();
         let size = reader.size;
         let disk = self.with(|store, io| async move { store.open_snapshot(&io, &reader).await }).unwrap();
@@ -125,7 +138,7 @@ impl Lab {
         device::run(&mut queue, GuestOffset(0), size, Command::Read(buf.clone().into())).unwrap();
         let mut bytes = vec![0; size as usize];
         buf.read_at(0, &mut bytes);
-        bytes.chunks(BLOCK).map(|block| u32::from_le_bytes(block[..4].try_into().unwrap())).collect()
+        bytes
     }
 
     fn export(&self, of: &str, since: Option<&str>, file: &str) -> Told<(Exported, PathBuf)> {
@@ -171,6 +184,41 @@ impl Lab {
         }
         files.sort();
         (tree, files)
+    }
+
+    /// The blocks in which snapshots differ, and how many of them were compared.
+    fn diff(&self, from: Option<&str>, to: &str) -> (Vec<usize>, u64) {
+        let (from, to) = (from.map(at), at(to));
+        let (found, ranges) = self
+            .with(|store, io| async move {
+                let mut ranges = Vec::new();
+                let found = store.diff(&io, from.as_ref(), &to, &mut |range| ranges.push(range)).await?;
+                Ok((found, ranges))
+            })
+            .unwrap();
+        assert_eq!(found.extents, ranges.len() as u64);
+        assert_eq!(found.bytes, ranges.iter().map(|range| range.end - range.start).sum::<u64>());
+        assert!(ranges.is_sorted_by(|a, b| a.end < b.start), "{ranges:?}");
+        let blocks = ranges.iter().flat_map(|r| r.start as usize / BLOCK..(r.end as usize).div_ceil(BLOCK));
+        (blocks.collect(), found.blocks_compared)
+    }
+
+    /// The same by reading everything.
+    fn compared(&self, from: Option<&str>, to: &str) -> Vec<usize> {
+        let (mut old, mut new) = (from.map(|from| self.bytes(from)).unwrap_or_default(), self.bytes(to));
+        let blocks = old.len().max(new.len()).div_ceil(BLOCK);
+        [&mut old, &mut new].into_iter().for_each(|disk| disk.resize(blocks * BLOCK, 0));
+        let differs = |n: &usize| old[n * BLOCK..][..BLOCK] != new[n * BLOCK..][..BLOCK];
+        (0..blocks).filter(differs).collect()
+    }
+
+    fn seal(&self, name: &str) {
+        let name = at(name);
+        let seal = |store: Open, io| async move {
+            let workers = Workers::inline(1).unwrap();
+            store.seal(&io, &name, &workers, &mut go).await
+        };
+        self.with(seal).unwrap();
     }
 
     /// What lies below an entry of the tree.
@@ -400,4 +448,41 @@ fn a_disk_of_zeroes_and_what_follows_it_go_elsewhere() {
     assert_eq!(there.contents("copy@empty"), vec![0; BLOCKS]);
     let tree = there.store().tree().unwrap();
     assert!(tree.entries.values().any(|entry| entry.state == State::Sealed));
+}
+
+#[test]
+fn what_differs_is_known_to_the_block_whatever_the_sizes_are() {
+    let lab = made();
+    let bytes = |blocks: usize| Some((blocks * BLOCK) as u64 - 1024);
+    lab.store().clone_snapshot(&at("web@a"), &["side"]).unwrap();
+    // Smaller, and larger again: what was cut off stays cut off. Block 3 is what it was in web@a again.
+    lab.resize_and_write("web", bytes(100), &[(3, 4), (50, 6000)]);
+    lab.snapshot("web@small");
+    lab.snapshot("web@bare");
+    lab.resize_and_write("web", bytes(6000), &[(150, 6001), (5998, 6002)]);
+    lab.snapshot("web@large");
+    lab.write("side", &[(0, 7000), (199, 0)]);
+    lab.snapshot("side@one");
+    lab.store().create("other", (10 * BLOCK) as u64).unwrap();
+    lab.snapshot("other@zero");
+    let names = ["web@a", "web@b", "web@small", "web@bare", "web@large", "side@one", "other@zero"];
+    let check = |state: &str| {
+        for to in names {
+            for from in names.iter().map(|name| Some(*name)).chain([None]) {
+                assert_eq!(lab.diff(from, to).0, lab.compared(from, to), "{state}: from {from:?} to {to}");
+            }
+        }
+    };
+    check("frozen");
+    let (differ, compared) = lab.diff(Some("web@a"), "web@b");
+    assert_eq!((differ, compared), (vec![3, 7, 250], 3), "what both lie over is not looked at");
+    lab.seal("web@b");
+    check("sealed up to web@b");
+    let (differ, compared) = lab.diff(Some("web@b"), "side@one");
+    assert!(differ.contains(&250) && compared <= 5, "{compared} were compared");
+    lab.seal("web@large");
+    lab.seal("side@one");
+    check("sealed");
+    let all: u64 = names.iter().map(|to| lab.diff(Some("web@a"), to).1).sum();
+    assert_eq!(all, 0, "the trees tell");
 }
