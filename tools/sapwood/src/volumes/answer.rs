@@ -1,0 +1,221 @@
+//! What operations answer, for the command line and for other programs: `docs/daemon-api.json` describes it.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use sapwood_store::Id;
+use sapwood_store::rows::{NodeState, Notes, Space};
+use serde::{Deserialize, Serialize};
+
+/// Nothing to say.
+#[derive(Debug, Default, Serialize, Deserialize)]
+pub struct Done {}
+
+/// A volume or snapshot.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Entry {
+    /// `volume` or `volume@snapshot`.
+    pub name: String,
+    /// Its id.
+    pub id: Id,
+    /// What holds it.
+    pub state: State,
+    /// The snapshot that it lies over, by name.
+    pub parent: Option<String>,
+    /// Size of its disk in bytes.
+    pub virtual_size: u64,
+    /// When it was made, in milliseconds since 1970.
+    pub created_ms: u64,
+    /// Not to be deleted.
+    pub protected: bool,
+    /// Free text.
+    pub description: String,
+    /// Keys and values.
+    pub labels: BTreeMap<String, String>,
+    /// Bytes that nothing else needs, as far as that was found out.
+    pub exclusive_bytes: Option<u64>,
+    /// Bytes that others need, too.
+    pub shared_bytes: Option<u64>,
+    /// When that was found, in milliseconds since 1970.
+    pub space_ms: Option<u64>,
+    /// Of a volume: how many snapshots it has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub snapshots: Option<u64>,
+    /// Where it is served.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attached: Option<Serving>,
+}
+
+/// What an entry is, and what holds its contents.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// A volume, which its guest writes.
+    Volume,
+    /// A snapshot that holds nothing beyond what its parent does.
+    Bare,
+    /// A snapshot whose contents are a layer that nobody writes any more.
+    Frozen,
+    /// A snapshot in packs.
+    Sealed,
+}
+
+impl State {
+    /// That of a snapshot.
+    pub fn of(state: &NodeState) -> Self {
+        match state {
+            NodeState::Bare => Self::Bare,
+            NodeState::Frozen { .. } => Self::Frozen,
+            _ => Self::Sealed,
+        }
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Volume => "volume",
+            Self::Bare => "bare",
+            Self::Frozen => "frozen",
+            Self::Sealed => "sealed",
+        }
+    }
+}
+
+impl Entry {
+    /// An entry without what only some have.
+    pub fn new(id: Id, name: String, state: State, notes: Notes, space: Option<Space>) -> Self {
+        Self {
+            name,
+            id,
+            state,
+            parent: None,
+            virtual_size: 0,
+            created_ms: 0,
+            protected: notes.protected,
+            description: notes.description,
+            labels: notes.labels,
+            exclusive_bytes: space.map(|space| space.exclusive),
+            shared_bytes: space.map(|space| space.shared),
+            space_ms: space.map(|space| space.found_ms),
+            snapshots: None,
+            attached: None,
+        }
+    }
+}
+
+/// How something is served.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Serving {
+    /// Where a virtual machine connects.
+    pub socket: PathBuf,
+    /// Virtqueues.
+    pub queues: u16,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// A virtual machine is connected.
+    pub frontend_connected: bool,
+    /// Requests that were taken since it was attached.
+    pub requests: u64,
+}
+
+/// Several of them.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Entries {
+    /// Volumes by name, snapshots by time.
+    pub entries: Vec<Entry>,
+}
+
+/// The trees of a store.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Forest {
+    /// All snapshots that have a name, and all volumes, each after what it lies over; by time where
+    /// several lie over the same.
+    pub entries: Vec<Entry>,
+    /// Deleted snapshots that are kept because others need them.
+    pub nameless: u64,
+}
+
+/// What was made.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Made {
+    /// Its name.
+    pub name: String,
+    /// Its id.
+    pub id: Id,
+    /// Size of its disk in bytes.
+    pub virtual_size: u64,
+}
+
+/// What was made, several at once.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct MadeAll {
+    /// In the order asked for.
+    pub made: Vec<Made>,
+}
+
+/// Where a volume went on from.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Switched {
+    /// The snapshot.
+    pub to: String,
+}
+
+/// A change of size.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Resized {
+    /// In bytes, before.
+    pub old_size: u64,
+    /// In bytes, now.
+    pub size: u64,
+}
+
+/// A store.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Stat {
+    /// Its directory.
+    pub path: PathBuf,
+    /// Its id.
+    pub id: Id,
+    /// How many volumes it has.
+    pub volumes: u64,
+    /// How many snapshots.
+    pub snapshots: u64,
+    /// Deleted snapshots that are kept because others need them.
+    pub nameless: u64,
+    /// Snapshots whose contents are a layer, and are yet to be sealed.
+    pub frozen: u64,
+    /// How many volumes and snapshots are attached.
+    pub attached: u64,
+    /// Most bytes that it may take.
+    pub quota: Option<u64>,
+    /// Bytes of the file system that are left to others.
+    pub reserve: Option<u64>,
+    /// Shares of the space in percent at which is warned.
+    pub watermarks: Vec<u8>,
+}
+
+/// Something that happened.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Event {
+    /// Its number, from 1.
+    pub id: u64,
+    /// When, in milliseconds since 1970.
+    pub time_ms: u64,
+    /// What kind of thing.
+    pub kind: String,
+    /// What a person should read.
+    pub message: String,
+}
+
+/// What happened lately.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Events {
+    /// The newest last.
+    pub events: Vec<Event>,
+}
