@@ -4,11 +4,14 @@
 //! two leaves a file that nothing names.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
-use sapwood_image::layer::{CreateInStore, StoreBase, create_in_store};
+use sapwood_image::layer::{CreateInStore, Layer, OpenLayer, StoreBase, Tuning, create_in_store};
+use sapwood_image::sealed::{Child, Root};
+use sapwood_image::{Disk, Volume};
 
 use crate::catalog::rows::VolumeRow;
 use crate::catalog::{Change, Look};
@@ -36,24 +39,23 @@ pub struct Attachment {
     _hold: Hold,
 }
 
-/// A snapshot that may be read, and stays there until this is dropped.
+/// A snapshot that may be read ([`Store::open_snapshot`]), and stays there until this is dropped.
 pub struct SnapshotReader {
     /// The snapshot's id.
     pub id: Id,
     /// Size of the disk in bytes.
     pub size: u64,
-    /// The file of the layer that holds it, to be opened for reading with [`Store::resolver`]; none: the
-    /// disk is zero.
-    pub path: Option<PathBuf>,
+    /// The node that holds it; none: the disk is zero.
+    base: Option<StoreBase>,
     _holds: Vec<Hold>,
 }
 
-impl<S: Storage> Store<S> {
+impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Attaches a volume. The first time its layer is made.
     ///
     /// # Errors
     /// No such volume, one that is in use, what the storage says.
-    pub async fn attach<E: Engine<File = S::File>>(&self, io: &Io<E>, name: &str) -> Result<Attachment> {
+    pub async fn attach(&self, io: &Io<E>, name: &str) -> Result<Attachment> {
         let (id, _) = volume(&self.catalog.view()?, name)?;
         let hold = self.usage.take(id, name, "attached")?;
         // As it is now that nobody else has it, whatever its name is by now.
@@ -64,6 +66,22 @@ impl<S: Storage> Store<S> {
         };
         let path = self.directory.layer(layer);
         Ok(Attachment { volume: id, name: row.name, layer, path, size: row.size, _hold: hold })
+    }
+
+    /// Opens the layer of an attached volume, as a disk that can be snapshotted while it is in use.
+    ///
+    /// # Errors
+    /// It cannot be opened, or is damaged.
+    pub async fn open_volume(
+        &self,
+        io: &Io<E>,
+        attachment: &Attachment,
+        tuning: Tuning,
+    ) -> Result<Arc<Volume<E>>> {
+        let options = OpenLayer { read_only: false, tuning };
+        let layer =
+            Layer::open_in_store(&self.storage, io, &attachment.path, &options, &self.resolver()).await?;
+        Ok(Volume::new(layer))
     }
 
     /// Gives a volume back whose layer is closed. `size`, if it is known, is that of its disk now.
@@ -79,14 +97,9 @@ impl<S: Storage> Store<S> {
     }
 
     /// Makes the first layer of a volume that this thread has taken.
-    async fn make_layer<E: Engine<File = S::File>>(
-        &self,
-        io: &Io<E>,
-        volume: Id,
-        row: &VolumeRow,
-    ) -> Result<Id> {
+    async fn make_layer(&self, io: &Io<E>, volume: Id, row: &VolumeRow) -> Result<Id> {
         let layer = self.random_id()?;
-        let _making = self.usage.making(layer);
+        let _making = self.usage.keep_layer(layer);
         let base = holder(&self.catalog.view()?, row.parent)?;
         let base = base.map(|(id, node)| self.base(id, node.size));
         let name = |change: &mut Change| {
@@ -118,7 +131,7 @@ impl<S: Storage> Store<S> {
         StoreBase { store: self.id().0, snapshot: snapshot.0, size }
     }
 
-    pub(crate) async fn create_layer<E: Engine<File = S::File>>(
+    pub(crate) async fn create_layer(
         &self,
         io: &Io<E>,
         id: Id,
@@ -129,7 +142,7 @@ impl<S: Storage> Store<S> {
         Ok(create_in_store(&self.storage, io, &self.directory.layer(id), &options).await?)
     }
 
-    /// Says what to open for reading a snapshot.
+    /// Takes a snapshot for reading.
     ///
     /// # Errors
     /// No such snapshot, what the catalog says.
@@ -138,14 +151,24 @@ impl<S: Storage> Store<S> {
         self.catalog.hold_still(|change| {
             let (id, node) = snapshot(change, name)?;
             let mut holds = vec![self.usage.pin(id)];
-            let mut path = None;
-            if let Some((holder, row)) = holder(change, Some(id))?
-                && let crate::rows::NodeState::Frozen { layer, .. } = row.state
-            {
+            let mut base = None;
+            if let Some((holder, row)) = holder(change, Some(id))? {
                 holds.push(self.usage.pin(holder));
-                path = Some(self.directory.layer(layer));
+                base = Some(self.base(holder, row.size));
             }
-            Ok(SnapshotReader { id, size: node.size, path, _holds: holds })
+            Ok(SnapshotReader { id, size: node.size, base, _holds: holds })
         })
+    }
+
+    /// Opens a snapshot that was taken for reading, as a disk that is only read.
+    ///
+    /// # Errors
+    /// It cannot be opened, or is damaged.
+    pub async fn open_snapshot(&self, io: &Io<E>, reader: &SnapshotReader) -> Result<Arc<Disk<E>>> {
+        let Some(base) = &reader.base else {
+            let zero = Root { size: reader.size, tree: Child::ZERO };
+            return Ok(Disk::open_sealed(self.content.packs(), zero)?);
+        };
+        Ok(Disk::open_in_store(&self.storage, io, base, &*self.resolver()).await?)
     }
 }

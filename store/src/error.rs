@@ -114,6 +114,15 @@ impl StoreError {
         Self::io(path, action, errno)
     }
 
+    /// The same, for those who know of images only.
+    pub(crate) fn into_image(self, path: &Path) -> ImageError {
+        match self.kind {
+            StoreErrorKind::Io { action, source } => ImageError::io(path, action, source),
+            StoreErrorKind::Image(kind) => ImageError::new(path, kind),
+            kind => ImageError::invalid(path, kind),
+        }
+    }
+
     pub(crate) fn invalid(subject: impl fmt::Display, text: impl fmt::Display) -> Self {
         Self::new(subject, StoreErrorKind::Invalid(text.to_string()))
     }

@@ -10,22 +10,27 @@
 //! - [`name`]: `volume` and `volume@snapshot`;
 //! - [`Store`]: everything that is done, in `store`, `volume`, `snapshot`, `switch`, `attach`, `live` and
 //!   `notes`;
+//! - [`Content`]: what is sealed; `publish` makes new packs a part of the store, for `seal` and `import`;
 //! - [`tree`]: what there is, for people and programs to read;
 //! - `resolve` answers what a snapshot is, `tidy` takes away what a crash has left.
 #![forbid(unsafe_code)]
 
 mod attach;
 pub mod catalog;
+mod content;
 pub mod directory;
 mod error;
 mod id;
+mod import;
 mod live;
 #[cfg(feature = "mutations")]
 pub mod mutation;
 pub mod name;
 mod notes;
 mod prune;
+mod publish;
 mod resolve;
+mod seal;
 mod snapshot;
 mod store;
 mod switch;
@@ -36,12 +41,15 @@ mod volume;
 
 pub use attach::{Attachment, SnapshotReader};
 pub use catalog::rows;
+pub use content::Content;
 pub use error::{Result, StoreError, StoreErrorKind};
 pub use id::Id;
+pub use import::{Imported, Importing};
 pub use live::Prepared;
 #[cfg(feature = "mutations")]
 pub use mutation::Mutation;
 pub use name::{Name, SnapshotName};
 pub use notes::NotesChange;
+pub use seal::SealedNode;
 pub use store::{Store, StoreOptions};
 pub use tidy::Tidied;

@@ -38,13 +38,13 @@ pub struct Prepared {
     _making: Hold,
 }
 
-impl<S: Storage> Store<S> {
+impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Makes the layer that the guest of an attached volume is to write after the snapshot. `size` is that of its
     /// disk, which must not change before the commit.
     ///
     /// # Errors
     /// A name that is taken or is none, what the storage says.
-    pub async fn prepare<E: Engine<File = S::File>>(
+    pub async fn prepare(
         &self,
         io: &Io<E>,
         attachment: &Attachment,
@@ -58,7 +58,7 @@ impl<S: Storage> Store<S> {
         let (volume, _) = volume(&view, &named)?;
         let name = SnapshotName { volume: named, snapshot: snapshot.to_owned() };
         let (id, layer) = (self.random_id()?, self.random_id()?);
-        let making = self.usage.making(layer);
+        let making = self.usage.keep_layer(layer);
         self.create_layer(io, layer, size, Some(self.base(id, size))).await?;
         let path = self.directory.layer(layer);
         Ok(Prepared { snapshot: id, layer, path, size, name, volume, _making: making })
@@ -95,7 +95,7 @@ impl<S: Storage> Store<S> {
     ///
     /// # Errors
     /// What the storage says.
-    pub async fn abandon<E: Engine<File = S::File>>(&self, io: &Io<E>, prepared: Prepared) -> Result<()> {
+    pub async fn abandon(&self, io: &Io<E>, prepared: Prepared) -> Result<()> {
         remove(io, &prepared.path).await
     }
 
@@ -105,9 +105,9 @@ impl<S: Storage> Store<S> {
     /// What the catalog says.
     pub fn settled(&self, snapshot: Id) -> Result<()> {
         self.catalog.change(|change| match change.node(snapshot)? {
-            Some(NodeRow { state: NodeState::Frozen { layer, settled: false }, .. }) => {
+            Some(NodeRow { state: NodeState::Frozen { layer, settled: false, sealing }, .. }) => {
                 let row = change.needed_node(snapshot)?;
-                let state = NodeState::Frozen { layer, settled: true };
+                let state = NodeState::Frozen { layer, settled: true, sealing };
                 change.put_node(snapshot, Some(&NodeRow { state, ..row }))
             }
             _ => Ok(()),

@@ -13,15 +13,18 @@ pub enum Mutation {
     SnapshotWithoutSync,
     /// The catalog's syncs do nothing.
     CatalogWithoutSync,
+    /// The catalog names packs whose directory was not synced.
+    PublishWithoutSync,
 }
 
 impl Mutation {
     /// Every mutation.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::RenameWithoutDirectorySync,
         Self::CommitBeforeLayer,
         Self::UnlinkBeforeCommit,
         Self::SnapshotWithoutSync,
         Self::CatalogWithoutSync,
+        Self::PublishWithoutSync,
     ];
 }

@@ -1,5 +1,6 @@
 //! What users say of volumes and snapshots: protection, description, labels.
 
+use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::storage::Storage;
 
 use crate::catalog::rows::{NodeRow, Notes, VolumeRow};
@@ -70,7 +71,7 @@ impl NotesChange {
     }
 }
 
-impl<S: Storage> Store<S> {
+impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Changes what is said of a volume or snapshot.
     ///
     /// # Errors

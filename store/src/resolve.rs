@@ -1,40 +1,56 @@
 //! What a snapshot of the store is, for those who open layers over it.
+//!
+//! A snapshot that is sealed meanwhile loses its layer's file, unless somebody keeps that. So the layer is kept before
+//! the catalog is believed that it is still what the snapshot is.
 
 use std::sync::Arc;
 
 use sapwood_blockdev::engine::Engine;
 use sapwood_image::layer::{ResolveBase, Resolved, StoreBase};
+use sapwood_image::sealed::Packs;
 
 use crate::catalog::rows::{NodeRow, NodeState};
 use crate::catalog::{Catalog, Look};
 use crate::directory::Directory;
 use crate::error::Result;
 use crate::id::Id;
+use crate::usage::Usage;
 
 /// Asks the catalog.
-pub(crate) struct Resolver {
-    catalog: Arc<Catalog>,
-    directory: Directory,
+pub(crate) struct Resolver<E: Engine> {
+    pub(crate) catalog: Arc<Catalog>,
+    pub(crate) directory: Directory,
+    pub(crate) usage: Arc<Usage>,
+    pub(crate) packs: Arc<Packs<E>>,
 }
 
-impl Resolver {
-    pub(crate) fn new(catalog: Arc<Catalog>, directory: Directory) -> Self {
-        Self { catalog, directory }
+impl<E: Engine> Resolver<E> {
+    fn node(&self, base: &StoreBase) -> Result<NodeRow, String> {
+        let node = self.catalog.view().and_then(|view| view.node(Id(base.snapshot)));
+        node.map_err(|error| error.to_string())?.ok_or_else(|| "the store has no such snapshot".to_owned())
     }
 }
 
-impl<E: Engine> ResolveBase<E> for Resolver {
-    fn resolve(&self, base: &StoreBase) -> Result<Resolved, String> {
+impl<E: Engine> ResolveBase<E> for Resolver<E> {
+    fn resolve(&self, base: &StoreBase) -> Result<Resolved<E>, String> {
         if base.store != self.catalog.store().0 {
             return Err(format!("this store is another one, {}", self.catalog.store()));
         }
-        let node = self.catalog.view().and_then(|view| view.node(Id(base.snapshot)));
-        let node = node.map_err(|error| error.to_string())?.ok_or("the store has no such snapshot")?;
-        match node.state {
-            NodeState::Frozen { layer, .. } => {
-                Ok(Resolved::Frozen { path: self.directory.layer(layer), layer: layer.0 })
+        match self.node(base)? {
+            NodeRow { state: NodeState::Bare, .. } => {
+                Err("the snapshot holds nothing itself, and cannot be a base".to_owned())
             }
-            NodeState::Bare => Err("the snapshot holds nothing itself, and cannot be a base".to_owned()),
+            NodeRow { state: NodeState::Sealed(top), size, .. } => {
+                Ok(Resolved::Sealed { packs: Arc::clone(&self.packs), root: top.root(size) })
+            }
+            NodeRow { state: NodeState::Frozen { layer, .. }, .. } => {
+                let kept = Arc::new(self.usage.keep_layer(layer));
+                // It becomes sealed at most once, and nothing else.
+                if let NodeRow { state: NodeState::Sealed(top), size, .. } = self.node(base)? {
+                    return Ok(Resolved::Sealed { packs: Arc::clone(&self.packs), root: top.root(size) });
+                }
+                Ok(Resolved::Frozen { path: self.directory.layer(layer), layer: layer.0, kept })
+            }
         }
     }
 }

@@ -38,7 +38,7 @@ impl Change {
         }
         self.check_snapshot_is_new(id, name)?;
         let state = match row.layer {
-            Some(layer) => NodeState::Frozen { layer, settled: freeze.settled },
+            Some(layer) => NodeState::Frozen { layer, settled: freeze.settled, sealing: None },
             None => NodeState::Bare,
         };
         let snapshot = NodeRow {
@@ -72,12 +72,12 @@ impl Change {
     }
 }
 
-impl<S: Storage> Store<S> {
+impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Takes a snapshot of a volume that is not attached. What its guest had written is durable then.
     ///
     /// # Errors
     /// No such volume, one that is in use, a name that is taken or is none, what the storage says.
-    pub async fn snapshot<E: Engine<File = S::File>>(&self, io: &Io<E>, name: &SnapshotName) -> Result<Id> {
+    pub async fn snapshot(&self, io: &Io<E>, name: &SnapshotName) -> Result<Id> {
         let (id, row) = volume(&self.catalog.view()?, &name.volume)?;
         name::check(&name.snapshot)?;
         let _hold = self.usage.take(id, &name.volume, "being snapshotted")?;
@@ -97,7 +97,7 @@ impl<S: Storage> Store<S> {
 
     /// Sees to it that a layer that nobody uses was closed properly: all that was written to it is durable, and
     /// its map is stored. The size of its disk.
-    pub(crate) async fn settle<E: Engine<File = S::File>>(&self, io: &Io<E>, layer: Id) -> Result<u64> {
+    pub(crate) async fn settle(&self, io: &Io<E>, layer: Id) -> Result<u64> {
         let opened = self.open_layer(io, layer, true).await?;
         let (is_clean, mut size) = (opened.info().clean, opened.geometry().size);
         opened.close(io).await?;
@@ -134,11 +134,7 @@ impl<S: Storage> Store<S> {
     ///
     /// # Errors
     /// No such snapshot, one that is protected, what the catalog says.
-    pub async fn delete_snapshot<E: Engine<File = S::File>>(
-        &self,
-        io: &Io<E>,
-        name: &SnapshotName,
-    ) -> Result<()> {
+    pub async fn delete_snapshot(&self, io: &Io<E>, name: &SnapshotName) -> Result<()> {
         if breaks!(self.options, UnlinkBeforeCommit)
             && let (id, row) = snapshot(&self.catalog.view()?, name)?
             && let NodeState::Frozen { layer, .. } = row.state

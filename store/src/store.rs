@@ -8,9 +8,11 @@ use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
 use sapwood_image::layer::{Layer, OpenLayer, ResolveBase, SEGMENT_SIZE_DEFAULT, Tuning};
+use sapwood_image::sealed::PACK_BYTES;
 
 use crate::catalog::rows::{NodeRow, SpaceSettings, VolumeRow};
 use crate::catalog::{Catalog, Look};
+use crate::content::Content;
 use crate::directory::{Directory, open_locked, remove};
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::id::Id;
@@ -27,6 +29,10 @@ pub struct StoreOptions {
     pub segment_size: u32,
     /// Bounds of background work in layers that the store opens itself.
     pub tuning: Tuning,
+    /// Bytes after which a pack is full.
+    pub pack_bytes: u64,
+    /// Memory for the index of what is stored already, in bytes; the size of the store may ask for more.
+    pub dedup_bytes: usize,
     /// Tells the time, in milliseconds since 1970.
     pub clock: fn() -> u64,
     /// The rule that this store breaks.
@@ -43,6 +49,8 @@ impl Default for StoreOptions {
         Self {
             segment_size: SEGMENT_SIZE_DEFAULT,
             tuning: Tuning::default(),
+            pack_bytes: PACK_BYTES,
+            dedup_bytes: 4 << 20,
             clock,
             #[cfg(feature = "mutations")]
             mutation: None,
@@ -67,23 +75,25 @@ pub(crate) use breaks;
 
 /// An open store. What it is asked from several threads at once is done one after the other where that
 /// matters; a volume that something is done with is refused to others.
-pub struct Store<S: Storage> {
+pub struct Store<S: Storage, E: Engine<File = S::File>> {
     pub(crate) storage: S,
     pub(crate) directory: Directory,
     pub(crate) options: StoreOptions,
     pub(crate) catalog: Arc<Catalog>,
     pub(crate) usage: Arc<Usage>,
+    pub(crate) content: Content<E>,
     /// Held as long as the store is open; the last to go.
     _lock: S::File,
 }
 
-impl<S: Storage> Store<S> {
+impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Opens the store in `root`. `engine` is for the catalog alone. [`Store::tidy`] should follow.
     ///
     /// # Errors
     /// There is no store, it is in use, it is damaged or of a newer format, what the storage says.
-    pub fn open<C: Engine<File = S::File> + Send>(
+    pub async fn open<C: Engine<File = S::File> + Send>(
         storage: &S,
+        io: &Io<E>,
         engine: C,
         root: &Path,
         options: StoreOptions,
@@ -99,13 +109,15 @@ impl<S: Storage> Store<S> {
         let lock = open_locked(storage, &directory.lock()).map_err(no_store)?;
         // What a dead process has in flight on the catalog itself must have ended, too.
         let file = open_locked(storage, &directory.catalog()).map_err(no_store)?;
-        let catalog = Catalog::open(file, engine, !breaks!(options, CatalogWithoutSync))?;
+        let catalog = Arc::new(Catalog::open(file, engine, !breaks!(options, CatalogWithoutSync))?);
+        let content = Content::open(storage, io, &directory, &catalog, &options).await?;
         Ok(Self {
             storage: storage.clone(),
             directory,
             options,
-            catalog: Arc::new(catalog),
+            catalog,
             usage: Arc::default(),
+            content,
             _lock: lock,
         })
     }
@@ -126,8 +138,18 @@ impl<S: Storage> Store<S> {
     }
 
     /// Says what the store's snapshots are, to whoever opens layers.
-    pub fn resolver<E: Engine>(&self) -> Arc<dyn ResolveBase<E>> {
-        Arc::new(Resolver::new(Arc::clone(&self.catalog), self.directory.clone()))
+    pub fn resolver(&self) -> Arc<dyn ResolveBase<E>> {
+        Arc::new(Resolver {
+            catalog: Arc::clone(&self.catalog),
+            directory: self.directory.clone(),
+            usage: Arc::clone(&self.usage),
+            packs: Arc::clone(self.content.packs()),
+        })
+    }
+
+    /// What is sealed.
+    pub fn content(&self) -> &Content<E> {
+        &self.content
     }
 
     /// The limits of space.
@@ -160,25 +182,30 @@ impl<S: Storage> Store<S> {
     }
 
     /// Opens a layer of the store.
-    pub(crate) async fn open_layer<E: Engine<File = S::File>>(
-        &self,
-        io: &Io<E>,
-        id: Id,
-        read_only: bool,
-    ) -> Result<Arc<Layer<E>>> {
+    pub(crate) async fn open_layer(&self, io: &Io<E>, id: Id, read_only: bool) -> Result<Arc<Layer<E>>> {
         let options = OpenLayer { read_only, tuning: self.options.tuning };
         let path = self.directory.layer(id);
         Ok(Layer::open_in_store(&self.storage, io, &path, &options, &self.resolver()).await?)
     }
 
-    /// Removes layers that the catalog does not name any more. What stays behind after a failure or a
-    /// crash is an orphan ([`Store::tidy`]).
-    pub(crate) async fn remove_layers<E: Engine<File = S::File>>(&self, io: &Io<E>, layers: &[Id]) {
-        for layer in layers {
+    /// Removes layers that the catalog does not name any more; those that are in use later ([`Store::sweep`]). What
+    /// stays behind after a failure or a crash is an orphan ([`Store::tidy`]).
+    pub(crate) async fn remove_layers(&self, io: &Io<E>, layers: &[Id]) {
+        for layer in layers.iter().filter(|layer| self.usage.leave(**layer)) {
             if let Err(error) = remove(io, &self.directory.layer(*layer)).await {
                 log::warn!("{error}: it is not needed, and will be removed when the store is opened");
             }
         }
+    }
+}
+
+impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
+    /// Removes layers that the catalog had forgotten while they were in use, and that are not any more. To be
+    /// called now and then, and after a snapshot was sealed. How many.
+    pub async fn sweep(&self, io: &Io<E>) -> usize {
+        let left = self.usage.take_left();
+        self.remove_layers(io, &left).await;
+        left.len()
     }
 }
 

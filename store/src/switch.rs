@@ -12,7 +12,7 @@ use crate::id::Id;
 use crate::name::SnapshotName;
 use crate::store::{Store, snapshot, volume};
 
-impl<S: Storage> Store<S> {
+impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Lets a volume that is not attached go on from a snapshot, of itself or of another volume: its disk is what
     /// the snapshot is. What it holds itself is thrown away, which is refused unless `discard` says so, or
     /// nothing was written since the last snapshot. What only deleted snapshots held goes with it, unasked.
@@ -20,13 +20,7 @@ impl<S: Storage> Store<S> {
     /// # Errors
     /// No such volume or snapshot, a volume that is in use or holds writes that are in no snapshot, what the
     /// storage says.
-    pub async fn switch<E: Engine<File = S::File>>(
-        &self,
-        io: &Io<E>,
-        name: &str,
-        to: &SnapshotName,
-        discard: bool,
-    ) -> Result<()> {
+    pub async fn switch(&self, io: &Io<E>, name: &str, to: &SnapshotName, discard: bool) -> Result<()> {
         let (id, _) = volume(&self.catalog.view()?, name)?;
         let _hold = self.usage.take(id, name, "being switched")?;
         let row = self.catalog.view()?.volume(id)?.ok_or_else(|| StoreError::not_found(name, "volume"))?;
@@ -57,12 +51,7 @@ impl<S: Storage> Store<S> {
     ///
     /// # Errors
     /// As [`Store::switch`]; there is no such snapshot.
-    pub async fn rollback<E: Engine<File = S::File>>(
-        &self,
-        io: &Io<E>,
-        name: &str,
-        discard: bool,
-    ) -> Result<SnapshotName> {
+    pub async fn rollback(&self, io: &Io<E>, name: &str, discard: bool) -> Result<SnapshotName> {
         let to = self.newest_snapshot(name)?;
         self.switch(io, name, &to, discard).await?;
         Ok(to)
@@ -85,13 +74,7 @@ impl<S: Storage> Store<S> {
         Err(StoreError::new(name, StoreErrorKind::NotFound(text)))
     }
 
-    async fn check_saved<E: Engine<File = S::File>>(
-        &self,
-        io: &Io<E>,
-        name: &str,
-        layer: Id,
-        parent: Option<Id>,
-    ) -> Result<()> {
+    async fn check_saved(&self, io: &Io<E>, name: &str, layer: Id, parent: Option<Id>) -> Result<()> {
         let below = match parent {
             Some(parent) => Some(self.catalog.view()?.needed_node(parent)?.size),
             None => None,

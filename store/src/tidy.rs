@@ -1,6 +1,7 @@
 //! Takes away what a crash has left, and finishes what it cut off.
 
 use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
@@ -8,6 +9,7 @@ use sapwood_blockdev::storage::Storage;
 
 use crate::catalog::Look;
 use crate::catalog::rows::NodeState;
+use crate::content::Numbers;
 use crate::directory::{Directory, remove, sync_directory};
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::id::Id;
@@ -18,13 +20,17 @@ use crate::store::Store;
 pub struct Tidied {
     /// Nodes that nothing needed.
     pub nodes: usize,
-    /// Files that nothing named, and are gone.
+    /// Layers that nothing named, and are gone.
     pub orphans: Vec<Id>,
+    /// Files of packs and of the index that nothing named, and are gone.
+    pub files: Vec<PathBuf>,
+    /// Whether a part of the index could not be opened, and all of it was made again.
+    pub mended: bool,
     /// Snapshots whose layers had not been closed properly, and were.
     pub settled: Vec<Id>,
 }
 
-impl<S: Storage> Store<S> {
+impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Layers in the directory that the catalog does not name: what was made, or was to be removed, when
     /// the process ended.
     ///
@@ -37,7 +43,7 @@ impl<S: Storage> Store<S> {
         let names = names.map_err(|error| StoreError::io(&folder, "list", error))?;
         let mut found: Vec<Id> =
             names.iter().filter_map(|name| Directory::layer_of(name.to_str()?)).collect();
-        found.retain(|id| !self.usage.is_being_made(*id));
+        found.retain(|id| !self.usage.is_layer_kept(*id));
         let view = self.catalog.view()?;
         let named: BTreeSet<Id> = view
             .volumes()?
@@ -45,7 +51,7 @@ impl<S: Storage> Store<S> {
             .filter_map(|(_, row)| row.layer)
             .chain(view.nodes()?.into_iter().filter_map(|(_, row)| match row.state {
                 NodeState::Frozen { layer, .. } => Some(layer),
-                NodeState::Bare => None,
+                NodeState::Bare | NodeState::Sealed(_) => None,
             }))
             .collect();
         found.retain(|id| !named.contains(id));
@@ -58,7 +64,7 @@ impl<S: Storage> Store<S> {
     ///
     /// # Errors
     /// What the storage says, or a layer that cannot be opened.
-    pub async fn tidy<E: Engine<File = S::File>>(&self, io: &Io<E>) -> Result<Tidied> {
+    pub async fn tidy(&self, io: &Io<E>) -> Result<Tidied> {
         let (nodes, layers) = self.prune_all()?;
         self.remove_layers(io, &layers).await;
         let orphans = self.orphans()?;
@@ -70,7 +76,7 @@ impl<S: Storage> Store<S> {
         }
         let mut settled = Vec::new();
         for (id, row) in self.catalog.view()?.nodes()? {
-            let NodeState::Frozen { layer, settled: false } = row.state else { continue };
+            let NodeState::Frozen { layer, settled: false, .. } = row.state else { continue };
             if row.volume.is_some_and(|volume| self.usage.of_volume(volume).is_some()) {
                 continue;
             }
@@ -82,7 +88,50 @@ impl<S: Storage> Store<S> {
             self.settled(id)?;
             settled.push(id);
         }
-        Ok(Tidied { nodes, orphans, settled })
+        let files = self.remove_orphaned_files(io).await?;
+        let mended = self.mend_index(io).await.unwrap_or_else(|error| {
+            // What is read by places that hold can be read all the same.
+            log::warn!("{error}: the index of what is sealed stays incomplete");
+            false
+        });
+        Ok(Tidied { nodes, orphans, files, settled, mended })
+    }
+
+    /// Removes packs and runs of the index that the catalog does not name, whole or not, if they were begun before the store
+    /// was opened: of others somebody may be making one.
+    async fn remove_orphaned_files(&self, io: &Io<E>) -> Result<Vec<PathBuf>> {
+        let content = &self.content;
+        let (packs, index) = (self.directory.packs(), self.directory.index());
+        let listed = (self.names_in(&packs)?, self.names_in(&index)?);
+        let view = self.catalog.view()?;
+        let named_packs: BTreeSet<u32> = view.packs()?.into_iter().map(|(number, _)| number).collect();
+        let named_runs: BTreeSet<u32> = view.index_runs()?.into_iter().map(|(number, _)| number).collect();
+        let orphans =
+            |folder: &Path, listed: Vec<String>, ending, named: &BTreeSet<u32>, numbers: &Numbers| {
+                let is_orphan = |name: &String| {
+                    let number = number_of(name, ending);
+                    number.is_some_and(|(number, whole)| {
+                        numbers.is_old(number) && !(whole && named.contains(&number))
+                    })
+                };
+                listed.into_iter().filter(is_orphan).map(|name| folder.join(name)).collect::<Vec<_>>()
+            };
+        let mut all = orphans(&packs, listed.0, ".pack", &named_packs, &content.pack_numbers);
+        all.extend(orphans(&index, listed.1, ".index", &named_runs, &content.run_numbers));
+        for path in &all {
+            remove(io, path).await?;
+        }
+        if !all.is_empty() {
+            sync_directory(io, &packs).await?;
+            sync_directory(io, &index).await?;
+        }
+        Ok(all)
+    }
+
+    fn names_in(&self, folder: &Path) -> Result<Vec<String>> {
+        let names = self.storage.list_directory(folder);
+        let names = names.map_err(|error| StoreError::io(folder, "list", error))?;
+        Ok(names.into_iter().filter_map(|name| name.into_string().ok()).collect())
     }
 
     /// Takes away all nodes that nothing needs: those whose last reader has ended after their last name
@@ -109,4 +158,13 @@ impl<S: Storage> Store<S> {
             Ok((before.len() - change.nodes()?.len(), layers))
         })
     }
+}
+
+/// The number of a pack or run, and whether it is whole.
+fn number_of(name: &str, ending: &str) -> Option<(u32, bool)> {
+    let (number, whole) = match name.strip_suffix(".tmp") {
+        Some(name) => (name.strip_suffix(ending)?, false),
+        None => (name.strip_suffix(ending)?, true),
+    };
+    Some((u32::from_str_radix(number, 16).ok()?, whole))
 }

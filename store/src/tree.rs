@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::storage::Storage;
 use serde::Serialize;
 
@@ -43,6 +44,8 @@ pub enum State {
     Bare,
     /// A snapshot whose contents are a layer.
     Frozen,
+    /// A snapshot whose contents are sealed.
+    Sealed,
 }
 
 /// A snapshot or a volume in the tree.
@@ -80,7 +83,7 @@ pub struct Tree {
     pub nameless: usize,
 }
 
-impl<S: Storage> Store<S> {
+impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// All volumes, by name.
     ///
     /// # Errors
@@ -130,6 +133,7 @@ fn build(volumes: &BTreeMap<Id, VolumeRow>, nodes: &BTreeMap<Id, NodeRow>) -> Tr
         let state = match row.state {
             NodeState::Bare => State::Bare,
             NodeState::Frozen { .. } => State::Frozen,
+            NodeState::Sealed(_) => State::Sealed,
         };
         entries.insert(
             *id,

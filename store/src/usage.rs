@@ -14,8 +14,12 @@ struct State {
     volumes: BTreeMap<Id, &'static str>,
     /// Nodes that are read, and by how many.
     pinned: BTreeMap<Id, usize>,
-    /// Layers that are made and not named by the catalog yet.
-    making: BTreeSet<Id>,
+    /// Nodes that are sealed at the moment.
+    sealing: BTreeSet<Id>,
+    /// Files of layers that must stay, whatever the catalog says, and by how many they are used.
+    layers: BTreeMap<Id, usize>,
+    /// Layers that the catalog does not name any more, and that were in use when that began.
+    left: BTreeSet<Id>,
 }
 
 /// What is in use.
@@ -27,6 +31,7 @@ pub(crate) struct Usage(Mutex<State>);
 enum What {
     Volume,
     Node,
+    Sealing,
     Layer,
 }
 
@@ -68,14 +73,48 @@ impl Usage {
         self.state().pinned.contains_key(&id)
     }
 
-    /// Lets a layer stay that is no orphan, although the catalog does not name it.
-    pub(crate) fn making(self: &Arc<Self>, id: Id) -> Hold {
-        self.state().making.insert(id);
+    /// Takes a node to be sealed; none, when somebody else does that.
+    pub(crate) fn sealing(self: &Arc<Self>, id: Id) -> Option<Hold> {
+        let is_free = self.state().sealing.insert(id);
+        is_free.then(|| Hold { usage: Arc::clone(self), id, what: What::Sealing })
+    }
+
+    /// Lets the file of a layer stay: one that is made and not named by the catalog yet, or that somebody reads.
+    pub(crate) fn keep_layer(self: &Arc<Self>, id: Id) -> Hold {
+        *self.state().layers.entry(id).or_default() += 1;
         Hold { usage: Arc::clone(self), id, what: What::Layer }
     }
 
-    pub(crate) fn is_being_made(&self, id: Id) -> bool {
-        self.state().making.contains(&id)
+    pub(crate) fn is_layer_kept(&self, id: Id) -> bool {
+        self.state().layers.contains_key(&id)
+    }
+
+    /// Takes note of a layer that the catalog does not name any more; whether its file may go now. If not, it is
+    /// given out by [`Self::take_left`] when nobody uses it any more.
+    pub(crate) fn leave(&self, id: Id) -> bool {
+        let mut state = self.state();
+        let is_free = !state.layers.contains_key(&id);
+        if !is_free {
+            state.left.insert(id);
+        }
+        is_free
+    }
+
+    /// Layers that were in use when the catalog forgot them, and are not any more.
+    pub(crate) fn take_left(&self) -> Vec<Id> {
+        let state = &mut *self.state();
+        let free: Vec<Id> = state.left.iter().filter(|id| !state.layers.contains_key(id)).copied().collect();
+        state.left.retain(|id| !free.contains(id));
+        free
+    }
+}
+
+fn release(counts: &mut BTreeMap<Id, usize>, id: Id) {
+    if let Some(count) = counts.get_mut(&id) {
+        *count -= 1;
+        if *count == 0 {
+            counts.remove(&id);
+        }
     }
 }
 
@@ -84,15 +123,9 @@ impl Drop for Hold {
         let mut state = self.usage.state();
         match self.what {
             What::Volume => drop(state.volumes.remove(&self.id)),
-            What::Layer => drop(state.making.remove(&self.id)),
-            What::Node => {
-                if let Some(count) = state.pinned.get_mut(&self.id) {
-                    *count -= 1;
-                    if *count == 0 {
-                        state.pinned.remove(&self.id);
-                    }
-                }
-            }
+            What::Sealing => drop(state.sealing.remove(&self.id)),
+            What::Layer => release(&mut state.layers, self.id),
+            What::Node => release(&mut state.pinned, self.id),
         }
     }
 }

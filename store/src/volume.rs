@@ -15,14 +15,14 @@ use crate::name::{self, SnapshotName};
 use crate::store::{Store, breaks, snapshot, volume};
 
 impl Change {
-    fn add_volume(&mut self, id: Id, row: &VolumeRow) -> Result<()> {
+    pub(crate) fn add_volume(&mut self, id: Id, row: &VolumeRow) -> Result<()> {
         self.check_volume_is_new(&row.name)?;
         self.put_name(&row.name, Some(id))?;
         self.add_child(row.parent, Child::Volume(id))?;
         self.put_volume(id, Some(row))
     }
 
-    fn check_volume_is_new(&self, name: &str) -> Result<()> {
+    pub(crate) fn check_volume_is_new(&self, name: &str) -> Result<()> {
         name::check(name)?;
         if self.volume_named(name)?.is_none() {
             return Ok(());
@@ -32,8 +32,8 @@ impl Change {
     }
 }
 
-impl<S: Storage> Store<S> {
-    fn new_volume(&self, name: &str, size: u64, parent: Option<Id>) -> VolumeRow {
+impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
+    pub(crate) fn new_volume(&self, name: &str, size: u64, parent: Option<Id>) -> VolumeRow {
         VolumeRow {
             name: name.to_owned(),
             created_ms: self.now_ms(),
@@ -99,12 +99,7 @@ impl<S: Storage> Store<S> {
     ///
     /// # Errors
     /// No such volume, one that is in use, protected, or has snapshots; what the catalog says.
-    pub async fn delete_volume<E: Engine<File = S::File>>(
-        &self,
-        io: &Io<E>,
-        name: &str,
-        with_snapshots: bool,
-    ) -> Result<()> {
+    pub async fn delete_volume(&self, io: &Io<E>, name: &str, with_snapshots: bool) -> Result<()> {
         let (id, _) = volume(&self.catalog.view()?, name)?;
         let _hold = self.usage.take(id, name, "being deleted")?;
         if breaks!(self.options, UnlinkBeforeCommit) {

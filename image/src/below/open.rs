@@ -63,10 +63,7 @@ pub(crate) struct NextLink<E: Engine> {
 
 impl<E: Engine> NextLink<E> {
     /// The base of a layer.
-    pub(crate) fn named(
-        named: Named,
-        resolver: Option<&dyn ResolveBase<E>>,
-    ) -> Result<Self, ImageError> {
+    pub(crate) fn named(named: Named, resolver: Option<&dyn ResolveBase<E>>) -> Result<Self, ImageError> {
         let options = named.qcow2().map(Qcow2Identity::options).unwrap_or_default();
         let resolved = match named.base.in_store() {
             Some(base) => Some(in_store::resolve(&named.layer, base, resolver)?),

@@ -129,9 +129,14 @@ impl Catalog {
         result
     }
 
+    /// Whether a commit has failed, so that nobody knows whether it was made.
+    pub(crate) fn is_unknown(&self) -> bool {
+        self.is_unknown.load(Ordering::Acquire)
+    }
+
     /// Refuses to go by what is in memory after a commit that may have been made or not.
     fn check(&self) -> Result<()> {
-        match self.is_unknown.load(Ordering::Acquire) {
+        match self.is_unknown() {
             true => Err(StoreError::database(&self.path, "use", redb::Error::PreviousIo)),
             false => Ok(()),
         }

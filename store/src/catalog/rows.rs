@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 
+use sapwood_image::sealed::{Child, Hash, Place, Root};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -74,7 +75,73 @@ pub enum NodeState {
         layer: Id,
         /// Whether it was closed properly after the last write.
         settled: bool,
+        /// How far it is sealed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        sealing: Option<Sealing>,
     },
+    /// A sealed disk in the packs, of the node's size.
+    Sealed(Top),
+}
+
+/// The top of the tree of a sealed disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Top {
+    /// Its hash; all zeroes for a disk of zeroes.
+    #[serde(with = "hash")]
+    pub hash: Hash,
+    /// Where it may be: a place's bits.
+    pub place: u64,
+}
+
+impl Top {
+    /// The sealed disk of so many bytes.
+    pub fn root(&self, size: u64) -> Root {
+        Root { size, tree: Child { hash: self.hash, place: Place::from_bits(self.place) } }
+    }
+}
+
+impl From<Child> for Top {
+    fn from(Child { hash, place }: Child) -> Self {
+        Self { hash, place: place.to_bits() }
+    }
+}
+
+/// How far a layer is sealed: what there is of it is a sealed disk as well, which is as the snapshot below from some block on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Sealing {
+    /// The top of its tree.
+    #[serde(flatten)]
+    pub top: Top,
+    /// The first block that is not sealed.
+    pub next: u64,
+}
+
+/// A hash as 64 hexadecimal digits.
+mod hash {
+    use sapwood_image::sealed::Hash;
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(hash: &Hash, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(hash)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Hash, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let (halves, rest) = text.as_bytes().as_chunks::<32>();
+        let [first, second] = halves else {
+            return Err(serde::de::Error::custom("a hash has 64 hexadecimal digits"));
+        };
+        let half = |text: &[u8; 32]| std::str::from_utf8(text).ok()?.parse::<crate::Id>().ok();
+        match (half(first), half(second), rest.is_empty()) {
+            (Some(first), Some(second), true) => {
+                let mut hash = [0; Hash::BYTES];
+                hash[..16].copy_from_slice(&first.0);
+                hash[16..].copy_from_slice(&second.0);
+                Ok(Hash(hash))
+            }
+            _ => Err(serde::de::Error::custom("a hash has 64 hexadecimal digits in lower case")),
+        }
+    }
 }
 
 /// A node of the tree: a snapshot, or what is left of one that was deleted and is needed by others.
@@ -175,6 +242,23 @@ mod tests {
     }
 
     #[test]
+    fn sealed_nodes_survive_being_stored() {
+        let top = Top { hash: Hash(std::array::from_fn(|i| i as u8 * 7)), place: u64::MAX - 5 };
+        let sealing = Some(Sealing { top, next: 77 });
+        for state in
+            [NodeState::Sealed(top), NodeState::Frozen { layer: crate::Id([9; 16]), settled: true, sealing }]
+        {
+            let text = serde_json::to_string(&state).unwrap();
+            assert!(text.contains("00070e151c23"), "{text}");
+            assert_eq!(serde_json::from_str::<NodeState>(&text).unwrap(), state);
+        }
+        for wrong in ["", "00", &"0".repeat(63), &"g".repeat(64), &"0".repeat(96)] {
+            let text = format!(r#"{{"sealed":{{"hash":"{wrong}","place":0}}}}"#);
+            assert!(serde_json::from_str::<NodeState>(&text).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
     fn nodes_survive_being_stored() {
         let id = "000102030405060708090a0b0c0d0e0f";
         let text = format!(
@@ -182,7 +266,8 @@ mod tests {
                 "state":{{"frozen":{{"layer":"{id}","settled":false}}}}}}"#
         );
         let row: NodeRow = serde_json::from_str(&text).unwrap();
-        assert_eq!(row.state, NodeState::Frozen { layer: id.parse().unwrap(), settled: false });
+        let layer = id.parse().unwrap();
+        assert_eq!(row.state, NodeState::Frozen { layer, settled: false, sealing: None });
         assert_eq!((row.notes.protected, &row.more["age"]), (true, &Value::from(7)));
         let again = serde_json::to_string(&row).unwrap();
         assert_eq!(serde_json::from_str::<NodeRow>(&again).unwrap(), row);

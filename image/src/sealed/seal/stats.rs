@@ -25,6 +25,23 @@ pub struct SealStats {
     pub base_nodes_read: u64,
 }
 
+impl SealStats {
+    /// Adds what a seal counted that went on where this one was stopped.
+    pub fn add(&mut self, later: &Self) {
+        // Of these, every seal counts all of the disk.
+        self.blocks_total = later.blocks_total;
+        self.blocks_done = later.blocks_done;
+        self.blocks_read += later.blocks_read;
+        self.zero += later.zero;
+        self.duplicate += later.duplicate;
+        self.unique += later.unique;
+        self.stored_bytes += later.stored_bytes;
+        self.nodes += later.nodes;
+        self.node_bytes += later.node_bytes;
+        self.base_nodes_read += later.base_nodes_read;
+    }
+}
+
 /// What to do next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {

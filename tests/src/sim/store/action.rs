@@ -40,6 +40,10 @@ pub enum Action {
     ProtectVolume(String, bool),
     /// Protection of a snapshot.
     ProtectSnapshot(String, String, bool),
+    /// Snapshots are sealed, as far as so many segments go.
+    Seal(u64),
+    /// A disk with these marks is imported.
+    Import(String, String, Vec<u32>),
     /// The store is closed and opened.
     Reopen,
 }
@@ -48,6 +52,14 @@ fn writes(rng: &mut Rng, mark: u64) -> Writes {
     let count = rng.between(1, 5) as usize;
     let block = |_| rng.below(super::model::BLOCKS as u64) as usize;
     (0..count).map(block).enumerate().map(|(i, block)| (block, (mark * 16) as u32 + i as u32 + 1)).collect()
+}
+
+/// What an imported disk holds: marks of a few, so that disks share blocks.
+fn marks(rng: &mut Rng) -> Vec<u32> {
+    (0..super::model::BLOCKS)
+        .map(|_| rng.below(12) as u32)
+        .map(|mark| if mark < 4 { 0 } else { mark })
+        .collect()
 }
 
 impl Action {
@@ -67,8 +79,10 @@ impl Action {
             false => rng.pick(&there).clone(),
         };
         match rng.below(100) {
-            0..10 => Self::Create(any(rng)),
-            10..34 => Self::Write(volume, writes(rng, mark), rng.percent(60)),
+            0..6 => Self::Create(any(rng)),
+            6..12 => Self::Import(any(rng), snapshot(rng), marks(rng)),
+            12..20 => Self::Seal(rng.between(1, 6)),
+            20..34 => Self::Write(volume, writes(rng, mark), rng.percent(60)),
             34..44 => {
                 let (before, after) = (writes(rng, 2 * mark), writes(rng, 2 * mark + 1));
                 Self::Live(volume, snapshot(rng), before, after)
@@ -133,6 +147,18 @@ impl Model {
         volume.line.push(number);
         volume.is_dirty = Some(false);
         self.snapshots.insert(key, Snapshot { content, number, line, protected: false });
+        Ok(())
+    }
+
+    fn import(&mut self, name: &str, snapshot: &str, marks: &[u32]) -> Outcome {
+        if self.volumes.contains_key(name) {
+            return Err("exists");
+        }
+        let content: Content = marks.iter().map(|mark| [*mark].into()).collect();
+        let number = self.number();
+        self.add_volume(name, content.clone(), vec![number])?;
+        let key = (name.to_owned(), snapshot.to_owned());
+        self.snapshots.insert(key, Snapshot { content, number, line: Vec::new(), protected: false });
         Ok(())
     }
 
@@ -262,7 +288,8 @@ impl Model {
                 self.snapshots.get_mut(&key).expect("looked at above").protected = *protected;
                 Ok(())
             }
-            Action::Reopen => Ok(()),
+            Action::Import(name, snapshot, marks) => self.import(name, snapshot, marks),
+            Action::Seal(_) | Action::Reopen => Ok(()),
         }
     }
 }

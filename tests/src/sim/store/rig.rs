@@ -6,17 +6,19 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sapwood_blockdev::buffer::SharedBuf;
-use sapwood_blockdev::device::{self, BlockDevice, Command, DeviceError};
+use sapwood_blockdev::device::{self, BlockDevice, Command, DeviceError, DeviceQueue};
 use sapwood_blockdev::io::{Io, block_on};
 use sapwood_blockdev::storage::Storage;
 use sapwood_blockdev::units::GuestOffset;
 use sapwood_image::ImageError;
 use sapwood_image::layer::{Layer, OpenLayer};
+use sapwood_image::sealed::{MemoryBlock, MemorySource, SealStats, Step, Workers};
 use sapwood_store::catalog::Look;
 use sapwood_store::rows::NodeState;
 use sapwood_store::tree::State;
 use sapwood_store::{
-    Attachment, Name, NotesChange, SnapshotName, Store, StoreError, StoreOptions, Tidied, directory,
+    Attachment, Importing, Name, NotesChange, SnapshotName, Store, StoreError, StoreOptions, Tidied,
+    directory,
 };
 use std::collections::BTreeSet;
 
@@ -72,7 +74,7 @@ pub struct Rig {
     storage: SimStorage,
     io: Io<SimEngine>,
     options: StoreOptions,
-    store: Option<Arc<Store<SimStorage>>>,
+    store: Option<Arc<Store<SimStorage, SimEngine>>>,
     /// How far the write under way has come.
     pub progress: Cell<Progress>,
 }
@@ -81,6 +83,10 @@ impl Drop for Rig {
     fn drop(&mut self) {
         self.io.abandon_tasks();
     }
+}
+
+fn inline() -> Workers {
+    Workers::inline(1).expect("there is memory for tables")
 }
 
 fn snapshot_name(volume: &str, snapshot: &str) -> SnapshotName {
@@ -125,7 +131,9 @@ impl Rig {
     pub fn open(&mut self) -> Done<Tidied> {
         self.store = None;
         let engine = self.world.engine(self.process);
-        let store = Arc::new(Store::open(&self.storage, engine, &root(), self.options.clone())?);
+        let (io, storage, options) = (self.io.clone(), self.storage.clone(), self.options.clone());
+        let opened = self.run(async move { Store::open(&storage, &io, engine, &root(), options).await });
+        let store = Arc::new(opened?);
         self.store = Some(Arc::clone(&store));
         let io = self.io.clone();
         Ok(self.run(async move { store.tidy(&io).await })?)
@@ -135,7 +143,7 @@ impl Rig {
     ///
     /// # Panics
     /// If it is not open.
-    pub fn store(&self) -> Arc<Store<SimStorage>> {
+    pub fn store(&self) -> Arc<Store<SimStorage, SimEngine>> {
         Arc::clone(self.store.as_ref().expect("an open store"))
     }
 
@@ -172,10 +180,9 @@ impl Rig {
         Ok(())
     }
 
-    fn contents(&self, layer: &Arc<Layer<SimEngine>>) -> Done<Vec<u32>> {
-        let len = layer.geometry().size as usize;
+    fn contents(&self, mut queue: impl DeviceQueue, size: u64) -> Done<Vec<u32>> {
+        let len = size as usize;
         let buf = SharedBuf::heap(len);
-        let mut queue = layer.queue_on(self.io.clone());
         device::run(&mut queue, GuestOffset(0), len as u64, Command::Read(buf.clone().into()))?;
         let mut bytes = vec![0; len];
         buf.read_at(0, &mut bytes);
@@ -194,7 +201,7 @@ impl Rig {
     pub fn read_volume(&self, volume: &str) -> Done<Vec<u32>> {
         let attachment = self.attach(volume)?;
         let layer = self.open_layer(&attachment.path, false)?;
-        let contents = self.contents(&layer)?;
+        let contents = self.contents(layer.queue_on(self.io.clone()), layer.geometry().size)?;
         self.close(layer)?;
         self.store().detach(attachment, None)?;
         Ok(contents)
@@ -206,11 +213,11 @@ impl Rig {
     /// What the store says.
     pub fn read_snapshot(&self, volume: &str, snapshot: &str) -> Done<Vec<u32>> {
         let reader = self.store().read_snapshot(&snapshot_name(volume, snapshot))?;
-        let Some(path) = &reader.path else { return Ok(vec![0; BLOCKS]) };
-        let layer = self.open_layer(path, true)?;
-        let contents = self.contents(&layer)?;
-        self.close(layer)?;
-        Ok(contents)
+        let (io, store) = (self.io.clone(), self.store());
+        let (disk, reader) = self.run(async move { (store.open_snapshot(&io, &reader).await, reader) });
+        let contents = self.contents(disk?.queue_on(self.io.clone()), reader.size);
+        drop(reader);
+        contents
     }
 
     fn write_volume(&self, volume: &str, writes: &Writes, closed: bool) -> Done {
@@ -249,6 +256,42 @@ impl Rig {
         store.settled(node)?;
         self.close(new)?;
         store.detach(attachment, None)?;
+        Ok(())
+    }
+
+    /// Seals whatever can be sealed, until that was asked `stop_after` times for a next segment.
+    fn seal(&self, stop_after: u64) -> Done {
+        let (io, store) = (self.io.clone(), self.store());
+        Ok(self.run(async move {
+            let workers = inline();
+            let mut left = stop_after;
+            while left > 0 {
+                let mut watch = |_: &SealStats| {
+                    left = left.saturating_sub(1);
+                    if left == 0 { Step::Stop } else { Step::Go }
+                };
+                if store.seal_next(&io, &workers, &mut watch).await?.is_none() {
+                    break;
+                }
+            }
+            store.sweep(&io).await;
+            Ok::<_, StoreError>(())
+        })?)
+    }
+
+    fn import(&self, volume: &str, snapshot: &str, marks: &[u32]) -> Done {
+        let (io, store, name) = (self.io.clone(), self.store(), snapshot_name(volume, snapshot));
+        let block = |mark: &u32| match mark {
+            0 => MemoryBlock::Zero,
+            mark => MemoryBlock::Data(mark.to_le_bytes().repeat(BLOCK / 4)),
+        };
+        let mut source = MemorySource::new((BLOCKS * BLOCK) as u64, marks.iter().map(block).collect());
+        self.run(async move {
+            let workers = inline();
+            let importing = Importing { name: &name, workers: &workers };
+            store.import(&io, &importing, &mut source, &mut |_: &SealStats| Step::Go).await
+        })
+        .map(drop)?;
         Ok(())
     }
 
@@ -291,6 +334,8 @@ impl Rig {
             Action::ProtectSnapshot(volume, name, on) => {
                 store.note(&Name::Snapshot(snapshot_name(&volume, &name)), &NotesChange::Protect(on))?;
             }
+            Action::Seal(stop_after) => self.seal(stop_after)?,
+            Action::Import(volume, snapshot, marks) => self.import(&volume, &snapshot, &marks)?,
             Action::Reopen => {
                 drop(store);
                 self.open()?;
@@ -334,12 +379,21 @@ impl Rig {
             }
         }
         let folder = store.directory().layers();
-        let found = self.storage.list_directory(&folder).map_err(|error| error.to_string())?;
+        self.compare_files(&folder, named.iter().map(|id| format!("{id}.layer")).collect())?;
+        let packs = view.packs().map_err(told)?.into_iter().map(|(number, _)| format!("{number:08x}.pack"));
+        self.compare_files(&store.directory().packs(), packs.collect())?;
+        let runs = view.index_runs().map_err(told)?.into_iter();
+        let runs = runs.map(|(number, _)| format!("{number:08x}.index"));
+        self.compare_files(&store.directory().index(), runs.collect())
+    }
+
+    fn compare_files(&self, folder: &Path, named: BTreeSet<String>) -> Result<(), String> {
+        let found = self.storage.list_directory(folder).map_err(|error| error.to_string())?;
         let found: BTreeSet<String> = found.iter().map(|name| name.to_string_lossy().into_owned()).collect();
-        let named: BTreeSet<String> = named.iter().map(|id| format!("{id}.layer")).collect();
         if found == named {
             return Ok(());
         }
-        Err(format!("layers: {:?} without a name, {:?} without a file", &found - &named, &named - &found))
+        let (too_many, missing) = (&found - &named, &named - &found);
+        Err(format!("{}: {too_many:?} without a name, {missing:?} without a file", folder.display()))
     }
 }

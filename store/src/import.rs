@@ -1,0 +1,115 @@
+//! Importing: a disk from elsewhere becomes a volume over a sealed snapshot.
+//!
+//! Order: packs and index ([`super::publish`]); one commit that makes the snapshot and the volume over it.
+
+use sapwood_blockdev::engine::Engine;
+use sapwood_blockdev::io::Io;
+use sapwood_blockdev::storage::Storage;
+use sapwood_image::sealed::{Hash, Root, SealStats, Source, Step, Watch, Workers};
+use serde_json::Map;
+
+use crate::catalog::rows::{NodeRow, NodeState, Notes, Top};
+use crate::catalog::{Change, Child};
+use crate::error::Result;
+use crate::id::Id;
+use crate::name::{self, SnapshotName};
+use crate::seal::Job;
+use crate::store::Store;
+
+/// What a disk is imported as.
+#[derive(Clone, Copy, Debug)]
+pub struct Importing<'a> {
+    /// The new volume, and its snapshot that holds what is imported.
+    pub name: &'a SnapshotName,
+    /// Who hashes and compresses.
+    pub workers: &'a Workers,
+}
+
+/// What was imported.
+#[derive(Clone, Debug)]
+pub struct Imported {
+    /// The volume.
+    pub volume: Id,
+    /// Its snapshot.
+    pub snapshot: Id,
+    /// Size of the disk in bytes.
+    pub size: u64,
+    /// By what the disk is known, here and anywhere.
+    pub hash: Hash,
+    /// Bytes of files that were written, the index not counted.
+    pub pack_bytes: u64,
+    /// Counts.
+    pub stats: SealStats,
+}
+
+impl Change {
+    fn check_import(&self, name: &SnapshotName) -> Result<()> {
+        name::check(&name.snapshot)?;
+        self.check_volume_is_new(&name.volume)
+    }
+
+    /// Makes a volume over a sealed snapshot.
+    fn add_sealed(&mut self, name: &SnapshotName, ids: (Id, Id), root: &Root, created_ms: u64) -> Result<()> {
+        let (volume, node) = ids;
+        let row = NodeRow {
+            volume: Some(volume),
+            name: Some(name.snapshot.clone()),
+            parent: None,
+            size: root.size,
+            created_ms,
+            state: NodeState::Sealed(Top::from(root.tree)),
+            notes: Notes::default(),
+            space: None,
+            more: Map::new(),
+        };
+        self.put_node(node, Some(&row))?;
+        self.put_snapshot_name(volume, &name.snapshot, Some(node))?;
+        self.add_child(None, Child::Node(node))
+    }
+}
+
+/// Half a disk is none.
+struct AllOrNothing<'a, W>(&'a mut W);
+
+impl<W: Watch> Watch for AllOrNothing<'_, W> {
+    async fn between(&mut self, stats: &SealStats) -> Step {
+        match self.0.between(stats).await {
+            Step::Stop => Step::Cancel,
+            step => step,
+        }
+    }
+}
+
+impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
+    /// Imports a disk as a new volume over one snapshot, which is sealed. What the store has already is not stored again.
+    ///
+    /// # Errors
+    /// Names that are taken or are none; what reading the source or writing packs says;
+    /// [`Cancelled`](sapwood_image::ErrorKind::Cancelled), also when `watch` says to stop: nothing is left behind then.
+    pub async fn import(
+        &self,
+        io: &Io<E>,
+        importing: &Importing<'_>,
+        source: &mut impl Source,
+        watch: &mut impl Watch,
+    ) -> Result<Imported> {
+        let Importing { name, workers } = *importing;
+        self.catalog.hold_still(|look| look.check_import(name))?;
+        let pin = self.content.pins().pin(&[]);
+        let job = Job { workers, pin: &pin, base: None, start: 0 };
+        let sealed = self.seal_source(io, &job, source, &mut AllOrNothing(watch)).await?;
+        let root = sealed.root;
+        let (volume, snapshot) = (self.random_id()?, self.random_id()?);
+        let now = self.now_ms();
+        self.publish(io, &sealed.packs, |change| {
+            change.check_import(name)?;
+            change.add_sealed(name, (volume, snapshot), &root, now)?;
+            change.add_volume(volume, &self.new_volume(&name.volume, root.size, Some(snapshot)))
+        })
+        .await?;
+        drop(pin);
+        let pack_bytes = sealed.packs.iter().map(|pack| pack.bytes).sum();
+        let (size, hash) = (root.size, root.hash());
+        Ok(Imported { volume, snapshot, size, hash, pack_bytes, stats: sealed.stats })
+    }
+}

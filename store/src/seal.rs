@@ -1,0 +1,272 @@
+//! Sealing: a snapshot whose contents are a layer becomes one in the packs.
+//!
+//! A layer is sealed over what lies below it, which is sealed already, so the snapshots of a line are sealed from the oldest on.
+//! After each so many bytes what there is so far is published as a root of its own, which the node keeps beside its layer: after
+//! a crash sealing goes on there.
+//!
+//! Order: packs and index ([`super::publish`]); the commit that says that the node is sealed; its layer's file goes, once nobody
+//! reads it any more.
+
+use sapwood_blockdev::device::BlockDevice;
+use sapwood_blockdev::engine::Engine;
+use sapwood_blockdev::io::Io;
+use sapwood_blockdev::storage::Storage;
+use sapwood_image::sealed::collect::Pin;
+use sapwood_image::sealed::{
+    FRAME_BLOCKS, FrozenSource, Root, SealStats, Sealed, Sealing, Source, Step, Watch, Workers, seal,
+};
+
+use crate::catalog::rows::{self, NodeRow, NodeState};
+use crate::catalog::{Change, Look};
+use crate::error::{Result, StoreError};
+use crate::id::Id;
+use crate::name::SnapshotName;
+use crate::resolve::holder;
+use crate::store::{Store, breaks, snapshot};
+
+/// Bytes of packs after which what is sealed is published.
+const PUBLISH_BYTES: u64 = 1 << 30;
+
+/// A snapshot that was sealed, or a part of it.
+#[derive(Clone, Debug)]
+pub struct SealedNode {
+    /// The node.
+    pub id: Id,
+    /// Its name, `volume@snapshot`; none of a deleted one.
+    pub name: Option<String>,
+    /// Whether all of it is sealed; else whoever watched has stopped it.
+    pub is_whole: bool,
+    /// Counts.
+    pub stats: SealStats,
+}
+
+/// What is to be sealed.
+pub(crate) struct Job<'a> {
+    pub(crate) workers: &'a Workers,
+    pub(crate) pin: &'a Pin,
+    pub(crate) base: Option<Root>,
+    /// The first block that is asked of the source.
+    pub(crate) start: u64,
+}
+
+/// Stops for a publication now and then.
+struct InParts<'a, W> {
+    watch: &'a mut W,
+    /// Whoever watches has stopped it.
+    is_stopped: bool,
+}
+
+impl<W: Watch> Watch for InParts<'_, W> {
+    async fn between(&mut self, stats: &SealStats) -> Step {
+        let step = self.watch.between(stats).await;
+        self.is_stopped |= step == Step::Stop;
+        match step {
+            Step::Go if stats.stored_bytes >= PUBLISH_BYTES => Step::Stop,
+            step => step,
+        }
+    }
+}
+
+impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
+    /// Seals the oldest snapshot that can be sealed: one whose layer is closed and over nothing, or over a sealed
+    /// snapshot. None, when there is none, or others are at work on them.
+    ///
+    /// # Errors
+    /// What reading the layer or writing packs says; [`Cancelled`](sapwood_image::ErrorKind::Cancelled).
+    pub async fn seal_next(
+        &self,
+        io: &Io<E>,
+        workers: &Workers,
+        watch: &mut impl Watch,
+    ) -> Result<Option<SealedNode>> {
+        let view = self.catalog.view()?;
+        let mut ready: Vec<(u64, Id)> = Vec::new();
+        for (id, row) in view.nodes()? {
+            let is_frozen = matches!(row.state, NodeState::Frozen { settled: true, .. });
+            if is_frozen && self.is_ready(&view, &row)? {
+                ready.push((row.created_ms, id));
+            }
+        }
+        drop(view);
+        ready.sort_unstable();
+        for (_, id) in ready {
+            if let Some(sealed) = self.seal_node(io, id, workers, watch).await? {
+                return Ok(Some(sealed));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Seals a snapshot, and first those below it that are not sealed.
+    ///
+    /// # Errors
+    /// As of [`Store::seal_next`]; no such snapshot; one that is attached, or that somebody else seals.
+    pub async fn seal(
+        &self,
+        io: &Io<E>,
+        name: &SnapshotName,
+        workers: &Workers,
+        watch: &mut impl Watch,
+    ) -> Result<Vec<SealedNode>> {
+        let view = self.catalog.view()?;
+        let mut next = Some(snapshot(&view, name)?.0);
+        let mut line = Vec::new();
+        while let Some((id, row)) = holder(&view, next)? {
+            match row.state {
+                NodeState::Frozen { settled: true, .. } => line.push(id),
+                NodeState::Frozen { .. } => {
+                    let text = "its layer is still being closed: try again in a moment".to_owned();
+                    return Err(StoreError::new(name, crate::StoreErrorKind::InUse(text)));
+                }
+                _ => break,
+            }
+            next = row.parent;
+        }
+        drop(view);
+        let mut sealed = Vec::new();
+        for id in line.into_iter().rev() {
+            let text = "it is being sealed by somebody else: wait for the end of that".to_owned();
+            let node = self.seal_node(io, id, workers, watch).await?;
+            let node = node.ok_or_else(|| StoreError::new(name, crate::StoreErrorKind::InUse(text)))?;
+            let is_whole = node.is_whole;
+            sealed.push(node);
+            if !is_whole {
+                break;
+            }
+        }
+        Ok(sealed)
+    }
+
+    /// Whether what lies below a node is sealed.
+    fn is_ready(&self, look: &impl Look, row: &NodeRow) -> Result<bool> {
+        let below = holder(look, row.parent)?;
+        Ok(below.is_none_or(|(_, row)| matches!(row.state, NodeState::Sealed(_))))
+    }
+
+    /// Seals a node whose layer is closed, unless somebody else does, or it is something else by now.
+    async fn seal_node(
+        &self,
+        io: &Io<E>,
+        id: Id,
+        workers: &Workers,
+        watch: &mut impl Watch,
+    ) -> Result<Option<SealedNode>> {
+        let Some(_sealing) = self.usage.sealing(id) else { return Ok(None) };
+        // From here on it stays, and so does what lies below it.
+        let held = self.catalog.hold_still(|look| {
+            let Some(row) = look.node(id)? else { return Ok(None) };
+            let NodeState::Frozen { layer, settled: true, .. } = row.state else { return Ok(None) };
+            if !self.is_ready(look, &row)? {
+                return Ok(None);
+            }
+            Ok(Some((self.usage.pin(id), self.usage.keep_layer(layer), layer)))
+        })?;
+        let Some((_node, kept, layer)) = held else { return Ok(None) };
+        let opened = self.open_layer(io, layer, true).await?;
+        let size = opened.geometry().size;
+        let mut source = FrozenSource::new(opened, io);
+        let mut total = SealStats::default();
+        let (is_whole, name) = loop {
+            let mut parts = InParts { watch: &mut *watch, is_stopped: false };
+            let (is_whole, name, stats) =
+                self.seal_part(io, (id, layer, size), &mut source, workers, &mut parts).await?;
+            let is_stopped = parts.is_stopped;
+            total.add(&stats);
+            if is_whole || is_stopped {
+                break (is_whole, name);
+            }
+        };
+        drop((source, kept));
+        if is_whole && !breaks!(self.options, UnlinkBeforeCommit) {
+            self.remove_layers(io, &[layer]).await;
+        }
+        Ok(Some(SealedNode { id, name, is_whole, stats: total }))
+    }
+
+    /// Seals a node as far as one publication goes: whether that was the rest of it.
+    async fn seal_part(
+        &self,
+        io: &Io<E>,
+        (id, layer, size): (Id, Id, u64),
+        source: &mut FrozenSource<E>,
+        workers: &Workers,
+        watch: &mut impl Watch,
+    ) -> Result<(bool, Option<String>, SealStats)> {
+        let view = self.catalog.view()?;
+        let row = view.needed_node(id)?;
+        let NodeState::Frozen { sealing, .. } = row.state else { unreachable!("it is taken") };
+        let below = match holder(&view, row.parent)? {
+            Some((_, NodeRow { state: NodeState::Sealed(top), size, .. })) => Some(top.root(size)),
+            _ => None,
+        };
+        drop(view);
+        let (base, start) = match sealing {
+            Some(sealing) => (Some(sealing.top.root(size)), sealing.next),
+            None => (below, 0),
+        };
+        let pin = self.content.pins().pin(base.as_slice());
+        let job = Job { workers, pin: &pin, base, start };
+        let sealed = self.seal_source(io, &job, source, watch).await?;
+        if breaks!(self.options, UnlinkBeforeCommit) && sealed.next.is_none() {
+            self.remove_files(io, [self.directory.layer(layer)]).await;
+        }
+        if sealed.next == Some(start) {
+            self.remove_files(io, sealed.packs.into_iter().map(|pack| pack.path)).await;
+            return Ok((false, None, sealed.stats));
+        }
+        let top = rows::Top::from(sealed.root.tree);
+        let (state, is_whole) = match sealed.next {
+            Some(next) => {
+                let sealing = Some(rows::Sealing { top, next });
+                (NodeState::Frozen { layer, settled: true, sealing }, false)
+            }
+            None => (NodeState::Sealed(top), true),
+        };
+        let name = self.publish(io, &sealed.packs, |change| change.put_state(id, state)).await?;
+        drop(pin);
+        Ok((is_whole, name, sealed.stats))
+    }
+
+    /// Seals a disk into new packs, which nobody knows yet.
+    pub(crate) async fn seal_source(
+        &self,
+        io: &Io<E>,
+        job: &Job<'_>,
+        source: &mut impl Source,
+        watch: &mut impl Watch,
+    ) -> Result<Sealed> {
+        let numbers = || {
+            let number = self.content.pack_numbers.next();
+            number.map_err(|error| error.into_image(self.directory.root()))
+        };
+        let mut dedup = sapwood_image::sealed::ExactMap::default();
+        let sealing = Sealing {
+            storage: &self.storage,
+            io,
+            directory: &self.directory.packs(),
+            packs: self.content.packs(),
+            dedup: &mut dedup,
+            workers: job.workers,
+            base: job.base,
+            frame_blocks: FRAME_BLOCKS,
+            pack_bytes: self.options.pack_bytes,
+            start: job.start,
+        };
+        let _ = job.pin;
+        Ok(seal(sealing, source, numbers, watch).await?)
+    }
+}
+
+impl Change {
+    /// Says what holds the contents of a node; its name.
+    fn put_state(&mut self, id: Id, state: NodeState) -> Result<Option<String>> {
+        let row = self.needed_node(id)?;
+        let volume = match row.volume {
+            Some(volume) => self.volume(volume)?,
+            None => None,
+        };
+        let name = volume.zip(row.name.clone()).map(|(volume, name)| format!("{}@{name}", volume.name));
+        self.put_node(id, Some(&NodeRow { state, space: None, ..row }))?;
+        Ok(name)
+    }
+}
