@@ -42,6 +42,8 @@ pub enum Refused {
 /// The jobs of one owner: a served disk, or a store.
 pub struct Jobs {
     running_max: usize,
+    /// Log how they go. Where the only one who asks is told anyway, not.
+    is_logged: bool,
     table: Mutex<Table>,
 }
 
@@ -107,7 +109,12 @@ impl Job {
 impl Jobs {
     /// Jobs of which at most so many run at a time.
     pub fn new(running_max: usize) -> Self {
-        Self { running_max, table: Mutex::default() }
+        Self { running_max, is_logged: true, table: Mutex::default() }
+    }
+
+    /// The same, of which nothing is logged.
+    pub fn unlogged(running_max: usize) -> Self {
+        Self { is_logged: false, ..Self::new(running_max) }
     }
 
     /// Starts `work` on a thread, unless another job about the same runs, or as many as may.
@@ -133,13 +140,19 @@ impl Jobs {
             cancelled: AtomicBool::new(false),
             end: Mutex::new(None),
         });
-        let running = Arc::clone(&job);
+        let (running, is_logged) = (Arc::clone(&job), self.is_logged);
         let thread = thread::Builder::new().name(kind.into()).spawn(move || {
-            log::info!("job {}: {} begins", running.id, running.kind);
+            if is_logged {
+                log::info!("job {}: {} begins", running.id, running.kind);
+            }
             let result = work(&running);
             match &result {
+                _ if !is_logged => {}
                 Ok(_) => log::info!("job {}: {} is done", running.id, running.kind),
                 Err(error) => log::warn!("job {}: {}: {error:#}", running.id, running.kind),
+            }
+            if result.is_ok() {
+                running.done_bytes.store(running.total_bytes.load(Ordering::Relaxed), Ordering::Relaxed);
             }
             *lock(&running.end) = Some(result);
         });
@@ -233,7 +246,7 @@ mod tests {
         assert_eq!(jobs.running(), Some(first));
         go.send(()).unwrap();
         let job = wait(&jobs, first);
-        assert_eq!((job.state, job.done_bytes, job.total_bytes), (State::Done, 1, 2));
+        assert_eq!((job.state, job.done_bytes, job.total_bytes), (State::Done, 2, 2));
         for n in 0..KEPT_MAX as u64 {
             let failing = id(jobs.start("resize", "disk", |_| anyhow::bail!("no")));
             assert_eq!(failing, first + 1 + n);

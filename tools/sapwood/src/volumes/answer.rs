@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use sapwood_blockdev::units::BLOCK_SIZE;
+use sapwood_image::sealed::SealStats;
 use sapwood_store::Id;
 use sapwood_store::rows::{NodeState, Notes, Space};
 use serde::{Deserialize, Serialize};
@@ -218,4 +220,74 @@ pub struct Event {
 pub struct Events {
     /// The newest last.
     pub events: Vec<Event>,
+}
+
+/// What sealing counted.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Counts {
+    /// Bytes of disk that were read.
+    pub read_bytes: u64,
+    /// Of these, zeroes.
+    pub zero_bytes: u64,
+    /// Of these, what was stored already.
+    pub duplicate_bytes: u64,
+    /// Of these, what was stored,
+    pub unique_bytes: u64,
+    /// and what it takes compressed.
+    pub stored_bytes: u64,
+    /// What the nodes of the tree take.
+    pub node_bytes: u64,
+}
+
+impl From<&SealStats> for Counts {
+    fn from(stats: &SealStats) -> Self {
+        Self {
+            read_bytes: stats.blocks_read * BLOCK_SIZE,
+            zero_bytes: stats.zero * BLOCK_SIZE,
+            duplicate_bytes: stats.duplicate * BLOCK_SIZE,
+            unique_bytes: stats.unique * BLOCK_SIZE,
+            stored_bytes: stats.stored_bytes,
+            node_bytes: stats.node_bytes,
+        }
+    }
+}
+
+/// What was imported.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Imported {
+    /// The snapshot, `volume@snapshot`.
+    pub name: String,
+    /// The volume's id.
+    pub volume: Id,
+    /// The snapshot's id.
+    pub snapshot: Id,
+    /// Size of its disk in bytes.
+    pub virtual_size: u64,
+    /// By what the disk is known, here and anywhere.
+    pub hash: String,
+    /// Bytes of packs that were written.
+    pub pack_bytes: u64,
+    /// Counts.
+    pub sealed: Counts,
+}
+
+/// A snapshot that was sealed.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct SealedOne {
+    /// `volume@snapshot`; null: one that was deleted and is needed by others.
+    pub name: Option<String>,
+    /// All of it, not a part.
+    pub whole: bool,
+    /// Counts.
+    pub sealed: Counts,
+}
+
+/// What was sealed.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Sealed {
+    /// In the order in which it was done.
+    pub snapshots: Vec<SealedOne>,
 }

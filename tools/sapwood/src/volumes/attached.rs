@@ -8,16 +8,16 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use sapwood_blockdev::device::{BlockDevice, Geometry};
-use sapwood_blockdev::io::{Io, block_on};
-use sapwood_blockdev::storage::HostStorage;
-use sapwood_image::layer::{Layer, OpenLayer, Tuning};
+use sapwood_blockdev::io::block_on;
+use sapwood_image::Disk;
+use sapwood_image::layer::Tuning;
 use sapwood_image::volume::Volume;
-use sapwood_store::{Attachment, Id};
+use sapwood_store::{Attachment, Id, SnapshotName, SnapshotReader};
 use sapwood_vhost::{Options, Server};
 
 use super::answer::Serving;
 use super::counted::Counted;
-use super::service::{HostStore, Service, system};
+use super::service::{Service, system};
 use crate::control::wire::Failure;
 use crate::host::{Host, HostEngine};
 
@@ -42,14 +42,42 @@ struct Running {
     maintenance: JoinHandle<()>,
 }
 
+/// What a virtual machine sees.
+enum Device {
+    Volume(Arc<Counted<Volume<HostEngine>>>),
+    Snapshot(Arc<Counted<Disk<HostEngine>>>),
+}
+
+/// What ends with the detaching.
+enum Held {
+    Volume(Running),
+    Snapshot(Arc<Disk<HostEngine>>, SnapshotReader),
+}
+
 /// See the module's documentation.
 pub struct Attached {
     id: Id,
     serve: Serve,
-    counted: Arc<Counted<Volume<HostEngine>>>,
+    device: Device,
     server: Server,
-    /// Whoever snapshots, resizes or detaches it holds this; none when it is detached.
-    running: Mutex<Option<Running>>,
+    /// Whoever snapshots, resizes or detaches it has the lock; none when it is detached.
+    held: Mutex<Option<Held>>,
+}
+
+impl Device {
+    fn geometry(&self) -> Geometry {
+        match self {
+            Self::Volume(volume) => volume.geometry(),
+            Self::Snapshot(disk) => disk.geometry(),
+        }
+    }
+
+    fn requests(&self) -> u64 {
+        match self {
+            Self::Volume(volume) => volume.requests(),
+            Self::Snapshot(disk) => disk.requests(),
+        }
+    }
 }
 
 impl Running {
@@ -57,7 +85,7 @@ impl Running {
         let name = name.to_owned();
         let (attachment, volume) = service.run(|store, io| async move {
             let attachment = store.attach(&io, &name).await?;
-            let volume = open_volume(&store, &io, &attachment, tuning).await?;
+            let volume = store.open_volume(&io, &attachment, tuning).await?;
             Ok::<_, Failure>((attachment, volume))
         })?;
         match maintain(service.host(), Arc::clone(&volume)) {
@@ -82,28 +110,54 @@ impl Running {
     }
 }
 
+/// Starts a server of `device`.
+fn start<D>(service: &Service, device: &Arc<D>, name: &str, serve: &Serve) -> Result<Server, Failure>
+where
+    D: BlockDevice<Engine = HostEngine>,
+{
+    let options = Options { queues: serve.queues, serial: name.to_owned(), ..Options::new(&serve.socket) };
+    let host = service.host();
+    Ok(Server::start(Arc::clone(device), options, move || host.engine())?)
+}
+
 impl Attached {
     /// Attaches a volume.
     pub fn volume(service: &Service, name: &str, serve: Serve) -> Result<Arc<Self>, Failure> {
         check_socket(&serve.socket)?;
         let running = Running::open(service, name, serve.tuning)?;
         let counted = Counted::new(Arc::clone(&running.volume));
-        let options =
-            Options { queues: serve.queues, serial: name.to_owned(), ..Options::new(&serve.socket) };
-        let host = service.host();
-        match Server::start(Arc::clone(&counted), options, move || host.engine()) {
+        match start(service, &counted, name, &serve) {
             Ok(server) => Ok(Arc::new(Self {
                 id: running.attachment.volume,
                 serve,
-                counted,
+                device: Device::Volume(counted),
                 server,
-                running: Mutex::new(Some(running)),
+                held: Mutex::new(Some(Held::Volume(running))),
             })),
             Err(error) => {
                 running.close(service)?;
-                Err(error.into())
+                Err(error)
             }
         }
+    }
+
+    /// Attaches a snapshot, for reading.
+    pub fn snapshot(service: &Service, name: &SnapshotName, serve: Serve) -> Result<Arc<Self>, Failure> {
+        check_socket(&serve.socket)?;
+        let reader = service.store().read_snapshot(name)?;
+        let (disk, reader) = service.run(|store, io| async move {
+            let disk = store.open_snapshot(&io, &reader).await?;
+            Ok::<_, Failure>((disk, reader))
+        })?;
+        let counted = Counted::new(Arc::clone(&disk));
+        let server = start(service, &counted, &name.to_string(), &serve)?;
+        Ok(Arc::new(Self {
+            id: reader.id,
+            serve,
+            device: Device::Snapshot(counted),
+            server,
+            held: Mutex::new(Some(Held::Snapshot(disk, reader))),
+        }))
     }
 
     /// The id of what is attached.
@@ -116,25 +170,31 @@ impl Attached {
         Serving {
             socket: self.serve.socket.clone(),
             queues: self.serve.queues,
-            read_only: self.counted.geometry().read_only,
+            read_only: self.device.geometry().read_only,
             frontend_connected: self.server.is_connected(),
-            requests: self.counted.requests(),
+            requests: self.requests(),
         }
+    }
+
+    /// Requests that were taken since it was attached.
+    pub fn requests(&self) -> u64 {
+        self.device.requests()
     }
 
     /// Size of the disk in bytes.
     pub fn size(&self) -> u64 {
-        self.counted.geometry().size
+        self.device.geometry().size
     }
 
-    fn running(&self) -> MutexGuard<'_, Option<Running>> {
-        self.running.lock().unwrap_or_else(PoisonError::into_inner)
+    fn held(&self) -> MutexGuard<'_, Option<Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the size of the disk, and tells the guest.
+    /// Changes the size of a volume's disk, and tells the guest.
     pub fn resize(&self, service: &Service, size: u64) -> Result<(), Failure> {
-        let running = self.running();
-        let volume = Arc::clone(&running.as_ref().ok_or_else(gone)?.volume);
+        let held = self.held();
+        let Some(Held::Volume(running)) = &*held else { return Err(gone()) };
+        let volume = Arc::clone(&running.volume);
         service.run(|_, io| async move { volume.resize(&io, size).await })?;
         self.server.config_changed();
         Ok(())
@@ -142,9 +202,17 @@ impl Attached {
 
     /// Ends the server, and gives the volume back with everything durable. It was taken out of the service before.
     pub fn detach(&self, service: &Service) -> Result<(), Failure> {
-        let mut running = self.running();
+        let mut held = self.held();
         self.server.stop();
-        running.take().map_or(Ok(()), |running| running.close(service))
+        match held.take() {
+            Some(Held::Volume(running)) => running.close(service),
+            Some(Held::Snapshot(disk, reader)) => {
+                let closed = service.run(|_, io| async move { disk.close(&io).await });
+                drop(reader);
+                closed
+            }
+            None => Ok(()),
+        }
     }
 }
 
@@ -183,17 +251,6 @@ pub fn check_socket(path: &Path) -> Result<(), Failure> {
         path.display()
     );
     Err(Failure::new("invalid", text))
-}
-
-async fn open_volume(
-    store: &HostStore,
-    io: &Io<HostEngine>,
-    attachment: &Attachment,
-    tuning: Tuning,
-) -> Result<Arc<Volume<HostEngine>>, Failure> {
-    let options = OpenLayer { read_only: false, tuning };
-    let layer = Layer::open_in_store(&HostStorage, io, &attachment.path, &options, &store.resolver()).await?;
-    Ok(Volume::new(layer))
 }
 
 fn close(service: &Service, volume: &Arc<Volume<HostEngine>>) -> Result<(), Failure> {

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use sapwood_store::catalog::Look;
-use sapwood_store::{Name, NotesChange, SnapshotName};
+use sapwood_store::{Id, Name, NotesChange, SnapshotName};
 use serde::{Deserialize, Serialize};
 
 use super::answer::{Done, Made, MadeAll, Switched};
@@ -221,9 +221,21 @@ impl Quick for RenameSnapshot {
     }
 }
 
+/// Refuses to take the name off a snapshot that is attached: it could not be detached.
+fn check_detached(service: &Service, id: Id, name: &SnapshotName) -> Result<(), Failure> {
+    match service.attached(id) {
+        Some(_) => Err(Failure::new("in-use", format!("{name}: the snapshot is attached: detach it first"))),
+        None => Ok(()),
+    }
+}
+
 impl Quick for DeleteVolume {
     fn run(self, service: &Arc<Service>) -> Result<Done, Failure> {
         let Self { volume, with_snapshots } = self;
+        let id = service.volume(&volume)?;
+        for (snapshot, id) in service.store().catalog().view()?.snapshots_of(id)? {
+            check_detached(service, id, &SnapshotName { volume: volume.clone(), snapshot })?;
+        }
         service.run(|store, io| async move { store.delete_volume(&io, &volume, with_snapshots).await })?;
         Ok(Done {})
     }
@@ -232,6 +244,7 @@ impl Quick for DeleteVolume {
 impl Quick for DeleteSnapshot {
     fn run(self, service: &Arc<Service>) -> Result<Done, Failure> {
         let name = SnapshotName { volume: self.volume, snapshot: self.snapshot };
+        check_detached(service, service.snapshot(&name)?, &name)?;
         service.run(|store, io| async move { store.delete_snapshot(&io, &name).await })?;
         Ok(Done {})
     }

@@ -32,6 +32,32 @@ pub struct AttachVolume {
     pub map_cache: Option<u64>,
 }
 
+/// Serves a snapshot, for reading, at a socket of its own.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct AttachSnapshot {
+    /// The snapshot's volume.
+    pub volume: String,
+    /// The snapshot.
+    pub snapshot: String,
+    /// Where a virtual machine connects; by default in the daemon's folder for sockets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+    /// Virtqueues, 1 to 256; by default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+}
+
+/// Ends the serving of a snapshot.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct DetachSnapshot {
+    /// The snapshot's volume.
+    pub volume: String,
+    /// The snapshot.
+    pub snapshot: String,
+}
+
 /// Ends the serving of a volume.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -64,6 +90,8 @@ pub struct ResizeVolume {
 }
 
 operation!(AttachVolume: Post "/v1/volumes/{volume}/attach" -> Serving);
+operation!(AttachSnapshot: Post "/v1/volumes/{volume}/snapshots/{snapshot}/attach" -> Serving);
+operation!(DetachSnapshot: Post "/v1/volumes/{volume}/snapshots/{snapshot}/detach" -> Done);
 operation!(DetachVolume: Post "/v1/volumes/{volume}/detach" -> Done);
 operation!(TakeSnapshot: Post "/v1/volumes/{volume}/snapshots" -> Made);
 operation!(ResizeVolume: Post "/v1/volumes/{volume}/resize" -> Resized);
@@ -84,29 +112,54 @@ impl Quick for AttachVolume {
         tuning.map_cache_bytes = self.map_cache.unwrap_or(tuning.map_cache_bytes);
         let socket = socket(service, &self.volume, self.socket)?;
         let serve = Serve { socket, queues: self.queues.unwrap_or(1), tuning };
-        let attached = Attached::volume(service, &self.volume, serve)?;
-        service.add(Arc::clone(&attached));
-        let serving = attached.serving();
-        service.note("attached", format!("{} is attached at {}", self.volume, serving.socket.display()));
-        Ok(serving)
+        Ok(served(service, &self.volume, Attached::volume(service, &self.volume, serve)?))
     }
 }
 
-/// What is attached of this id.
-fn attached(service: &Service, id: Id, name: &str) -> Result<Arc<Attached>, Failure> {
-    service.attached(id).ok_or_else(|| Failure::new("not-found", format!("{name}: it is not attached")))
+impl Quick for AttachSnapshot {
+    fn run(self, service: &Arc<Service>) -> Result<Serving, Failure> {
+        let name = SnapshotName { volume: self.volume, snapshot: self.snapshot };
+        let shown = name.to_string();
+        let socket = socket(service, &shown, self.socket)?;
+        let id = service.snapshot(&name)?;
+        if service.attached(id).is_some() {
+            return Err(Failure::new("in-use", format!("{shown}: the snapshot is attached already")));
+        }
+        let serve = Serve { socket, queues: self.queues.unwrap_or(1), tuning: Tuning::default() };
+        Ok(served(service, &shown, Attached::snapshot(service, &name, serve)?))
+    }
+}
+
+/// Enters what was attached.
+fn served(service: &Service, name: &str, attached: Arc<Attached>) -> Serving {
+    let serving = attached.serving();
+    service.add(attached);
+    service.note("attached", format!("{name} is attached at {}", serving.socket.display()));
+    serving
+}
+
+/// Ends the serving of what has this id.
+fn detach(service: &Service, id: Id, name: &str) -> Result<Done, Failure> {
+    let attached = service.remove(id);
+    let attached =
+        attached.ok_or_else(|| Failure::new("not-found", format!("{name}: it is not attached")))?;
+    attached.detach(service)?;
+    service.note("detached", format!("{name} is detached"));
+    Ok(Done {})
 }
 
 impl Quick for DetachVolume {
     fn run(self, service: &Arc<Service>) -> Result<Done, Failure> {
         let id = service.volume(&self.volume)?;
-        let attached = attached(service, id, &self.volume)?;
-        // Somebody else may have been faster.
-        if service.remove(id).is_some() {
-            attached.detach(service)?;
-            service.note("detached", format!("{} is detached", self.volume));
-        }
-        Ok(Done {})
+        detach(service, id, &self.volume)
+    }
+}
+
+impl Quick for DetachSnapshot {
+    fn run(self, service: &Arc<Service>) -> Result<Done, Failure> {
+        let name = SnapshotName { volume: self.volume, snapshot: self.snapshot };
+        let id = service.snapshot(&name)?;
+        detach(service, id, &name.to_string())
     }
 }
 

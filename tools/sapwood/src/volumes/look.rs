@@ -114,6 +114,7 @@ fn entry(service: &Service, tree: &Tree, id: Id) -> Option<Entry> {
         tree::State::Head => State::Volume,
         tree::State::Bare => State::Bare,
         tree::State::Frozen => State::Frozen,
+        tree::State::Sealed => State::Sealed,
     };
     let mut entry = Entry::new(id, found.name.clone(), state, found.notes.clone(), found.space);
     let parent = found.parent.and_then(|parent| tree.entries.get(&parent));

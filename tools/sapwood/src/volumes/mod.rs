@@ -5,7 +5,7 @@
 //!
 //! - `address`: names of volumes and snapshots on the command line;
 //! - `answer`: what is answered;
-//! - `operation`: what an operation is; `look`, `change`, `live`: the operations;
+//! - `operation`: what an operation is; `look`, `change`, `live`, `transfer`, `upkeep`: the operations;
 //! - `counted`, `attached`: a volume that is served to virtual machines;
 //! - `events`, `service`: what operations run on;
 //! - `routes`: from HTTP to an operation;
@@ -27,6 +27,8 @@ pub mod look;
 pub mod operation;
 mod routes;
 pub mod service;
+pub mod transfer;
+pub mod upkeep;
 
 use std::time::Duration;
 

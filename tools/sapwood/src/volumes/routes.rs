@@ -18,7 +18,7 @@ use tokio::time::timeout;
 
 use super::operation::{Long, Method, Operation, Quick, read};
 use super::service::{Service, system};
-use super::{change, live, look};
+use super::{change, live, look, transfer, upkeep};
 use crate::control::http::{self, Answer, Body, Error, Route, json_of, json_text, parse};
 use crate::control::wire::Failure;
 
@@ -38,6 +38,8 @@ fn routes() -> Vec<Route<Service>> {
         ("get", "/v1/openapi.json", get(document)),
         quick::<look::ShowStore>(),
         quick::<change::SetSpace>(),
+        long::<upkeep::SealAll>(),
+        long::<transfer::Import>(),
         quick::<look::ListEvents>(),
         quick::<look::ShowTree>(),
         quick::<look::ListVolumes>(),
@@ -58,6 +60,9 @@ fn routes() -> Vec<Route<Service>> {
         quick::<change::RenameSnapshot>(),
         quick::<change::NoteSnapshot>(),
         quick::<change::CloneSnapshot>(),
+        quick::<live::AttachSnapshot>(),
+        quick::<live::DetachSnapshot>(),
+        long::<upkeep::SealSnapshot>(),
     ];
     routes.extend(http::job_routes());
     routes

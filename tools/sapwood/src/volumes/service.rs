@@ -25,7 +25,7 @@ use crate::host::{Host, HostEngine};
 const JOBS_MAX: usize = 8;
 
 /// A store on the host.
-pub type HostStore = Store<HostStorage>;
+pub type HostStore = Store<HostStorage, HostEngine>;
 
 /// See the module's documentation.
 pub struct Service {
@@ -43,13 +43,19 @@ impl Service {
     /// can be attached.
     pub fn open(host: Host, root: &Path, sockets: Option<PathBuf>) -> Result<Arc<Self>, Failure> {
         let engine = BlockingEngine::new().map_err(system)?;
-        let store = Store::open(&host.storage(), engine, root, StoreOptions::default())?;
+        let (io, storage, owned) = (host.io()?, host.storage(), root.to_owned());
+        let opening = {
+            let io = io.clone();
+            async move { Store::open(&storage, &io, engine, &owned, StoreOptions::default()).await }
+        };
+        let store = block_on(&io, opening)?;
+        let jobs = if sockets.is_some() { Jobs::new(JOBS_MAX) } else { Jobs::unlogged(JOBS_MAX) };
         let service = Arc::new(Self {
             host,
             store: Arc::new(store),
             sockets,
             attached: Mutex::default(),
-            jobs: Jobs::new(JOBS_MAX),
+            jobs,
             events: Log::default(),
         });
         service.tidy();
@@ -95,6 +101,11 @@ impl Service {
         self.events.add(log::Level::Info, now_ms(), kind, message);
     }
 
+    /// Notes that something happened that somebody should look after.
+    pub fn warn(&self, kind: &str, message: String) {
+        self.events.add(log::Level::Warn, now_ms(), kind, message);
+    }
+
     /// Runs a task on a reactor of the calling thread.
     pub fn run<T: 'static, F, X>(
         &self,
@@ -133,7 +144,8 @@ impl Service {
 
     /// Adds what was attached.
     pub fn add(&self, attached: Arc<Attached>) {
-        self.table().insert(attached.id(), attached);
+        let before = self.table().insert(attached.id(), attached);
+        assert!(before.is_none(), "a volume is given once, and a snapshot is asked for before");
     }
 
     /// Takes out what is to be detached.
@@ -152,6 +164,12 @@ impl Service {
         let volume = self.volume(&name.volume)?;
         let id = self.store.catalog().view()?.snapshot_named(volume, &name.snapshot)?;
         id.ok_or_else(|| not_found(&name.to_string(), "snapshot"))
+    }
+
+    /// What follows when something was sealed: the files of layers that nobody reads any more go.
+    pub fn after_seal(&self) {
+        // It has no errors: what stays behind is swept up later.
+        let _ = self.run(|store, io| async move { Ok::<_, Failure>(store.sweep(&io).await) });
     }
 
     /// Ends jobs, and detaches everything: what guests wrote is durable then.

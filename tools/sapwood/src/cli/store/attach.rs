@@ -4,14 +4,16 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Args;
+use sapwood_store::{Name, SnapshotName};
 
 use super::DefaultStore;
 use crate::cli::output;
 use crate::cli::size::Size;
 use crate::host::Host;
-use crate::volumes::live::{AttachVolume, DetachVolume};
+use crate::volumes::access::Access;
+use crate::volumes::live::{AttachSnapshot, AttachVolume, DetachSnapshot, DetachVolume};
 
-/// Have the daemon of a store serve a volume to virtual machines over vhost-user-blk
+/// Have the daemon of a store serve a volume, or a snapshot for reading, over vhost-user-blk
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   sapwood attach /srv/vms:web
@@ -37,12 +39,12 @@ pub struct Attach {
     #[arg(short, long)]
     quiet: bool,
 
-    /// The volume
-    #[arg(value_name = "VOLUME")]
+    /// The volume or snapshot
+    #[arg(value_name = "NAME")]
     name: OsString,
 }
 
-/// End the serving of a volume
+/// End the serving of a volume or snapshot
 ///
 /// Requests are drained, and everything is made durable.
 #[derive(Args, Debug)]
@@ -56,36 +58,47 @@ pub struct Detach {
     #[arg(short, long)]
     quiet: bool,
 
-    /// The volume
-    #[arg(value_name = "VOLUME")]
+    /// The volume or snapshot
+    #[arg(value_name = "NAME")]
     name: OsString,
 }
 
 impl Attach {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
-        let (access, volume) = self.store.volume(host, &self.name)?;
+        let address = self.store.address(&self.name)?;
+        let access = Access::to(*host, &address.store)?;
+        let shown = address.name.to_string();
         // The daemon has another folder.
         let socket = self.socket.map(std::path::absolute).transpose()?;
-        let attach = AttachVolume {
-            volume: volume.clone(),
-            socket,
-            queues: Some(self.queues),
-            map_cache: Some(self.map_cache.0),
+        let queues = Some(self.queues);
+        let serving = match address.name {
+            Name::Volume(volume) => {
+                access.ask(AttachVolume { volume, socket, queues, map_cache: Some(self.map_cache.0) })?
+            }
+            Name::Snapshot(SnapshotName { volume, snapshot }) => {
+                access.ask(AttachSnapshot { volume, snapshot, socket, queues })?
+            }
         };
-        let serving = access.ask(attach)?;
         if self.quiet {
             return Ok(());
         }
         let queues =
             if serving.queues == 1 { "1 queue".to_owned() } else { format!("{} queues", serving.queues) };
-        output::print(&format!("Attached {volume} at {} with {queues}\n", serving.socket.display()))
+        output::print(&format!("Attached {shown} at {} with {queues}\n", serving.socket.display()))
     }
 }
 
 impl Detach {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
-        let (access, volume) = self.store.volume(host, &self.name)?;
-        access.ask(DetachVolume { volume: volume.clone() })?;
-        if self.quiet { Ok(()) } else { output::print(&format!("Detached {volume}\n")) }
+        let address = self.store.address(&self.name)?;
+        let access = Access::to(*host, &address.store)?;
+        let shown = address.name.to_string();
+        match address.name {
+            Name::Volume(volume) => access.ask(DetachVolume { volume })?,
+            Name::Snapshot(SnapshotName { volume, snapshot }) => {
+                access.ask(DetachSnapshot { volume, snapshot })?
+            }
+        };
+        if self.quiet { Ok(()) } else { output::print(&format!("Detached {shown}\n")) }
     }
 }

@@ -7,10 +7,12 @@ pub mod attach;
 pub mod clone;
 pub mod daemon;
 pub mod delete;
+pub mod import;
 mod init;
 pub mod list;
 pub mod notes;
 pub mod rename;
+mod seal;
 mod set;
 pub mod show;
 pub mod snapshot;
@@ -22,8 +24,10 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
+use sapwood_store::Name;
 use sapwood_store::directory::Directory;
 
+use crate::control::wire::Failure;
 use crate::host::Host;
 use crate::volumes::access::Access;
 use crate::volumes::address::{Address, default_store};
@@ -46,6 +50,7 @@ enum Command {
     Init(init::Init),
     Stat(stat::Stat),
     Set(set::Set),
+    Seal(seal::Seal),
 }
 
 impl Store {
@@ -55,6 +60,7 @@ impl Store {
             Command::Init(command) => command.run(host).map(|()| 0),
             Command::Stat(command) => command.run(host),
             Command::Set(command) => command.run(host).map(|()| 0),
+            Command::Seal(command) => command.run(host).map(|()| 0),
         }
     }
 }
@@ -116,7 +122,7 @@ pub struct Scope {
     #[command(flatten)]
     store: DefaultStore,
 
-    /// A volume, as STORE:volume, or a whole store, as its directory
+    /// A volume or snapshot, as STORE:volume, or a whole store, as its directory
     #[arg(value_name = "VOLUME")]
     what: Option<OsString>,
 }
@@ -124,6 +130,18 @@ pub struct Scope {
 impl Scope {
     /// How to get at the store, and the volume if one is meant.
     pub fn access(&self, host: &Host) -> anyhow::Result<(Access, Option<String>)> {
+        match self.any(host)? {
+            (access, None) => Ok((access, None)),
+            (access, Some(Name::Volume(volume))) => Ok((access, Some(volume))),
+            (_, Some(Name::Snapshot(name))) => {
+                let text = format!("{name}: that is a snapshot, a volume is wanted here");
+                Err(Failure::new("invalid", text).into())
+            }
+        }
+    }
+
+    /// How to get at the store, and the volume or snapshot if one is meant.
+    pub fn any(&self, host: &Host) -> anyhow::Result<(Access, Option<Name>)> {
         let whole = |root: &Path| Ok((Access::to(*host, root)?, None));
         let Some(what) = &self.what else { return whole(&default_store(self.store.given())?) };
         if Directory::new(Path::new(what)).catalog().exists() {
@@ -134,9 +152,15 @@ impl Scope {
         {
             return whole(Path::new(root));
         }
-        let (access, volume) = self.store.volume(host, what)?;
-        Ok((access, Some(volume)))
+        let address = self.store.address(what)?;
+        Ok((Access::to(*host, &address.store)?, Some(address.name)))
     }
+}
+
+/// Says that a name is one of a volume.
+pub fn wants_snapshot(name: &Name) -> anyhow::Error {
+    let text = format!("{name}: that is a volume, a snapshot is wanted here: say {name}@SNAPSHOT");
+    Failure::new("invalid", text).into()
 }
 
 /// How long ago something was, in one unit.

@@ -77,8 +77,8 @@ fn text(forest: &Forest, is_all: bool) -> String {
     }));
     let mut text = table(&lines);
     if is_all && forest.nameless > 0 {
-        let (verb, what) = if forest.nameless == 1 { ("is", "snapshot") } else { ("are", "snapshots") };
-        text.push_str(&format!("{} deleted {what} {verb} kept for what lies over them\n", forest.nameless));
+        let what = if forest.nameless == 1 { "snapshot is" } else { "snapshots are" };
+        text.push_str(&format!("{} deleted {what} kept for what was made over it\n", forest.nameless));
     }
     text
 }
