@@ -4,6 +4,7 @@ use sapwood_blockdev::device::BlockDevice;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
+use sapwood_image::layer::glance;
 use serde_json::Map;
 
 use crate::catalog::rows::{NodeRow, NodeState, Notes, VolumeRow};
@@ -98,15 +99,13 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Sees to it that a layer that nobody uses was closed properly: all that was written to it is durable, and
     /// its map is stored. The size of its disk.
     pub(crate) async fn settle(&self, io: &Io<E>, layer: Id) -> Result<u64> {
-        let opened = self.open_layer(io, layer, true).await?;
-        let (is_clean, mut size) = (opened.info().clean, opened.geometry().size);
-        opened.close(io).await?;
-        drop(opened);
-        if !is_clean {
-            let opened = self.open_layer(io, layer, false).await?;
-            size = opened.geometry().size;
-            opened.close(io).await?;
+        let found = glance(&self.storage, io, &self.directory.layer(layer)).await?;
+        if found.is_clean {
+            return Ok(found.size);
         }
+        let opened = self.open_layer(io, layer, false).await?;
+        let size = opened.geometry().size;
+        opened.close(io).await?;
         Ok(size)
     }
 

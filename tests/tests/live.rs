@@ -59,7 +59,7 @@ async fn snapshot<E: Engine<File = HostFile>>(
     path: PathBuf,
     commit: impl FnOnce(),
 ) -> Result<(), ImageError> {
-    let next = Successor { path, base: volume.path().file_name().unwrap().into() };
+    let next = Successor::New { path, base: volume.path().file_name().unwrap().into() };
     let commit = async || {
         commit();
         Ok(())

@@ -4,15 +4,18 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::thread;
 
 use sapwood_blockdev::buffer::SharedBuf;
 use sapwood_blockdev::device::{Command, DeviceError, run};
+use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::units::GuestOffset;
 use sapwood_image::below::Chain;
-use sapwood_image::layer::{self, BaseSpec, CreateLayer};
+use sapwood_image::layer::{
+    self, CreateInStore, Layer, LayerId, OpenLayer, ResolveBase, Resolved, StoreBase,
+};
 use sapwood_image::sealed::index::{Index, Run, write_run};
 use sapwood_image::sealed::{Hash, Packs, PacksTuning, Root, root_hash};
 use sapwood_image::{Disk, DiskQueue, ErrorKind, ExtentKind, Format, info};
@@ -433,23 +436,63 @@ fn failed_reads_are_errors_and_are_not_kept() {
     assert_eq!(read_all(&rig, made.root, &disk), 0);
 }
 
-/// A layer over a raw base that becomes a sealed snapshot while the layer is open.
+/// Knows one snapshot: a layer, until it has a root.
+struct Resolver<E: Engine> {
+    packs: Arc<Packs<E>>,
+    frozen: PathBuf,
+    root: Mutex<Option<Root>>,
+}
+
+const STORE: [u8; 16] = [1; 16];
+const FROZEN: LayerId = [2; 16];
+
+impl<E: Engine> ResolveBase<E> for Resolver<E> {
+    fn resolve(&self, _: &StoreBase) -> Result<Resolved<E>, String> {
+        Ok(match *self.root.lock().unwrap() {
+            None => Resolved::Frozen { path: self.frozen.clone(), layer: FROZEN, kept: Arc::new(()) },
+            Some(root) => Resolved::Sealed { packs: Arc::clone(&self.packs), root },
+        })
+    }
+}
+
+/// A layer in a store over another one that becomes a sealed snapshot while the layer is open.
 fn layer_over<L: Lab>(lab: &L, directory: &Path, empty_base: impl Fn(&Path)) {
     let disk = content(21, SIZE);
     let (base, top) = (directory.join("base"), directory.join("top"));
     let rig = Rig::new(lab, directory, PacksTuning::default());
     let root = rig.make(&disk, Shape::from(1)).root;
-    let (spec, at) = (BaseSpec::new(&base, Format::Raw), top.clone());
+    let resolver =
+        Arc::new(Resolver { packs: Arc::clone(&rig.packs), frozen: base.clone(), root: Mutex::default() });
+    let (frozen, upper) = (base.clone(), top.clone());
     wait(lab, async move |storage, io| {
-        let options = CreateLayer { base: Some(spec), segment_size: 256 << 10, ..CreateLayer::default() };
-        layer::create(&storage, &io, &at, &options).await
+        let size = SIZE as u64;
+        let options = CreateInStore { id: FROZEN, size, base: None, segment_size: 256 << 10 };
+        layer::create_in_store(&storage, &io, &frozen, &options).await?;
+        let base = Some(StoreBase { store: STORE, snapshot: FROZEN, size });
+        layer::create_in_store(&storage, &io, &upper, &CreateInStore { id: [3; 16], base, ..options }).await
     })
     .unwrap();
-    let mut bench = Bench::open(lab, &top, false).unwrap();
-    let other = Root { size: root.size + 512, ..root };
-    let refused = bench.layer.base_was_sealed(&rig.packs, other).unwrap_err();
+    let mut bench = Bench::open(lab, &base, false).unwrap();
+    for (at, bytes) in (0..).step_by(64 * BLOCK).zip(disk.chunks(64 * BLOCK)) {
+        bench.write(at, bytes).unwrap();
+    }
+    bench.close().unwrap();
+    let asked = Arc::clone(&resolver) as Arc<dyn ResolveBase<_>>;
+    let layer = wait(lab, async move |storage, io| {
+        Layer::open_in_store(&storage, &io, &top, &OpenLayer::default(), &asked).await
+    })
+    .unwrap();
+    let mut bench = Bench::over(lab, layer);
+    assert!(bench.read(0, SIZE).unwrap() == disk, "over the layer");
+    let reopen = |layer: &Arc<Layer<L::Engine>>, root| {
+        *resolver.root.lock().unwrap() = Some(root);
+        let (layer, resolver) = (Arc::clone(layer), Arc::clone(&resolver) as Arc<dyn ResolveBase<_>>);
+        wait(lab, async move |storage, io| layer.reopen_base(&storage, &io, &resolver).await)
+    };
+    let refused = reopen(&bench.layer, Root { size: root.size + 512, ..root }).unwrap_err();
     assert!(matches!(refused.kind, ErrorKind::Base(_)), "{refused}");
-    bench.layer.base_was_sealed(&rig.packs, root).unwrap();
+    assert!(bench.read(0, SIZE).unwrap() == disk, "it reads what it read before");
+    reopen(&bench.layer, root).unwrap();
     empty_base(&base);
 
     let (mut model, mut rng) = (disk, Rng::new(5));
@@ -490,12 +533,10 @@ fn layer_over<L: Lab>(lab: &L, directory: &Path, empty_base: impl Fn(&Path)) {
 #[test]
 fn a_layer_lies_over_a_sealed_snapshot() {
     let folder = tempfile::tempdir().unwrap();
-    fs::write(folder.path().join("base"), content(21, SIZE)).unwrap();
-    // Whoever still read the base would read nothing but zeroes.
+    // Whoever still read the base would find nothing there.
     layer_over(&HostLab, folder.path(), |base| fs::File::create(base).unwrap().set_len(0).unwrap());
 
     let (world, lab) = world();
-    world.install(Path::new("/base"), &content(21, SIZE));
     world.set_faults(Faults::benign());
     layer_over(&lab, Path::new("/"), |base| world.install(base, &[]));
 }

@@ -85,7 +85,22 @@ impl<E: Engine> Layer<E> {
     }
 
     pub(super) fn set_below(&self, below: Arc<Below<E>>) {
-        *self.below.write().unwrap_or_else(PoisonError::into_inner) = below;
+        let mut current = self.below.write().unwrap_or_else(PoisonError::into_inner);
+        let old = std::mem::replace(&mut *current, below);
+        drop(current);
+        // Not under the lock: it may be the last that keeps a file.
+        drop(old);
+    }
+
+    /// Puts `new` in the place of `old`, if that is what lies below still: says whether it was.
+    pub(super) fn replace_below(&self, old: &Arc<Below<E>>, new: Arc<Below<E>>) -> bool {
+        let mut current = self.below.write().unwrap_or_else(PoisonError::into_inner);
+        let is_same = Arc::ptr_eq(&current, old);
+        if is_same {
+            // The caller has the old one.
+            *current = new;
+        }
+        is_same
     }
 
     /// What lies below now.

@@ -1,14 +1,15 @@
 //! A new layer takes over from one that is in use, while both are open.
 //!
-//! The new layer, the *upper* one, is made over the *lower* one, which goes on being written until the
-//! disk is switched (`image/src/volume/`). From then on the upper one asks the lower one itself for what it
+//! The new layer, the *upper* one, is made over the *lower* one, or was prepared by a store, and is opened over it;
+//! the lower one goes on being written until the disk is switched (`image/src/volume/`). From then on the upper one asks the lower one itself for what it
 //! does not hold, and the lower one's disk does not change any more. Order of what is left to do:
 //!
 //! 1. The lower layer is synced. Before that nothing of the upper one is reported as durable; when it
 //!    fails, the upper one latches.
 //! 2. The lower layer is closed as any layer is, while it is read.
 //! 3. It is opened for reading as a part of the chain below the upper one, whose base record then says by
-//!    what it is recognised. Until then that says no more than its id, and that it was open.
+//!    what it is recognised. Until then that says no more than its id, and that it was open. In a store the
+//!    record says the same for ever: which snapshot lies below. What that is the store's resolver knows.
 //!
 //! After a crash the next opening of the upper layer for writing does what is left ([`close_base`],
 //! [`Layer::record_closed_base`]); whoever only reads it reads the lower one as any layer that was not closed.
@@ -21,6 +22,7 @@ use super::base::{Below, OpenBase, resolve, stored_path};
 use super::base_record::{BaseIdentity, BaseRecord, BaseRef};
 use super::create::make;
 use super::device::Layer;
+use super::in_store::ResolveBase;
 use super::recover::Head;
 use super::tuning::{Tuning, breaks};
 use super::{BaseSpec, CreateLayer, OpenLayer};
@@ -33,19 +35,42 @@ use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::{Lock, OpenOptions, Storage};
 use sapwood_blockdev::units::BLOCK_SIZE;
 
-/// Where the next layer of a disk in use is made.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Successor {
-    /// Its file, which does not exist, or a block device that holds nothing.
-    pub path: PathBuf,
-    /// The path by which it names the layer that is in use now; a relative one starts at its own folder.
-    pub base: PathBuf,
+/// The next layer of a disk in use.
+pub enum Successor<E: Engine> {
+    /// It is yet to be made.
+    New {
+        /// Its file, which does not exist, or a block device that holds nothing.
+        path: PathBuf,
+        /// The path by which it names the layer that is in use now; a relative one starts at its own folder.
+        base: PathBuf,
+    },
+    /// A store has made it, empty, of the size of the disk, and over the snapshot that is to be
+    /// ([`create_in_store`](super::create_in_store)).
+    Prepared {
+        /// Its file.
+        path: PathBuf,
+        /// Knows, from the commit on, what that snapshot is: the layer that is in use now, or, after that was closed, anything
+        /// that shows the same disk. It is asked after the switch, and perhaps not before the next snapshot.
+        resolver: Arc<dyn ResolveBase<E>>,
+    },
+}
+
+impl<E: Engine> Successor<E> {
+    /// Who knows what lies below it, if that is a store's.
+    pub(crate) fn resolver(&self) -> Option<Arc<dyn ResolveBase<E>>> {
+        match self {
+            Self::New { .. } => None,
+            Self::Prepared { resolver, .. } => Some(Arc::clone(resolver)),
+        }
+    }
 }
 
 /// A handover that begins when the disk is switched. See the module's documentation.
 pub(crate) struct Handover<E: Engine> {
     lower: Arc<Layer<E>>,
     upper: Arc<Layer<E>>,
+    /// Of an upper layer in a store.
+    resolver: Option<Arc<dyn ResolveBase<E>>>,
     /// How many of the steps have been done.
     done: AtomicU8,
 }
@@ -56,13 +81,17 @@ const RECORDED: u8 = 3;
 
 impl<E: Engine> Handover<E> {
     /// From `lower` to `upper`, whose syncs wait from here on.
-    pub(crate) fn new(lower: Arc<Layer<E>>, upper: Arc<Layer<E>>) -> Self {
+    pub(crate) fn new(
+        lower: Arc<Layer<E>>,
+        upper: Arc<Layer<E>>,
+        resolver: Option<Arc<dyn ResolveBase<E>>>,
+    ) -> Self {
         let mut core = upper.core();
         core.write_cache = lower.core().write_cache;
         let held = !breaks!(core.tuning, FlushBeforeBaseSync);
         core.hold_syncs(held);
         drop(core);
-        Self { lower, upper, done: AtomicU8::new(0) }
+        Self { lower, upper, resolver, done: AtomicU8::new(0) }
     }
 
     fn has_done(&self, step: u8) -> bool {
@@ -120,6 +149,16 @@ impl<E: Engine> Handover<E> {
         }
         // Others may read it from now on.
         crate::open::lock(&self.lower.file(), Lock::Shared)?;
+        match &self.resolver {
+            Some(resolver) => self.follow(storage, io, &**resolver).await?,
+            None => self.name(storage, io).await?,
+        }
+        self.note(RECORDED);
+        Ok(())
+    }
+
+    /// Lets the upper layer lie over the lower one by path, and name it as it is now.
+    async fn name<S: Storage<File = E::File>>(&self, storage: &S, io: &Io<E>) -> Result<(), ImageError> {
         let upper = &self.upper;
         let record = upper.below().record.clone();
         let Some(base) = record.base else { return Ok(()) };
@@ -127,14 +166,44 @@ impl<E: Engine> Handover<E> {
         let above = Some(upper.header().layer_id);
         let opened = Below::open_base(storage, io, upper.path(), &spec, above, &tuning);
         let (chain, named) = opened.await?;
-        if named.identity != self.lower.identity() {
-            let path = self.lower.path().display();
-            let detail = format!("its base {path} was changed by somebody else just now");
-            return Err(ImageError::new(upper.path(), ErrorKind::Base(detail)));
+        self.check_unchanged(&named.identity)?;
+        upper.on_driver(io, async |driver| driver.switch_base(Some(chain), Some(named), false).await).await
+    }
+
+    /// Lets the upper layer lie over what the store says that its base is.
+    async fn follow<S: Storage<File = E::File>>(
+        &self,
+        storage: &S,
+        io: &Io<E>,
+        resolver: &dyn ResolveBase<E>,
+    ) -> Result<(), ImageError> {
+        let upper = &self.upper;
+        let old = upper.below();
+        let (below, found) = upper.resolved_below(storage, io, &old.record, resolver).await?;
+        match found {
+            Some(BaseIdentity::Layer { id, .. }) if id != self.lower.header().layer_id => {
+                let path = self.lower.path().display();
+                let detail =
+                    format!("the store says that its base is another layer than {path}, which it follows");
+                return Err(ImageError::new(upper.path(), ErrorKind::Base(detail)));
+            }
+            Some(found @ BaseIdentity::Layer { .. }) => self.check_unchanged(&found)?,
+            // It was sealed in the meantime.
+            _ => {}
         }
-        upper.on_driver(io, async |driver| driver.switch_base(Some(chain), Some(named), false).await).await?;
-        self.note(RECORDED);
+        let is_same = upper.replace_below(&old, Arc::new(below));
+        assert!(is_same, "nothing else changes it before this has been done");
         Ok(())
+    }
+
+    /// Refuses the lower layer, opened again, if it is not as this process has closed it.
+    fn check_unchanged(&self, found: &BaseIdentity) -> Result<(), ImageError> {
+        if *found == self.lower.identity() {
+            return Ok(());
+        }
+        let path = self.lower.path().display();
+        let detail = format!("its base {path} was changed by somebody else just now");
+        Err(ImageError::new(self.upper.path(), ErrorKind::Base(detail)))
     }
 }
 
@@ -160,32 +229,42 @@ impl<E: Engine> Layer<E> {
         }
     }
 
-    /// Makes a layer over this one, which is open and goes on being written, and opens it for writing. It is
-    /// empty, and durable.
+    /// Makes a layer over this one, which is open and goes on being written, if that was not done, and opens it for
+    /// writing. It is empty, and durable.
     ///
     /// # Errors
-    /// As of [`create`](super::create()); the base's path does not lead to this layer.
+    /// As of [`create`](super::create()); the base's path does not lead to this layer; a layer that was prepared does
+    /// not fit, or cannot be opened: it is left as it is.
     pub(crate) async fn successor<S: Storage<File = E::File>>(
         self: &Arc<Self>,
         storage: &S,
         io: &Io<E>,
-        next: &Successor,
+        next: &Successor<E>,
     ) -> Result<Arc<Self>, ImageError> {
-        let path = stored_path(&next.path, &next.base)?.to_owned();
-        self.check_leads_here(storage, io, &resolve(&next.path, &path)).await?;
-        let (size, tuning) = {
-            let core = self.core();
-            (core.size, core.tuning)
-        };
+        match next {
+            Successor::New { path, base } => self.new_successor(storage, io, path, base).await,
+            Successor::Prepared { path, .. } => self.open_successor(storage, io, path, true).await,
+        }
+    }
+
+    async fn new_successor<S: Storage<File = E::File>>(
+        self: &Arc<Self>,
+        storage: &S,
+        io: &Io<E>,
+        path: &Path,
+        base: &Path,
+    ) -> Result<Arc<Self>, ImageError> {
+        let base = stored_path(path, base)?.to_owned();
+        self.check_leads_here(storage, io, &resolve(path, &base)).await?;
+        let size = self.core().size;
         let identity = BaseIdentity::OpenLayer { size, id: self.header().layer_id };
         let segment_size = self.header().segment_blocks * BLOCK_SIZE as u32;
         let options = CreateLayer { size: Some(size), segment_size, ..CreateLayer::default() };
-        make(storage, io, &next.path, &options, Some(BaseRef { path, identity })).await?;
-        let opened =
-            self.open_successor(storage, io, &next.path, &OpenLayer { read_only: false, tuning }).await;
+        make(storage, io, path, &options, Some(BaseRef { path: base, identity })).await?;
+        let opened = self.open_successor(storage, io, path, false).await;
         if opened.is_err() {
             // The first failure is the one to tell.
-            site::remove_incomplete(storage, io, &next.path).await.ok();
+            site::remove_incomplete(storage, io, path).await.ok();
         }
         opened
     }
@@ -195,11 +274,28 @@ impl<E: Engine> Layer<E> {
         storage: &S,
         io: &Io<E>,
         path: &Path,
-        options: &OpenLayer,
+        in_store: bool,
     ) -> Result<Arc<Self>, ImageError> {
+        let (size, tuning) = {
+            let core = self.core();
+            (core.size, core.tuning)
+        };
+        let options = &OpenLayer { read_only: false, tuning };
         let head = Head::read(storage, io, path, options).await?;
+        let base = head.record.base.as_ref();
+        let base_size =
+            base.filter(|base| base.in_store().is_some() == in_store).map(|base| base.identity.size());
+        let refuse = |text: String| Err(ImageError::new(path, ErrorKind::Base(text)));
+        if (base_size, head.slot().size) != (Some(size), size) {
+            return refuse(format!("it was not made to follow a disk of {size} bytes"));
+        }
         let below = Below { record: head.record.clone(), chain: None, open: Some(Arc::clone(self)) };
         let (layer, interrupted) = Self::open_over(io, path, options, head, below, false).await?;
+        if !layer.core().map.is_empty() {
+            return refuse(
+                "it holds something already: a layer that follows another one is empty".to_owned(),
+            );
+        }
         layer.begin_session(storage, io, interrupted).await?;
         Ok(layer)
     }

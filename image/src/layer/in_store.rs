@@ -40,7 +40,8 @@ impl fmt::Display for StoreBase {
     }
 }
 
-/// Keeps what was resolved where it is, until it is dropped.
+/// Keeps what was resolved where it is, until it is dropped: by whoever has used it last, perhaps in the middle of a read
+/// and under locks of a layer, so that dropping it must not wait for anything that a disk does.
 pub type Kept = Arc<dyn Any + Send + Sync>;
 
 /// What a snapshot of a store is now.
@@ -52,7 +53,7 @@ pub enum Resolved<E: Engine> {
         path: PathBuf,
         /// The id by which it is recognised.
         layer: LayerId,
-        /// Dropped when nobody opens or reads the file by this answer any more.
+        /// Dropped when nobody opens the file by this answer any more. What has it open then may still read it.
         kept: Kept,
     },
     /// A sealed snapshot: below it is nothing.

@@ -8,9 +8,9 @@
 //! From the bottom up: `layout`, `header`, `slot`, `base_record`, `record` and `node` are the stored forms;
 //! `map`, `segments` and `log` the state in memory; `core` joins them under one lock and says
 //! what to do next; `driver` does it; `paging` loads nodes of the map; `queue`, `read` and `merge` serve guests; `checkpoint`,
-//! `clean`, `compact` and `maintain` work in the background; `create`, `recover` and `check` begin and judge;
+//! `clean`, `compact` and `maintain` work in the background; `create`, `recover`, `glance` and `check` begin and judge;
 //! `copy_up`, `shed`, `switch`, `rebase`, `commit` and `commit_online` change what lies below; `handover` lets a new layer
-//! take over from one that is in use.
+//! take over from one that is in use; `reopen` looks again what a store has below.
 
 mod age;
 pub(crate) mod base;
@@ -30,6 +30,7 @@ pub mod doors;
 mod driver;
 mod extents;
 pub(crate) mod frozen;
+mod glance;
 pub(crate) mod handover;
 mod header;
 pub(crate) mod in_store;
@@ -53,9 +54,9 @@ mod read;
 mod rebase;
 mod record;
 mod recover;
+mod reopen;
 mod replay;
 mod reserve;
-mod sealed_base;
 mod segments;
 mod shed;
 mod slot;
@@ -79,6 +80,7 @@ pub use commit::{Committed, commit};
 pub use compact::{Compacted, compact};
 pub use create::create;
 pub use device::Layer;
+pub use glance::{Glance, glance};
 pub use in_store::{CreateInStore, Kept, ResolveBase, Resolved, StoreBase, create_in_store};
 pub use layout::{LayerId, MAGIC, SEGMENT_SIZE_DEFAULT, SIZE_MAX};
 #[cfg(feature = "mutations")]

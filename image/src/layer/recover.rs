@@ -147,7 +147,7 @@ impl<E: Engine> Layer<E> {
 
 /// What the first blocks of a locked file say.
 pub(super) struct Head<E: Engine> {
-    file: E::File,
+    pub(super) file: E::File,
     pub(super) header: Header,
     newest: Newest,
     pub(super) record: BaseRecord,
@@ -191,6 +191,11 @@ impl<E: Engine> Head<E> {
         let reader = Reader { io, file: &file, path };
         let start = reader.read(0, HEAD_BYTES).await?;
         Ok(Header::decode(&start).map_err(|damage| reader.error(0, damage))?.layer_id)
+    }
+
+    /// Whether a slot cannot be read.
+    pub(super) fn is_slot_damaged(&self) -> bool {
+        self.newest.other_damaged
     }
 
     /// The newest checkpoint.

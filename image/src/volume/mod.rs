@@ -27,11 +27,11 @@ use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 
 use crate::error::{ErrorKind, ImageError};
-use crate::layer::Layer;
 use crate::layer::handover::Handover;
 pub use crate::layer::handover::Successor;
 #[cfg(feature = "mutations")]
 use crate::layer::mutation::Mutation;
+use crate::layer::{Layer, ResolveBase};
 use members::Members;
 pub use queue::VolumeQueue;
 
@@ -57,15 +57,28 @@ pub struct Volume<E: Engine> {
     /// Size of the disk in bytes.
     size: AtomicU64,
     read_only: bool,
-    /// Something is under way that must be alone: a snapshot, a change of size.
+    /// Something is under way that must be alone: a snapshot, a change of size, an opening of what lies below, the end.
     is_busy: AtomicBool,
     state: Mutex<State<E>>,
+}
+
+/// What a disk goes on with.
+struct Next<E: Engine> {
+    layer: Arc<Layer<E>>,
+    /// Knows what lies below, in a store.
+    resolver: Option<Arc<dyn ResolveBase<E>>>,
+}
+
+impl<E: Engine> Clone for Next<E> {
+    fn clone(&self) -> Self {
+        Self { layer: Arc::clone(&self.layer), resolver: self.resolver.clone() }
+    }
 }
 
 struct State<E: Engine> {
     layer: Arc<Layer<E>>,
     /// The layer that everybody goes on with once all have left the current one.
-    next: Option<Arc<Layer<E>>>,
+    next: Option<Next<E>>,
     members: Members,
     /// Who waits for the end of a switch.
     switching: Option<Waker>,
@@ -129,7 +142,7 @@ impl<E: Engine> Volume<E> {
     /// Lets the volume go on with `next`, whose disk is that of the current layer, once nothing is in flight
     /// on that. The requests that come meanwhile wait. Nothing keeps a switch that has begun from its end but
     /// a thread that neither polls its queue nor drops it, or sleeps with something outstanding there.
-    async fn switch(&self, next: Arc<Layer<E>>) {
+    async fn switch(&self, next: Next<E>) {
         let target = {
             let mut state = self.state();
             assert!(state.next.is_none(), "whoever is alone begins one");
@@ -153,9 +166,9 @@ impl<E: Engine> Volume<E> {
 
     /// All have left the current layer.
     fn complete(&self, state: &mut State<E>) {
-        let next = state.next.take().expect("a switch is under way");
-        let old = std::mem::replace(&mut state.layer, Arc::clone(&next));
-        state.handover = Some(Arc::new(Handover::new(old, next)));
+        let Next { layer, resolver } = state.next.take().expect("a switch is under way");
+        let old = std::mem::replace(&mut state.layer, Arc::clone(&layer));
+        state.handover = Some(Arc::new(Handover::new(old, layer, resolver)));
         self.phase.fetch_add(1, Ordering::Release);
         state.members.end();
         state.switching.take().into_iter().for_each(Waker::wake);
@@ -191,7 +204,9 @@ impl<E: Engine> Volume<E> {
             return Some((self.phase(), Arc::clone(&state.layer)));
         }
         #[cfg(feature = "mutations")]
-        if let Some(next) = state.next.as_ref().filter(|next| next.breaks(Mutation::StartBeforeOthersLeft)) {
+        if let Some(next) = state.next.as_ref().map(|next| &next.layer)
+            && next.breaks(Mutation::StartBeforeOthersLeft)
+        {
             return Some((Phase(self.phase().0 + 1), Arc::clone(next)));
         }
         None
@@ -257,8 +272,10 @@ impl<E: Engine> Volume<E> {
     /// is done with the disk afterwards.
     ///
     /// # Errors
-    /// When that, or an earlier sync, failed.
+    /// When that, or an earlier sync, failed; while a snapshot is taken or the like, by whoever has not waited for its end:
+    /// then nothing was done.
     pub async fn close(&self, io: &Io<E>) -> Result<(), ImageError> {
+        let _alone = self.alone()?;
         let (layer, handover) = {
             let mut state = self.state();
             state.is_closing = true;
@@ -302,7 +319,8 @@ fn poll_all<F: Future<Output = ()>>(running: &mut FuturesUnordered<F>, cx: &mut 
 }
 
 fn busy(path: PathBuf) -> ImageError {
-    let detail = "a snapshot of it is taken, or its size is changed: wait for the end of that";
+    let detail = "a snapshot of it is taken, its size is changed, or what lies below it is opened again: wait for the \
+                  end of that";
     ImageError::new(path, ErrorKind::Unfinished(detail.to_owned()))
 }
 

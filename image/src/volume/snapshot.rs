@@ -1,6 +1,6 @@
 //! A snapshot of a disk in use: its layer is frozen, and the disk goes on with a new one over it.
 //!
-//! Order: the new layer is made over the one in use, durably; then the commit, after which the new layer is
+//! Order: the new layer is made over the one in use, durably, or was made by a store; then the commit, after which the new layer is
 //! the disk for whoever opens it; then the switch; then what `image/src/layer/handover.rs` says, which takes
 //! as long as it takes beside the guests. A crash before the commit leaves the old layer, and a new one that
 //! nobody needs; after it the new layer, still empty or not, over the old one.
@@ -11,15 +11,17 @@ use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
 
-use super::Volume;
+use super::{Next, Volume};
 use crate::error::ImageError;
+use crate::layer::ResolveBase;
 use crate::layer::handover::Successor;
 use crate::layer::tuning::breaks;
 
 impl<E: Engine> Volume<E> {
-    /// Freezes the current layer, as the disk is at one moment, and goes on with a new one at `next`. The pause
+    /// Freezes the current layer, as the disk is at one moment, and goes on with `next`. The pause
     /// for guests does not depend on the size of the disk. When it returns, the old layer is durable and
-    /// closed, and the new one names it as its base by what it is recognised.
+    /// closed, and the new one names it as its base by what it is recognised; in a store it lies over what the store's
+    /// resolver says.
     ///
     /// `commit` makes the new layer the disk, durably: whoever opens the disk afterwards opens that. It is
     /// called once, before the switch; when it fails, the disk must be what it was. To be awaited to its end:
@@ -33,7 +35,7 @@ impl<E: Engine> Volume<E> {
         &self,
         storage: &S,
         io: &Io<E>,
-        next: &Successor,
+        next: &Successor<E>,
         commit: impl AsyncFnOnce() -> Result<(), ImageError>,
     ) -> Result<(), ImageError> {
         let _alone = self.alone()?;
@@ -42,9 +44,10 @@ impl<E: Engine> Volume<E> {
         let layer = self.layer();
         layer.check_may_be_frozen()?;
         let upper = layer.successor(storage, io, next).await?;
+        let upper = Next { layer: upper, resolver: next.resolver() };
         let early = breaks!(layer.tuning(), SwitchBeforeCommit);
         if early {
-            self.switch(Arc::clone(&upper)).await;
+            self.switch(upper.clone()).await;
         }
         commit().await?;
         if !early {
@@ -53,6 +56,23 @@ impl<E: Engine> Volume<E> {
         // The volume holds it as long as it is needed.
         drop(layer);
         self.finish_handover(storage, io).await
+    }
+
+    /// Opens what lies below the disk again, which is in a store, as the resolver says it is now
+    /// ([`Layer::reopen_base`]); before that, does what is left of the last snapshot.
+    ///
+    /// # Errors
+    /// As of [`Layer::reopen_base`], and while a snapshot is taken: then to be tried again, or what was sealed stays
+    /// where it was as long as the disk is open. The disk goes on as it was.
+    pub async fn reopen_base<S: Storage<File = E::File>>(
+        &self,
+        storage: &S,
+        io: &Io<E>,
+        resolver: &Arc<dyn ResolveBase<E>>,
+    ) -> Result<(), ImageError> {
+        let _alone = self.alone()?;
+        self.finish_handover(storage, io).await?;
+        self.layer().reopen_base(storage, io, resolver).await
     }
 
     /// Does what is left of the last snapshot.

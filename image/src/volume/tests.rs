@@ -1,5 +1,7 @@
 //! A volume on the host's files, in one thread that says who goes on when.
 
+mod in_store;
+
 use std::cell::{Cell, RefCell};
 use std::path::Path;
 use std::rc::Rc;
@@ -62,7 +64,7 @@ impl Rig {
     /// queues, or has ended.
     fn begin(&self, number: u32, may_commit: bool) {
         let path = self.folder.path().join(number.to_string());
-        let next = Successor { path, base: self.volume.path().file_name().unwrap().into() };
+        let next = Successor::New { path, base: self.volume.path().file_name().unwrap().into() };
         let (volume, io, ended) = (Arc::clone(&self.volume), self.control.clone(), Rc::clone(&self.ended));
         let committed = Rc::clone(&self.committed);
         committed.set(false);
@@ -247,7 +249,7 @@ fn a_path_that_leads_elsewhere_is_refused() {
         async move { create(&HostStorage, &io, &other, &options).await.unwrap() }
     });
     for (base, what) in [("other", "over which the new layer is to lie"), ("none", "No such file")] {
-        let next = Successor { path: rig.folder.path().join("1"), base: base.into() };
+        let next = Successor::New { path: rig.folder.path().join("1"), base: base.into() };
         let (volume, io) = (Arc::clone(&rig.volume), rig.control.clone());
         let refused = block_on(&rig.control, async move {
             volume.snapshot(&HostStorage, &io, &next, async || Ok(())).await.unwrap_err()
@@ -258,13 +260,16 @@ fn a_path_that_leads_elsewhere_is_refused() {
 }
 
 #[test]
-fn one_snapshot_at_a_time_and_no_change_of_size_meanwhile() {
+fn one_snapshot_at_a_time_and_no_change_of_size_or_end_meanwhile() {
     let rig = Rig::new();
     let mut queue = rig.queue();
     write(&mut queue, 1, 1);
     rig.begin(1, true);
     let (volume, io) = (Arc::clone(&rig.volume), io());
     let refused = block_on(&io.clone(), async move { volume.resize(&io, 2 << 20).await.unwrap_err() });
+    assert!(matches!(refused.kind, ErrorKind::Unfinished(_)), "{refused}");
+    let (volume, io) = (Arc::clone(&rig.volume), self::io());
+    let refused = block_on(&io.clone(), async move { volume.close(&io).await.unwrap_err() });
     assert!(matches!(refused.kind, ErrorKind::Unfinished(_)), "{refused}");
     assert_eq!(poll(&mut queue), [1]);
     rig.end().unwrap();

@@ -107,8 +107,13 @@ impl<L: Lab> Bench<L> {
     pub fn open_tuned(lab: &L, path: &Path, read_only: bool, tuning: Tuning) -> Result<Self, ImageError> {
         let (path, options) = (path.to_owned(), OpenLayer { read_only, tuning });
         let layer = wait(lab, async move |storage, io| Layer::open(&storage, &io, &path, &options).await)?;
+        Ok(Self::over(lab, layer))
+    }
+
+    /// A layer that is open.
+    pub fn over(lab: &L, layer: Arc<Layer<L::Engine>>) -> Self {
         let queue = layer.queue_on(Io::new(lab.engine()));
-        Ok(Self { lab: lab.clone(), layer, queue })
+        Self { lab: lab.clone(), layer, queue }
     }
 
     /// Guest-visible size in bytes.

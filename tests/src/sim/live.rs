@@ -196,7 +196,7 @@ impl Disk for Volume<SimEngine> {
                 Control::Resize(size) => self.resize(&io, size).await,
                 Control::Snapshot(number) => {
                     drop(layer);
-                    let next = Successor { path: layer_path(number), base: self.path() };
+                    let next = Successor::New { path: layer_path(number), base: self.path() };
                     self.snapshot(&storage, &io, &next, async || commit(&storage, &io, number).await).await
                 }
                 Control::Close => self.close(&io).await,
