@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle};
 
 use sapwood_blockdev::device::{BlockDevice, Geometry};
 use sapwood_blockdev::io::block_on;
+use sapwood_blockdev::storage::HostStorage;
 use sapwood_image::Disk;
 use sapwood_image::layer::Tuning;
 use sapwood_image::volume::Volume;
@@ -18,6 +19,7 @@ use sapwood_vhost::{Options, Server};
 use super::answer::Serving;
 use super::counted::Counted;
 use super::service::{Service, system};
+use super::snapshot::snapshot_volume;
 use crate::control::wire::Failure;
 use crate::host::{Host, HostEngine};
 
@@ -198,6 +200,42 @@ impl Attached {
         service.run(|_, io| async move { volume.resize(&io, size).await })?;
         self.server.config_changed();
         Ok(())
+    }
+
+    /// Takes a snapshot of a volume while its guest writes; its id.
+    pub fn take_snapshot(&self, service: &Service, snapshot: &str) -> Result<Id, Failure> {
+        let io = service.host().io()?;
+        let mut held = self.held();
+        let mut running = match held.take() {
+            Some(Held::Volume(running)) => running,
+            other => {
+                *held = other;
+                return Err(gone());
+            }
+        };
+        let (store, snapshot) = (Arc::clone(service.store()), snapshot.to_owned());
+        let taking = {
+            let io = io.clone();
+            async move {
+                let volume = Arc::clone(&running.volume);
+                let taken = snapshot_volume(&store, &io, &mut running.attachment, &volume, &snapshot).await;
+                (running, taken)
+            }
+        };
+        let (running, taken) = block_on(&io, taking);
+        *held = Some(Held::Volume(running));
+        taken
+    }
+
+    /// Opens what lies below a volume again, as it is now: what was sealed since is read from the packs.
+    pub fn reopen_base(&self, service: &Service) -> Result<(), Failure> {
+        let held = self.held();
+        let Some(Held::Volume(running)) = &*held else { return Ok(()) };
+        let volume = Arc::clone(&running.volume);
+        service.run(|store, io| async move {
+            let resolver = store.resolver();
+            volume.reopen_base(&HostStorage, &io, &resolver).await
+        })
     }
 
     /// Ends the server, and gives the volume back with everything durable. It was taken out of the service before.

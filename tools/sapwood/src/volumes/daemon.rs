@@ -17,6 +17,7 @@ use anyhow::Context;
 
 use super::access::socket_of;
 use super::attached::check_socket;
+use super::background::Background;
 use super::service::Service;
 use super::{CONNECTION_TIME_MAX, routes};
 use crate::control::listen::Listener;
@@ -34,6 +35,8 @@ pub struct Options {
     pub socket: Option<PathBuf>,
     /// The folder for sockets of volumes; by default in the store.
     pub sockets: Option<PathBuf>,
+    /// Whether anything is done without being asked for.
+    pub background: bool,
 }
 
 /// A running daemon.
@@ -41,6 +44,7 @@ pub struct Daemon {
     service: Arc<Service>,
     listener: Listener,
     link: Option<Link>,
+    background: Option<Background>,
     socket: PathBuf,
 }
 
@@ -76,7 +80,8 @@ impl Daemon {
             }
             false => None,
         };
-        Ok(Self { service, listener, link, socket })
+        let background = options.background.then(|| Background::start(&service)).transpose()?;
+        Ok(Self { service, listener, link, background, socket })
     }
 
     /// What is served.
@@ -91,9 +96,10 @@ impl Daemon {
 
     /// Ends everything; what guests wrote is durable then.
     pub fn stop(self) -> anyhow::Result<()> {
-        let Self { service, listener, link, .. } = self;
+        let Self { service, listener, link, background, .. } = self;
         drop(link);
         drop(listener);
+        drop(background);
         Ok(service.close()?)
     }
 }

@@ -169,11 +169,12 @@ impl Quick for TakeSnapshot {
         let name = SnapshotName { volume: self.volume, snapshot: self.name };
         let shown = name.to_string();
         let id = match service.attached(volume) {
-            Some(_) => return Err(Failure::new("in-use", format!("{shown}: the volume is attached"))),
+            Some(attached) => attached.take_snapshot(service, &name.snapshot)?,
             None => service.run(|store, io| async move { store.snapshot(&io, &name).await })?,
         };
         let virtual_size = service.store().catalog().view()?.needed_node(id)?.size;
         service.note("snapshot", format!("{shown} is taken"));
+        service.background().wake();
         Ok(Made { name: shown, id, virtual_size })
     }
 }

@@ -6,8 +6,9 @@
 //! - `address`: names of volumes and snapshots on the command line;
 //! - `answer`: what is answered;
 //! - `operation`: what an operation is; `look`, `change`, `live`, `transfer`, `upkeep`: the operations;
-//! - `counted`, `attached`: a volume that is served to virtual machines;
+//! - `counted`, `snapshot`, `attached`: a volume that is served to virtual machines;
 //! - `events`, `service`: what operations run on;
+//! - `background`: what the daemon does by itself;
 //! - `routes`: from HTTP to an operation;
 //! - `daemon`: the process;
 //! - `access`: how a command gets at a store.
@@ -18,6 +19,7 @@ pub mod access;
 pub mod address;
 pub mod answer;
 pub mod attached;
+mod background;
 pub mod change;
 mod counted;
 pub mod daemon;
@@ -27,6 +29,7 @@ pub mod look;
 pub mod operation;
 mod routes;
 pub mod service;
+mod snapshot;
 pub mod transfer;
 pub mod upkeep;
 

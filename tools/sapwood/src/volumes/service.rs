@@ -14,6 +14,7 @@ use sapwood_store::{Id, SnapshotName, Store, StoreError, StoreErrorKind, StoreOp
 use serde_json::Value;
 
 use super::attached::Attached;
+use super::background::Signal;
 use super::events::Log;
 use super::operation::Long;
 use crate::control::http::HasJobs;
@@ -36,6 +37,7 @@ pub struct Service {
     attached: Mutex<BTreeMap<Id, Arc<Attached>>>,
     jobs: Jobs,
     events: Log,
+    background: Signal,
 }
 
 impl Service {
@@ -57,6 +59,7 @@ impl Service {
             attached: Mutex::default(),
             jobs,
             events: Log::default(),
+            background: Signal::default(),
         });
         service.tidy();
         Ok(service)
@@ -166,10 +169,34 @@ impl Service {
         id.ok_or_else(|| not_found(&name.to_string(), "snapshot"))
     }
 
-    /// What follows when something was sealed: the files of layers that nobody reads any more go.
+    /// What follows when something was sealed: volumes that are attached read it from the packs, and the files of
+    /// layers that nobody reads any more go.
     pub fn after_seal(&self) {
-        // It has no errors: what stays behind is swept up later.
-        let _ = self.run(|store, io| async move { Ok::<_, Failure>(store.sweep(&io).await) });
+        for attached in self.all_attached() {
+            // While a snapshot of it is taken: then it is tried again after the next one was sealed.
+            if let Err(error) = attached.reopen_base(self) {
+                log::warn!("what lies below a volume cannot be opened again yet: {error}");
+            }
+        }
+        self.sweep();
+    }
+
+    /// Removes files that the catalog does not need and that nobody reads any more.
+    pub fn sweep(&self) {
+        let swept = self.run(|store, io| async move { Ok::<_, Failure>(store.sweep(&io).await) });
+        if let Err(error) = swept {
+            log::warn!("{error}: nothing is swept up now");
+        }
+    }
+
+    /// Wakes and stops what is done in the background.
+    pub fn background(&self) -> &Signal {
+        &self.background
+    }
+
+    /// Requests of all guests so far.
+    pub fn requests(&self) -> u64 {
+        self.all_attached().iter().map(|attached| attached.requests()).sum()
     }
 
     /// Ends jobs, and detaches everything: what guests wrote is durable then.

@@ -37,6 +37,10 @@ pub struct DaemonCommand {
     /// Folder for the sockets of attached volumes; by default sockets in the store
     #[arg(long, value_name = "DIR")]
     sockets: Option<PathBuf>,
+
+    /// Seal nothing, and collect nothing, but what is asked for
+    #[arg(long)]
+    no_background: bool,
 }
 
 impl DaemonCommand {
@@ -46,7 +50,8 @@ impl DaemonCommand {
         rustix::process::umask(Mode::RWXG | Mode::RWXO);
         let mut signals = signals(true).context("cannot take signals")?;
         let store = default_store(self.store.as_deref())?;
-        let options = Options { store, socket: self.socket, sockets: self.sockets };
+        let options =
+            Options { store, socket: self.socket, sockets: self.sockets, background: !self.no_background };
         let daemon = Daemon::start(*host, &options)?;
         let stat = ShowStore {}.run(daemon.service())?;
         let volumes =
