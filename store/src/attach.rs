@@ -9,9 +9,10 @@ use std::sync::Arc;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
+use sapwood_image::Disk;
 use sapwood_image::layer::{CreateInStore, Layer, OpenLayer, StoreBase, Tuning, create_in_store};
 use sapwood_image::sealed::{Child, Root};
-use sapwood_image::{Disk, Volume};
+use sapwood_image::volume::Volume;
 
 use crate::catalog::rows::VolumeRow;
 use crate::catalog::{Change, Look};

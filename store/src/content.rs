@@ -4,17 +4,19 @@
 //! exists, and is never used again, so that nobody takes one pack for another that once had its number.
 
 use std::ops::Range;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::{OpenOptions, Storage, StorageFile};
+use sapwood_blockdev::units::BLOCK_SIZE;
 use sapwood_image::ImageError;
 use sapwood_image::sealed::collect::Pins;
 use sapwood_image::sealed::index::{Index, Run};
-use sapwood_image::sealed::{Packs, PacksTuning, pack_name};
+use sapwood_image::sealed::{DedupIndex, Packs, PacksTuning, SharedDedup, pack_name};
 
+use crate::catalog::rows::PackKind;
 use crate::catalog::{Catalog, Look};
 use crate::directory::Directory;
 use crate::error::{Result, StoreError};
@@ -71,6 +73,10 @@ pub struct Content<E: Engine> {
     packs: Arc<Packs<E>>,
     index: Arc<Index<E>>,
     pins: Arc<Pins>,
+    dedup: Arc<SharedDedup>,
+    /// Whether the packs that were there when the store was opened have been learned, or somebody is at it.
+    has_learned: AtomicBool,
+    dedup_bytes: usize,
     /// Who changes the set of runs.
     changing_runs: Mutex<()>,
     /// A run could not be opened: what it says has to be found in the packs again.
@@ -85,7 +91,7 @@ impl<E: Engine> Content<E> {
         io: &Io<E>,
         directory: &Directory,
         catalog: &Arc<Catalog>,
-        _options: &StoreOptions,
+        options: &StoreOptions,
     ) -> Result<Self> {
         let index = Arc::new(Index::default());
         let (storage_of_packs, folder) = (storage.clone(), directory.packs());
@@ -109,10 +115,15 @@ impl<E: Engine> Content<E> {
             }
         }
         index.replace(runs);
+        let pins = Arc::<Pins>::default();
+        pins.published(catalog.view()?.packs()?.into_iter().map(|(number, _)| number));
         Ok(Self {
             packs,
             index,
-            pins: Arc::default(),
+            pins,
+            dedup: SharedDedup::new(options.dedup_bytes),
+            has_learned: AtomicBool::new(false),
+            dedup_bytes: options.dedup_bytes,
             changing_runs: Mutex::default(),
             is_index_damaged: AtomicBool::new(is_damaged),
             pack_numbers: Arc::new(Numbers::new(catalog, "pack")?),
@@ -128,6 +139,41 @@ impl<E: Engine> Content<E> {
     /// What work in progress holds against a collection.
     pub(crate) fn pins(&self) -> &Arc<Pins> {
         &self.pins
+    }
+
+    /// What of all that is stored a seal looks for.
+    pub(crate) fn dedup(&self) -> &Arc<SharedDedup> {
+        &self.dedup
+    }
+
+    /// Lets the dedup index know what packs hold that were there when the store was opened, once; whoever comes while that is
+    /// under way goes on without. What cannot be read is not known, and may be stored again.
+    pub(crate) async fn learn(&self, io: &Io<E>, catalog: &Catalog) -> Result<()> {
+        if self.has_learned.swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.fit_dedup(catalog)?;
+        for (number, row) in catalog.view()?.packs()? {
+            if row.kind == PackKind::Data
+                && let Err(error) = self.dedup.learn_pack(io, &self.packs, number).await
+            {
+                log::warn!("{error}: what it holds may be stored again");
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives the dedup index as much memory as the store is large: 64 MiB for 1 TiB of different blocks.
+    pub(crate) fn fit_dedup(&self, catalog: &Catalog) -> Result<()> {
+        let packs = catalog.view()?.packs()?.into_iter();
+        let data = packs.filter(|(_, row)| row.kind == PackKind::Data);
+        let bytes = data.map(|(_, row)| row.entries.saturating_mul(BLOCK_SIZE)).fold(0, u64::saturating_add);
+        let budget = DedupIndex::budget_for(bytes, self.dedup_bytes);
+        // Changing it costs what is remembered beside the hooks.
+        if budget > self.dedup.budget() / 4 * 5 {
+            self.dedup.set_budget(budget);
+        }
+        Ok(())
     }
 
     /// Takes runs out of the index and others in.

@@ -63,6 +63,9 @@ pub enum StoreErrorKind {
     /// It has snapshots.
     #[error("{0}")]
     HasSnapshots(String),
+    /// The store has no room for it, by its quota or its reserve.
+    #[error("{0}")]
+    Full(String),
     /// About a layer.
     #[error("{0}")]
     Image(ErrorKind),
@@ -83,6 +86,7 @@ impl StoreErrorKind {
             Self::Unsaved(_) => "unsaved",
             Self::Protected(_) => "protected",
             Self::HasSnapshots(_) => "has-snapshots",
+            Self::Full(_) => "full",
             Self::Image(kind) => kind.name(),
         }
     }

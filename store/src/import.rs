@@ -2,6 +2,8 @@
 //!
 //! Order: packs and index ([`super::publish`]); one commit that makes the snapshot and the volume over it.
 
+use std::sync::Arc;
+
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
@@ -95,9 +97,9 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     ) -> Result<Imported> {
         let Importing { name, workers } = *importing;
         self.catalog.hold_still(|look| look.check_import(name))?;
-        let pin = self.content.pins().pin(&[]);
+        let pin = Arc::new(self.content.pins().pin(&[]));
         let job = Job { workers, pin: &pin, base: None, start: 0 };
-        let sealed = self.seal_source(io, &job, source, &mut AllOrNothing(watch)).await?;
+        let (sealed, mut dedup) = self.seal_source(io, &job, source, &mut AllOrNothing(watch)).await?;
         let root = sealed.root;
         let (volume, snapshot) = (self.random_id()?, self.random_id()?);
         let now = self.now_ms();
@@ -107,6 +109,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             change.add_volume(volume, &self.new_volume(&name.volume, root.size, Some(snapshot)))
         })
         .await?;
+        dedup.publish();
         drop(pin);
         let pack_bytes = sealed.packs.iter().map(|pack| pack.bytes).sum();
         let (size, hash) = (root.size, root.hash());

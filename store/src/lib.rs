@@ -11,18 +11,22 @@
 //! - [`Store`]: everything that is done, in `store`, `volume`, `snapshot`, `switch`, `attach`, `live` and
 //!   `notes`;
 //! - [`Content`]: what is sealed; `publish` makes new packs a part of the store, for `seal` and `import`;
+//! - `collect` frees what nobody needs, `merge` keeps the index short;
 //! - [`tree`]: what there is, for people and programs to read;
 //! - `resolve` answers what a snapshot is, `tidy` takes away what a crash has left.
 #![forbid(unsafe_code)]
 
+mod account;
 mod attach;
 pub mod catalog;
+mod collect;
 mod content;
 pub mod directory;
 mod error;
 mod id;
 mod import;
 mod live;
+mod merge;
 #[cfg(feature = "mutations")]
 pub mod mutation;
 pub mod name;
@@ -30,26 +34,35 @@ mod notes;
 mod prune;
 mod publish;
 mod resolve;
+mod scrub;
 mod seal;
 mod snapshot;
+mod space;
 mod store;
 mod switch;
 mod tidy;
+mod touch;
 pub mod tree;
 mod usage;
 mod volume;
 
+pub use account::Account;
 pub use attach::{Attachment, SnapshotReader};
 pub use catalog::rows;
+pub use collect::Collected;
 pub use content::Content;
 pub use error::{Result, StoreError, StoreErrorKind};
 pub use id::Id;
 pub use import::{Imported, Importing};
 pub use live::Prepared;
+pub use merge::Upkeep;
 #[cfg(feature = "mutations")]
 pub use mutation::Mutation;
 pub use name::{Name, SnapshotName};
 pub use notes::NotesChange;
+pub use scrub::{DamagedLayer, ScrubProgress, Scrubbed};
 pub use seal::SealedNode;
+pub use space::{Snapshots, Stat, Taken};
 pub use store::{Store, StoreOptions};
 pub use tidy::Tidied;
+pub use touch::Touched;

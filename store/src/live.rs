@@ -8,9 +8,12 @@
 
 use std::path::PathBuf;
 
+use sapwood_blockdev::device::BlockDevice;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
+use sapwood_image::ImageError;
+use sapwood_image::volume::{Successor, Volume};
 
 use crate::attach::Attachment;
 use crate::catalog::Look;
@@ -18,8 +21,8 @@ use crate::catalog::rows::{NodeRow, NodeState};
 use crate::directory::remove;
 use crate::error::Result;
 use crate::id::Id;
-use crate::name::{self, SnapshotName};
-use crate::snapshot::Freeze;
+use crate::name::SnapshotName;
+use crate::snapshot::{Freeze, check_snapshot_is_new};
 use crate::store::{Store, volume};
 use crate::usage::Hold;
 
@@ -51,12 +54,13 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         snapshot: &str,
         size: u64,
     ) -> Result<Prepared> {
-        name::check(snapshot)?;
         let view = self.catalog.view()?;
         let row = view.volume(attachment.volume)?;
         let named = row.map_or_else(|| attachment.name.clone(), |row| row.name);
         let (volume, _) = volume(&view, &named)?;
         let name = SnapshotName { volume: named, snapshot: snapshot.to_owned() };
+        check_snapshot_is_new(&view, volume, &name)?;
+        drop(view);
         let (id, layer) = (self.random_id()?, self.random_id()?);
         let making = self.usage.keep_layer(layer);
         self.create_layer(io, layer, size, Some(self.base(id, size))).await?;
@@ -89,6 +93,52 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         attachment.path.clone_from(&prepared.path);
         attachment.size = prepared.size;
         Ok(node)
+    }
+
+    /// Takes a snapshot of an attached volume whose disk is in use: `volume` goes on with a new layer.
+    ///
+    /// # Errors
+    /// A name that is taken or is none; what the storage says. When it fails after the commit, the snapshot is there, and
+    /// its layer is closed by the next one, or when the store is opened.
+    pub async fn snapshot_volume(
+        &self,
+        io: &Io<E>,
+        attachment: &mut Attachment,
+        volume: &Volume<E>,
+        snapshot: &str,
+    ) -> Result<Id> {
+        let size = volume.geometry().size;
+        let prepared = self.prepare(io, attachment, snapshot, size).await?;
+        let next = Successor::Prepared { path: prepared.path.clone(), resolver: self.resolver() };
+        let mut committed = None;
+        let commit = async || {
+            let done = self.commit(attachment, &prepared);
+            let told = match &done {
+                Ok(_) => Ok(()),
+                Err(error) => Err(ImageError::invalid(self.directory.root(), error)),
+            };
+            committed = Some(done);
+            told
+        };
+        let taken = volume.snapshot(&self.storage, io, &next, commit).await;
+        match (committed, taken) {
+            (Some(Ok(id)), Ok(())) => {
+                self.settled(id)?;
+                Ok(id)
+            }
+            (Some(Err(error)), _) => {
+                if !self.catalog.is_unknown() {
+                    self.abandon(io, prepared).await?;
+                }
+                Err(error)
+            }
+            (None, Err(error)) => {
+                self.abandon(io, prepared).await?;
+                Err(error.into())
+            }
+            (Some(Ok(_)), Err(error)) => Err(error.into()),
+            (None, Ok(())) => unreachable!("a snapshot is committed"),
+        }
     }
 
     /// Removes a layer that was prepared and is not wanted.

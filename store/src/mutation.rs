@@ -15,16 +15,19 @@ pub enum Mutation {
     CatalogWithoutSync,
     /// The catalog names packs whose directory was not synced.
     PublishWithoutSync,
+    /// A collection forgets what is sealed in part.
+    CollectWithoutProgress,
 }
 
 impl Mutation {
     /// Every mutation.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::RenameWithoutDirectorySync,
         Self::CommitBeforeLayer,
         Self::UnlinkBeforeCommit,
         Self::SnapshotWithoutSync,
         Self::CatalogWithoutSync,
         Self::PublishWithoutSync,
+        Self::CollectWithoutProgress,
     ];
 }

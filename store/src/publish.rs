@@ -73,6 +73,8 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         match committed {
             Ok(value) => {
                 self.content.change_runs(&[], runs.open);
+                self.content.pins().published(packs.iter().map(|pack| pack.number));
+                self.content.fit_dedup(&self.catalog)?;
                 Ok(value)
             }
             Err(error) => {

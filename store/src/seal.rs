@@ -7,13 +7,16 @@
 //! Order: packs and index ([`super::publish`]); the commit that says that the node is sealed; its layer's file goes, once nobody
 //! reads it any more.
 
+use std::sync::Arc;
+
 use sapwood_blockdev::device::BlockDevice;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
 use sapwood_image::sealed::collect::Pin;
 use sapwood_image::sealed::{
-    FRAME_BLOCKS, FrozenSource, Root, SealStats, Sealed, Sealing, Source, Step, Watch, Workers, seal,
+    BoundedDedup, FRAME_BLOCKS, FrozenSource, Root, SealStats, Sealed, Sealing, Source, Step, Watch, Workers,
+    seal,
 };
 
 use crate::catalog::rows::{self, NodeRow, NodeState};
@@ -43,7 +46,8 @@ pub struct SealedNode {
 /// What is to be sealed.
 pub(crate) struct Job<'a> {
     pub(crate) workers: &'a Workers,
-    pub(crate) pin: &'a Pin,
+    /// Pins its base.
+    pub(crate) pin: &'a Arc<Pin>,
     pub(crate) base: Option<Root>,
     /// The first block that is asked of the source.
     pub(crate) start: u64,
@@ -204,9 +208,9 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             Some(sealing) => (Some(sealing.top.root(size)), sealing.next),
             None => (below, 0),
         };
-        let pin = self.content.pins().pin(base.as_slice());
+        let pin = Arc::new(self.content.pins().pin(base.as_slice()));
         let job = Job { workers, pin: &pin, base, start };
-        let sealed = self.seal_source(io, &job, source, watch).await?;
+        let (sealed, mut dedup) = self.seal_source(io, &job, source, watch).await?;
         if breaks!(self.options, UnlinkBeforeCommit) && sealed.next.is_none() {
             self.remove_files(io, [self.directory.layer(layer)]).await;
         }
@@ -223,23 +227,27 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             None => (NodeState::Sealed(top), true),
         };
         let name = self.publish(io, &sealed.packs, |change| change.put_state(id, state)).await?;
+        dedup.publish();
         drop(pin);
         Ok((is_whole, name, sealed.stats))
     }
 
-    /// Seals a disk into new packs, which nobody knows yet.
+    /// Seals a disk into new packs, which nobody knows yet. When these are published, what was learned of them is, too.
     pub(crate) async fn seal_source(
         &self,
         io: &Io<E>,
         job: &Job<'_>,
         source: &mut impl Source,
         watch: &mut impl Watch,
-    ) -> Result<Sealed> {
+    ) -> Result<(Sealed, BoundedDedup)> {
+        self.content.learn(io, &self.catalog).await?;
         let numbers = || {
             let number = self.content.pack_numbers.next();
-            number.map_err(|error| error.into_image(self.directory.root()))
+            let number = number.map_err(|error| error.into_image(self.directory.root()))?;
+            job.pin.begin_pack(number);
+            Ok(number)
         };
-        let mut dedup = sapwood_image::sealed::ExactMap::default();
+        let mut dedup = BoundedDedup::new(self.content.dedup(), job.pin);
         let sealing = Sealing {
             storage: &self.storage,
             io,
@@ -252,8 +260,8 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             pack_bytes: self.options.pack_bytes,
             start: job.start,
         };
-        let _ = job.pin;
-        Ok(seal(sealing, source, numbers, watch).await?)
+        let sealed = seal(sealing, source, numbers, watch).await?;
+        Ok((sealed, dedup))
     }
 }
 

@@ -37,7 +37,7 @@ impl Change {
         if found != id {
             return Err(StoreError::not_found(&name.volume, "volume"));
         }
-        self.check_snapshot_is_new(id, name)?;
+        check_snapshot_is_new(self, id, name)?;
         let state = match row.layer {
             Some(layer) => NodeState::Frozen { layer, settled: freeze.settled, sealing: None },
             None => NodeState::Bare,
@@ -61,16 +61,16 @@ impl Change {
         let row = VolumeRow { parent: Some(node), layer: freeze.next, size, space: None, ..row };
         self.put_volume(id, Some(&row))
     }
+}
 
-    pub(crate) fn check_snapshot_is_new(&self, volume: Id, name: &SnapshotName) -> Result<()> {
-        name::check(&name.snapshot)?;
-        if self.snapshot_named(volume, &name.snapshot)?.is_none() {
-            return Ok(());
-        }
-        let text =
-            "there is a snapshot of that name: choose another, or delete or rename that one".to_owned();
-        Err(StoreError::new(name, StoreErrorKind::Exists(text)))
+/// Refuses a name that is none, or that another snapshot of the volume has.
+pub(crate) fn check_snapshot_is_new(look: &impl Look, volume: Id, name: &SnapshotName) -> Result<()> {
+    name::check(&name.snapshot)?;
+    if look.snapshot_named(volume, &name.snapshot)?.is_none() {
+        return Ok(());
     }
+    let text = "there is a snapshot of that name: choose another, or delete or rename that one".to_owned();
+    Err(StoreError::new(name, StoreErrorKind::Exists(text)))
 }
 
 impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
@@ -121,7 +121,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
                 return Ok(());
             }
             let named = SnapshotName { volume: from.volume.clone(), snapshot: to.to_owned() };
-            change.check_snapshot_is_new(owner, &named)?;
+            check_snapshot_is_new(change, owner, &named)?;
             change.put_snapshot_name(owner, &from.snapshot, None)?;
             change.put_snapshot_name(owner, to, Some(id))?;
             change.put_node(id, Some(&NodeRow { name: Some(to.to_owned()), ..row }))

@@ -20,6 +20,8 @@ struct State {
     layers: BTreeMap<Id, usize>,
     /// Layers that the catalog does not name any more, and that were in use when that began.
     left: BTreeSet<Id>,
+    /// What is done with the whole store, once at a time.
+    jobs: BTreeSet<&'static str>,
 }
 
 /// What is in use.
@@ -33,6 +35,7 @@ enum What {
     Node,
     Sealing,
     Layer,
+    Job(&'static str),
 }
 
 /// Keeps something in use until it is dropped.
@@ -77,6 +80,12 @@ impl Usage {
     pub(crate) fn sealing(self: &Arc<Self>, id: Id) -> Option<Hold> {
         let is_free = self.state().sealing.insert(id);
         is_free.then(|| Hold { usage: Arc::clone(self), id, what: What::Sealing })
+    }
+
+    /// Takes a job that is done once at a time; none, when somebody else does it.
+    pub(crate) fn job(self: &Arc<Self>, job: &'static str) -> Option<Hold> {
+        let is_free = self.state().jobs.insert(job);
+        is_free.then(|| Hold { usage: Arc::clone(self), id: Id([0; 16]), what: What::Job(job) })
     }
 
     /// Lets the file of a layer stay: one that is made and not named by the catalog yet, or that somebody reads.
@@ -124,6 +133,7 @@ impl Drop for Hold {
         match self.what {
             What::Volume => drop(state.volumes.remove(&self.id)),
             What::Sealing => drop(state.sealing.remove(&self.id)),
+            What::Job(job) => drop(state.jobs.remove(job)),
             What::Layer => release(&mut state.layers, self.id),
             What::Node => release(&mut state.pinned, self.id),
         }

@@ -14,7 +14,7 @@ use rustix::fs::{AtFlags, FileType, FlockOperation, Mode, OFlags, SeekFrom, Stat
 
 use super::lock::Holder;
 use super::once::{self, Note};
-use super::{Alignment, FileIdentity, Lock, LockError, OpenOptions, Storage, StorageFile};
+use super::{Alignment, FileIdentity, FileSystemSpace, Lock, LockError, OpenOptions, Storage, StorageFile};
 use crate::Errno;
 use crate::buffer::AlignedBuf;
 use crate::engine::Notify;
@@ -181,6 +181,12 @@ impl Storage for HostStorage {
         let mut names: Vec<_> = names.collect::<io::Result<_>>()?;
         names.sort();
         Ok(names)
+    }
+
+    fn space(&self, path: &Path) -> io::Result<Option<FileSystemSpace>> {
+        let found = rustix::fs::statvfs(path)?;
+        let bytes = |blocks: u64| blocks.saturating_mul(found.f_frsize);
+        Ok(Some(FileSystemSpace { total: bytes(found.f_blocks), free: bytes(found.f_bavail) }))
     }
 }
 

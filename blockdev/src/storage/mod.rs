@@ -95,6 +95,15 @@ pub enum LockError {
     Io(io::Error),
 }
 
+/// The space of a file system.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileSystemSpace {
+    /// All of it, in bytes.
+    pub total: u64,
+    /// What a program without special rights can still take, in bytes.
+    pub free: u64,
+}
+
 /// Where files live.
 pub trait Storage: Clone + Send + Sync + 'static {
     /// An open file; clones share one open file description.
@@ -124,6 +133,14 @@ pub trait Storage: Clone + Send + Sync + 'static {
     /// # Errors
     /// What opendir(3) and readdir(3) say.
     fn list_directory(&self, path: &Path) -> io::Result<Vec<OsString>>;
+
+    /// The space of the file system that holds a path; `None` where nobody knows.
+    ///
+    /// # Errors
+    /// What statvfs(3) says.
+    fn space(&self, _path: &Path) -> io::Result<Option<FileSystemSpace>> {
+        Ok(None)
+    }
 }
 
 /// An open file. Clones are the same open file description, so a lock taken through one is held

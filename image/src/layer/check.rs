@@ -9,7 +9,8 @@
 
 mod places;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -45,11 +46,41 @@ pub struct CheckReport {
     pub mapped_blocks: u64,
     /// Mapped blocks whose checksum was verified.
     pub verified_blocks: u64,
+    /// Guest blocks that errors are about, in order; where there are more than a thousand ranges, the last one reaches over the
+    /// rest. None when the layer cannot be opened.
+    pub lost: Vec<Range<u64>>,
 }
+
+/// Ranges of guest blocks that are listed.
+const LOST_MAX: usize = 1000;
 
 impl CheckReport {
     fn error(&mut self, text: String) {
         findings::add(&mut self.errors, text);
+    }
+
+    /// Notes guest blocks that an error is about.
+    fn lose(&mut self, blocks: Range<u64>) {
+        match self.lost.last_mut() {
+            Some(last) if last.end == blocks.start => last.end = blocks.end,
+            _ => self.lost.push(blocks),
+        }
+        if self.lost.len() >= 2 * LOST_MAX {
+            self.join_lost();
+        }
+    }
+
+    fn join_lost(&mut self) {
+        self.lost.sort_unstable_by_key(|range| (range.start, range.end));
+        let mut joined: Vec<Range<u64>> = Vec::with_capacity(self.lost.len());
+        for range in self.lost.drain(..) {
+            let is_full = joined.len() == LOST_MAX;
+            match joined.last_mut() {
+                Some(last) if is_full || range.start <= last.end => last.end = last.end.max(range.end),
+                _ => joined.push(range),
+            }
+        }
+        self.lost = joined;
     }
 }
 
@@ -95,7 +126,7 @@ impl<E: Engine> Check<'_, E> {
             (core.segments.count(), core.segments.segment_blocks(), core.log.head)
         };
         let mut places = Places::new(key, count, segment_blocks);
-        let mut unwritten = Vec::new();
+        let (mut unwritten, mut ahead_of_log) = (Vec::new(), Vec::new());
         self.for_each_place(|place, block| {
             places.add(place, block);
             let (segment, inside) = places.split(place);
@@ -104,10 +135,12 @@ impl<E: Engine> Check<'_, E> {
             });
             if ahead {
                 findings::add(&mut unwritten, format!("guest block {block} is mapped to segment {segment}, block {inside}, which the log has not written"));
+                ahead_of_log.push(block);
             }
         })
         .await?;
         unwritten.into_iter().for_each(|text| self.report.error(text));
+        ahead_of_log.into_iter().for_each(|block| self.report.lose(block..block + 1));
         self.report.mapped_blocks = places.mapped_blocks();
         if self.report.errors.is_empty() {
             self.check_usage(&places);
@@ -133,6 +166,7 @@ impl<E: Engine> Check<'_, E> {
         if !suspects.is_empty() {
             self.explain(&places, &suspects).await?;
         }
+        self.report.join_lost();
         Ok(self.report)
     }
 
@@ -150,6 +184,7 @@ impl<E: Engine> Check<'_, E> {
                 let runs = match self.layer.runs(self.io, start..start + LEAF_BLOCKS).await {
                     Ok(runs) => runs,
                     Err(ImageError { kind: kind @ ErrorKind::Corrupt { .. }, .. }) => {
+                        self.report.lose(start..start + LEAF_BLOCKS);
                         // A damaged branch is one error, not one for each of its leaves.
                         let text = kind.to_string();
                         if text != last {
@@ -192,15 +227,19 @@ impl<E: Engine> Check<'_, E> {
             detailed.iter().map(|&segment| (segment, Vec::new())).collect();
         // What of the map cannot be read was said the first time.
         let known = std::mem::take(&mut self.report);
+        let (others_too, mut undetailed) = (others.iter().copied().collect::<BTreeSet<u32>>(), Vec::new());
         let walked = self
             .for_each_place(|place, block| {
                 let (segment, inside) = places.split(place);
                 if let Some(mapped) = mapped.get_mut(&segment) {
                     mapped.push((inside, block));
+                } else if others_too.contains(&segment) {
+                    undetailed.push(block);
                 }
             })
             .await;
         self.report = known;
+        undetailed.into_iter().for_each(|block| self.report.lose(block..block + 1));
         walked?;
         for (segment, mut mapped) in mapped {
             mapped.sort_unstable();
@@ -270,6 +309,7 @@ impl Contents {
                 .error(format!("guest blocks {a} and {b} are mapped to the same block of segment {segment}"));
         }
         for &(inside, block) in mapped {
+            let verified = report.verified_blocks;
             let place = self.offset + u64::from(inside) * BLOCK_BYTES as u64;
             let found = self.data.binary_search_by_key(&inside, |data| data.inside);
             match found.map(|at| &self.data[at]) {
@@ -282,6 +322,9 @@ impl Contents {
                     "guest block {block}: the data at offset {place:#x} has another checksum"
                 )),
                 Ok(_) => report.verified_blocks += 1,
+            }
+            if report.verified_blocks == verified {
+                report.lose(block..block + 1);
             }
         }
     }

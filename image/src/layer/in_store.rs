@@ -11,12 +11,12 @@ use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::OpenLayer;
 use super::base::{OpenBase, hex};
 use super::base_record::{BaseRecord, BaseRef};
 use super::create::create_with;
 use super::device::Layer;
 use super::layout::LayerId;
+use super::{OpenLayer, Tuning};
 use crate::error::{ErrorKind, ImageError};
 use crate::sealed::{Packs, Root};
 use sapwood_blockdev::engine::Engine;
@@ -128,6 +128,20 @@ impl<E: Engine> Layer<E> {
         resolver: &Arc<dyn ResolveBase<E>>,
     ) -> Result<Arc<Self>, ImageError> {
         Self::open_with(storage, io, path, options, OpenBase::Opened, Some(&**resolver)).await
+    }
+
+    /// Opens a layer of a store, read-only, for what it holds itself: what lies below it is not opened, and cannot be read.
+    ///
+    /// # Errors
+    /// As [`Layer::open`].
+    pub async fn open_alone<S: Storage<File = E::File>>(
+        storage: &S,
+        io: &Io<E>,
+        path: &Path,
+        tuning: Tuning,
+    ) -> Result<Arc<Self>, ImageError> {
+        let options = OpenLayer { read_only: true, tuning };
+        Self::open_with(storage, io, path, &options, OpenBase::UnlessInStore, None).await
     }
 }
 

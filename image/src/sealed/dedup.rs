@@ -8,6 +8,8 @@
 //! its blocks name ([`DedupIndex::wanted`]). It reads those from the packs, and gives them to the index, which looks for every
 //! block of the segment in them ([`DedupIndex::take`]).
 //!
+//! Seals use it through `sealing`: several at once, each with what it stores itself apart until that is published.
+//!
 //! Invariants:
 //! - all memory of the index together stays within its budget;
 //! - a block is found in a container as it was read, by its whole hash;
@@ -17,6 +19,7 @@ mod hooks;
 mod lookup;
 mod marks;
 mod recent;
+mod sealing;
 #[cfg(test)]
 mod tests;
 
@@ -27,6 +30,7 @@ use std::ops::Range;
 use self::hooks::Hooks;
 pub use self::lookup::Lookup;
 use self::recent::Recent;
+pub use self::sealing::{BoundedDedup, SharedDedup};
 use super::entries::{Entry, PAGE_ENTRIES_MAX};
 
 /// Blocks of a disk that are best looked up together.
@@ -146,6 +150,17 @@ impl DedupIndex {
     /// Takes in a block of a pack that is older: it is known if it is a hook.
     pub fn insert_old(&mut self, entry: &Entry, page: u32) {
         self.hooks.insert(&entry.hash, Container::of_page(entry.place.pack(), page));
+    }
+
+    /// Takes in the hooks of another index.
+    fn absorb(&mut self, other: Self) {
+        self.hooks.absorb(other.hooks);
+        self.assert_budget();
+    }
+
+    /// Whether the table of hooks will soon be full.
+    fn is_crowded(&self) -> bool {
+        self.hooks.is_crowded()
     }
 
     /// Forgets all that lies in these packs.

@@ -47,7 +47,9 @@ mod writer;
 pub use archive::{Archive, ArchiveInfo, DESCRIPTION_BYTES_MAX, Export, Exported, NAME_BYTES_MAX, export};
 pub use codec::{Codec, Coder};
 pub use cursor::SEALED_BYTES_MAX;
-pub use dedup::{CONTAINER_ENTRIES_MAX, CONTAINER_PAGES, Container, DedupIndex, Lookup};
+pub use dedup::{
+    BoundedDedup, CONTAINER_ENTRIES_MAX, CONTAINER_PAGES, Container, DedupIndex, Lookup, SharedDedup,
+};
 pub use diff::{DiffStats, diff};
 pub use entries::{Entry, PAGE_ENTRIES_MAX};
 pub use hash::{Hash, root_hash};

@@ -192,18 +192,29 @@ impl<F: StorageFile> Pack<F> {
         io: &Io<E>,
         pages: Range<u32>,
     ) -> Result<Vec<Entry>, ImageError> {
-        let pages = pages.start..pages.end.min(self.trailer.pages);
         let mut entries = Vec::new();
+        self.each_page(io, pages, |_, page| entries.extend(page)).await?;
+        Ok(entries)
+    }
+
+    /// The same, page by page, with the number of each.
+    pub(super) async fn each_page<E: Engine<File = F>>(
+        &self,
+        io: &Io<E>,
+        pages: Range<u32>,
+        mut take: impl FnMut(u32, Vec<Entry>),
+    ) -> Result<(), ImageError> {
+        let pages = pages.start..pages.end.min(self.trailer.pages);
         for first in pages.clone().step_by(PAGES_AT_ONCE as usize) {
             let end = pages.end.min(first + PAGES_AT_ONCE);
             let at = |page: u32| self.trailer.entries_at + u64::from(page) * BLOCK_SIZE;
             let bytes = read(io, &self.file, self.start + at(first)..self.start + at(end)).await?;
             for (number, page) in (first..end).zip(bytes.chunks_exact(BLOCK_BYTES)) {
                 let decoded = decode_page(&self.header.id, self.header.number, number, page);
-                entries.extend(decoded.map_err(|why| self.damaged("page of entries", at(number), &why))?);
+                take(number, decoded.map_err(|why| self.damaged("page of entries", at(number), &why))?);
             }
         }
-        Ok(entries)
+        Ok(())
     }
 
     /// An error about a byte of the pack.

@@ -148,6 +148,7 @@ pub(super) struct Trial {
     pub(super) known: ExactMap,
     pub(super) workers: Workers,
     numbers: u32,
+    pub(super) pack_bytes: u64,
 }
 
 /// Opens packs of a folder.
@@ -170,6 +171,7 @@ impl Trial {
             known: ExactMap::default(),
             workers: Workers::inline(1).unwrap(),
             numbers: 0,
+            pack_bytes: PACK_BYTES,
         }
     }
 
@@ -199,7 +201,7 @@ impl Trial {
         let (io, packs) = (self.io.clone(), Arc::clone(&self.packs));
         let directory = self.directory.path().to_owned();
         let workers = std::mem::replace(&mut self.workers, Workers::inline(0).unwrap());
-        let mut number = self.numbers;
+        let (mut number, pack_bytes) = (self.numbers, self.pack_bytes);
         let (sealed, dedup, workers, number) = block_on(&self.io, async move {
             let sealing = Sealing {
                 storage: &HostStorage,
@@ -210,7 +212,7 @@ impl Trial {
                 workers: &workers,
                 base,
                 frame_blocks: 4,
-                pack_bytes: PACK_BYTES,
+                pack_bytes,
                 start,
             };
             let numbers = || {

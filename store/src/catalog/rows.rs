@@ -220,6 +220,20 @@ pub struct SpaceSettings {
     pub watermarks: Vec<u8>,
 }
 
+/// What an account has found of everything that is sealed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AccountRow {
+    /// When it began, in milliseconds since 1970.
+    pub found_ms: u64,
+    /// Bytes of the blocks that snapshots hold, each counted once for each snapshot that holds it; where that was asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub referenced_bytes: Option<u64>,
+    /// Bytes of these blocks, each counted once.
+    pub unique_bytes: u64,
+    /// Bytes that they take in packs, with the trees over them.
+    pub stored_bytes: u64,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

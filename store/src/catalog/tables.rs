@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::meta::{self, Meta};
-use super::rows::{IndexRow, NodeRow, PackRow, SpaceSettings, VolumeRow};
+use super::rows::{AccountRow, IndexRow, NodeRow, PackRow, SpaceSettings, VolumeRow};
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::id::Id;
 
@@ -44,6 +44,8 @@ const ALL: [Table; 10] =
 
 /// The key of the limits of space.
 const SPACE: &[u8] = b"space";
+/// The key of what the last account has found.
+const ACCOUNT: &[u8] = b"account";
 
 /// What lies directly over a node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -206,6 +208,11 @@ pub trait Look {
     /// The limits of space.
     fn space_settings(&self) -> Result<SpaceSettings> {
         Ok(self.row(SETTINGS, SPACE)?.unwrap_or_default())
+    }
+
+    /// What the last account has found of the whole store.
+    fn account_row(&self) -> Result<Option<AccountRow>> {
+        self.row(SETTINGS, ACCOUNT)
     }
 
     /// A counter; 0 before it was set.
@@ -400,6 +407,11 @@ impl Change {
     /// Sets the limits of space.
     pub fn put_space_settings(&mut self, settings: &SpaceSettings) -> Result<()> {
         self.put(SETTINGS, SPACE, settings)
+    }
+
+    /// Sets what an account has found of the whole store.
+    pub fn put_account_row(&mut self, row: &AccountRow) -> Result<()> {
+        self.put(SETTINGS, ACCOUNT, row)
     }
 
     /// Sets a counter.

@@ -88,7 +88,7 @@ fn program() -> PathBuf {
     let program = test.parent().and_then(Path::parent).unwrap().join("examples/boot");
     assert!(
         program.is_file(),
-        "{} is missing: run `cargo build -p sapwood-vmm --examples`",
+        "{} is missing: run `cargo build --workspace --examples --profile test`",
         program.display()
     );
     program

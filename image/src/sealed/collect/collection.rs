@@ -297,8 +297,9 @@ impl Shifted {
         Some(self.bytes_written() * 100 / freed)
     }
 
-    /// The catalog is durable without the dropped packs: nobody will be let to refer to them again.
+    /// The catalog is durable with the new packs and without the dropped ones: everybody may refer to those, and nobody will be
+    /// let to refer to these again.
     pub fn committed(self) {
-        self.collecting.finish();
+        self.collecting.finish(self.written.iter().map(|pack| pack.number));
     }
 }

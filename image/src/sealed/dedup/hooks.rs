@@ -44,10 +44,20 @@ impl Hooks {
     pub(super) fn resize(&mut self, budget: usize) {
         let old = std::mem::replace(self, Self::new(budget));
         self.thin = old.thin;
-        for (mark, value) in old.marks.into_values() {
+        self.absorb(old);
+    }
+
+    /// Takes in other hooks.
+    pub(super) fn absorb(&mut self, other: Self) {
+        for (mark, value) in other.marks.into_values() {
             let (slot, number) = slot_and_number(value);
-            self.put(mark, Container { pack: old.packs[slot], number });
+            self.put(mark, Container { pack: other.packs[slot], number });
         }
+    }
+
+    /// Whether seven eighths of the hooks for which there is memory are there.
+    pub(super) fn is_crowded(&self) -> bool {
+        self.count >= self.marks.places() / 8 * USABLE_EIGHTHS / 8 * 7
     }
 
     /// Bytes that they take.

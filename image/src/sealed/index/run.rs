@@ -93,6 +93,32 @@ impl<F: StorageFile> Run<F> {
         decoded.map_err(|why| self.damaged("page of entries", number, why))
     }
 
+    /// Reads all of it, and compares it with its checksums.
+    ///
+    /// # Errors
+    /// It cannot be read, or is damaged.
+    pub async fn verify<E: Engine<File = F>>(&self, io: &Io<E>) -> Result<(), ImageError> {
+        let (mut count, mut last) = (0, None);
+        for first in (0..self.pages()).step_by(PAGES_AT_ONCE as usize) {
+            let pages = PAGES_AT_ONCE.min(self.pages() - first);
+            let bytes = self.read(io, first, pages).await?;
+            for (number, page) in (first..first + pages).zip(bytes.chunks_exact(BLOCK_BYTES)) {
+                for entry in EntryPage::entries(&self.decode(number, page)?) {
+                    if last.replace(entry.key()).is_some_and(|last| last >= entry.key()) {
+                        return Err(self.out_of_order());
+                    }
+                    count += 1;
+                }
+            }
+        }
+        let is_whole = count == self.entries();
+        if is_whole {
+            Ok(())
+        } else {
+            Err(self.damaged("page of entries", 0, "there are more or less than its trailer says"))
+        }
+    }
+
     /// The error about entries of two pages that are not in order.
     pub(super) fn out_of_order(&self) -> ImageError {
         self.damaged("page of entries", 0, "its pages are not in order")

@@ -42,6 +42,8 @@ pub enum Action {
     ProtectSnapshot(String, String, bool),
     /// Snapshots are sealed, as far as so many segments go.
     Seal(u64),
+    /// What nobody needs goes, with packs of which less than so many percent are needed.
+    Collect(u32),
     /// A disk with these marks is imported.
     Import(String, String, Vec<u32>),
     /// The store is closed and opened.
@@ -81,8 +83,9 @@ impl Action {
         match rng.below(100) {
             0..6 => Self::Create(any(rng)),
             6..12 => Self::Import(any(rng), snapshot(rng), marks(rng)),
-            12..20 => Self::Seal(rng.between(1, 6)),
-            20..34 => Self::Write(volume, writes(rng, mark), rng.percent(60)),
+            12..18 => Self::Seal(rng.between(1, 6)),
+            18..21 => Self::Collect(rng.pick(&[1, 50, 100])),
+            21..34 => Self::Write(volume, writes(rng, mark), rng.percent(60)),
             34..44 => {
                 let (before, after) = (writes(rng, 2 * mark), writes(rng, 2 * mark + 1));
                 Self::Live(volume, snapshot(rng), before, after)
@@ -289,7 +292,7 @@ impl Model {
                 Ok(())
             }
             Action::Import(name, snapshot, marks) => self.import(name, snapshot, marks),
-            Action::Seal(_) | Action::Reopen => Ok(()),
+            Action::Seal(_) | Action::Collect(_) | Action::Reopen => Ok(()),
         }
     }
 }

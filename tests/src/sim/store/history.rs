@@ -124,6 +124,16 @@ impl History {
         }
     }
 
+    /// Frees what nobody needs, after which nothing is left to be freed and everything reads as before.
+    fn collect(&mut self) -> Result<(), String> {
+        let first = expect("the collection", self.rig.collect(50))?;
+        let second = expect("the second collection", self.rig.collect(50))?;
+        if !first.kept.is_empty() || second.packs_dropped > 0 {
+            return Err(format!("first {first:?}, then {second:?}"));
+        }
+        self.verify()
+    }
+
     fn arm(&mut self, end: End) {
         let world = &self.rig.world;
         let ahead = 1 << self.rng.between(1, 9);
@@ -247,6 +257,7 @@ pub fn undisturbed(seed: u64, steps: u64) -> Result<(), String> {
             history.step()?;
         }
         history.verify()?;
+        history.collect()?;
         expect("opening", history.rig.open())?;
         history.verify()
     };
@@ -275,7 +286,8 @@ pub fn cut(seed: u64, options: &StoreOptions) -> Result<(), String> {
             let steps = history.rng.between(1, 10);
             history.session(steps, end)?;
         }
-        history.verify()
+        history.verify()?;
+        history.collect()
     };
     let result = go();
     result.map_err(|message| format!("seed {seed}: {}", history.told(&message)))

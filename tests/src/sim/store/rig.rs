@@ -12,13 +12,14 @@ use sapwood_blockdev::storage::Storage;
 use sapwood_blockdev::units::GuestOffset;
 use sapwood_image::ImageError;
 use sapwood_image::layer::{Layer, OpenLayer};
+use sapwood_image::sealed::collect::Limits;
 use sapwood_image::sealed::{MemoryBlock, MemorySource, SealStats, Step, Workers};
 use sapwood_store::catalog::Look;
 use sapwood_store::rows::NodeState;
 use sapwood_store::tree::State;
 use sapwood_store::{
-    Attachment, Importing, Name, NotesChange, SnapshotName, Store, StoreError, StoreOptions, Tidied,
-    directory,
+    Attachment, Collected, Importing, Name, NotesChange, SnapshotName, Store, StoreError, StoreOptions,
+    Tidied, directory,
 };
 use std::collections::BTreeSet;
 
@@ -29,6 +30,8 @@ use crate::sim::storage::SimStorage;
 use crate::sim::world::{ProcessId, World};
 
 const BLOCK: usize = 4096;
+/// Packs are small, so that a disk has several.
+const PACK_BYTES: u64 = 512;
 
 /// What went wrong, in the store, an image or a device.
 #[derive(Debug)]
@@ -102,7 +105,12 @@ impl Rig {
             process,
             storage: world.storage(process),
             io: Io::new(world.engine(process)),
-            options: StoreOptions { segment_size: 64 << 10, clock: || 1, ..options.clone() },
+            options: StoreOptions {
+                segment_size: 64 << 10,
+                pack_bytes: PACK_BYTES,
+                clock: || 1,
+                ..options.clone()
+            },
             store: None,
             progress: Cell::default(),
         }
@@ -279,6 +287,16 @@ impl Rig {
         })?)
     }
 
+    /// Frees what nobody needs: packs that went, and those that had to stay.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn collect(&self, live_percent: u32) -> Done<Collected> {
+        let (io, store) = (self.io.clone(), self.store());
+        let limits = Limits { live_percent, ..Limits::default() };
+        Ok(self.run(async move { store.collect(&io, &Arc::default(), limits).await })?)
+    }
+
     fn import(&self, volume: &str, snapshot: &str, marks: &[u32]) -> Done {
         let (io, store, name) = (self.io.clone(), self.store(), snapshot_name(volume, snapshot));
         let block = |mark: &u32| match mark {
@@ -335,6 +353,7 @@ impl Rig {
                 store.note(&Name::Snapshot(snapshot_name(&volume, &name)), &NotesChange::Protect(on))?;
             }
             Action::Seal(stop_after) => self.seal(stop_after)?,
+            Action::Collect(percent) => drop(self.collect(percent)?),
             Action::Import(volume, snapshot, marks) => self.import(&volume, &snapshot, &marks)?,
             Action::Reopen => {
                 drop(store);

@@ -1,4 +1,8 @@
 //! What `cargo xtask test` and `cargo xtask soak` run, in order.
+//!
+//! Every step that runs tests names the whole workspace, and chooses among its targets only. Which
+//! features a dependency has depends on the packages that a command names: a command for one
+//! package would compile most of what there is again.
 
 use std::cell::OnceCell;
 use std::fs;
@@ -154,7 +158,10 @@ impl<'a> Suite<'a> {
     }
 
     fn docs(&self) -> Result<Verdict> {
+        // Examples need what tests need: with them, dependencies are those that clippy has checked.
+        let targets = ["--lib", "--bins", "--examples"];
         let mut command = self.command(&["doc", "--workspace", "--no-deps", "--quiet"]);
+        command.args(targets);
         // The readers of these pages read the code too: private items are theirs to see.
         command
             .env("RUSTDOCFLAGS", "-D warnings -A rustdoc::private_intra_doc_links --document-private-items");
@@ -166,8 +173,8 @@ impl<'a> Suite<'a> {
     }
 
     fn tests(&self) -> Result<Verdict> {
-        // Tests of the VMM run it.
-        self.cargo(&["build", "--package", "sapwood-vmm", "--examples"], minutes(15))?;
+        // Tests of the VMM run one of them.
+        self.cargo(&["build", "--workspace", "--examples", "--profile", "test"], minutes(15))?;
         let arguments = ["test", "--workspace", "--lib", "--bins", "--tests", "--no-fail-fast"];
         let limit = if self.effort.soak_seeds.is_some() { minutes(24 * 60) } else { minutes(30) };
         self.cargo(&arguments, limit)
@@ -178,13 +185,21 @@ impl<'a> Suite<'a> {
         if let Some(reason) = missing_for_mounts(needs)? {
             return Ok(Verdict::Skipped(reason));
         }
-        for package in ["sapwood", "sapwood-tests"] {
-            let arguments = ["test", "--package", package, "--tests", "--", name];
-            let mut command = self.command(&arguments);
-            command.args(["--ignored", "--test-threads=1"]);
-            process::run(&mut command, minutes(15))?;
-        }
-        Ok(Verdict::Passed)
+        self.ignored_tests(&["--tests"], name, &["--test-threads=1"], minutes(15))
+    }
+
+    /// Tests that the step `tests` passes over, which has compiled them: those in `targets` whose
+    /// names hold `filter`.
+    fn ignored_tests(
+        &self,
+        targets: &[&str],
+        filter: &str,
+        options: &[&str],
+        limit: Duration,
+    ) -> Result<Verdict> {
+        let mut command = self.command(&["test", "--workspace"]);
+        command.args(targets).args(["--", filter, "--ignored"]).args(options);
+        process::run(&mut command, limit).map(|()| Verdict::Passed)
     }
 
     /// What is measured with the corpus, where it was made: it takes a quarter of an hour.
@@ -192,10 +207,7 @@ impl<'a> Suite<'a> {
         if !images::is_there(&self.workspace.corpus()) {
             return Ok(Verdict::Skipped("there is no corpus: `cargo xtask corpus` makes it".to_owned()));
         }
-        let arguments = ["test", "--package", "sapwood-tests", "--tests", "--", "corpus_"];
-        let mut command = self.command(&arguments);
-        command.args(["--ignored", "--test-threads=1", "--show-output"]);
-        process::run(&mut command, minutes(15)).map(|()| Verdict::Passed)
+        self.ignored_tests(&["--tests"], "corpus_", &["--test-threads=1", "--show-output"], minutes(15))
     }
 
     fn doctests(&self) -> Result<Verdict> {
@@ -204,7 +216,7 @@ impl<'a> Suite<'a> {
 
     fn guests(&self) -> Result<Verdict> {
         // One guest at a time: under TCG each takes as many host threads as it has processors.
-        self.guest_tests("guest", &["--test-threads=1", "--show-output"])
+        self.guest_tests("guest", "", &["--test-threads=1", "--show-output"])
     }
 
     /// `sapwood boot` under KVM, in a guest that has it.
@@ -215,19 +227,16 @@ impl<'a> Suite<'a> {
         if !tcg_has_svm()? {
             return Ok(Verdict::Skipped("QEMU's emulated processor has no SVM here".to_owned()));
         }
-        self.guest_tests("nested", &["--exact", "in_a_guest_that_has_kvm", "--nocapture"])
+        self.guest_tests("nested", "in_a_guest_that_has_kvm", &["--exact", "--nocapture"])
     }
 
-    fn guest_tests(&self, test: &str, options: &[&str]) -> Result<Verdict> {
+    fn guest_tests(&self, test: &str, filter: &str, options: &[&str]) -> Result<Verdict> {
         if let Some(reason) = self.unable()? {
             return Ok(Verdict::Skipped(reason));
         }
         if !self.program().is_file() {
             self.build()?;
         }
-        let arguments = ["test", "--package", "sapwood-tests", "--test", test, "--", "--ignored"];
-        let mut command = self.command(&arguments);
-        command.args(options);
-        process::run(&mut command, minutes(30)).map(|()| Verdict::Passed)
+        self.ignored_tests(&["--test", test], filter, options, minutes(30))
     }
 }
