@@ -26,7 +26,7 @@ use super::wire::{Failed, Job, Nothing, State};
 use crate::cli::progress;
 use crate::cli::serve::EXIT_INTERRUPTED;
 
-/// Longest answer in bytes.
+/// Longest answer about a served disk, in bytes.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
 /// Time for one answer about a served disk: the server itself gives up after 10 s.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
@@ -88,17 +88,18 @@ pub fn follow(
 pub struct Client<'a> {
     socket: &'a Path,
     answer_time_max: Duration,
+    answer_bytes_max: usize,
 }
 
 impl<'a> Client<'a> {
     /// The server of a disk, whose socket this is.
     pub fn new(socket: &'a Path) -> Self {
-        Self { socket, answer_time_max: ANSWER_TIME_MAX }
+        Self { socket, answer_time_max: ANSWER_TIME_MAX, answer_bytes_max: ANSWER_BYTES_MAX }
     }
 
-    /// A server that may take so long for an answer.
-    pub fn patient(socket: &'a Path, answer_time_max: Duration) -> Self {
-        Self { socket, answer_time_max }
+    /// A server whose answers may take so long, and have so many bytes.
+    pub fn patient(socket: &'a Path, answer_time_max: Duration, answer_bytes_max: usize) -> Self {
+        Self { socket, answer_time_max, answer_bytes_max }
     }
 
     /// Facts about the disk.
@@ -167,7 +168,7 @@ impl<'a> Client<'a> {
             .body(Full::new(Bytes::from(body)))?;
         let response = sender.send_request(request).await?;
         let status = response.status();
-        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+        let body = Limited::new(response.into_body(), self.answer_bytes_max).collect().await;
         connection.abort();
         let body = body.map_err(|error| anyhow::anyhow!("{error}"))?;
         Ok((status, body.to_bytes()))

@@ -26,6 +26,8 @@ pub struct Job {
     done_bytes: AtomicU64,
     total_bytes: AtomicU64,
     cancelled: AtomicBool,
+    /// Is called when it is cancelled.
+    on_cancel: Mutex<Option<Box<dyn Fn() + Send>>>,
     end: Mutex<Option<Result<Value, anyhow::Error>>>,
 }
 
@@ -79,6 +81,21 @@ impl Job {
         } else {
             ControlFlow::Continue(())
         }
+    }
+
+    /// Has `stop` called when the job is cancelled, or now if it is already: for work that does not ask.
+    pub fn on_cancel(&self, stop: impl Fn() + Send + 'static) {
+        let mut on_cancel = lock(&self.on_cancel);
+        if self.cancelled.load(Ordering::Relaxed) {
+            stop();
+        }
+        *on_cancel = Some(Box::new(stop));
+    }
+
+    fn cancel(&self) {
+        let on_cancel = lock(&self.on_cancel);
+        self.cancelled.store(true, Ordering::Relaxed);
+        on_cancel.iter().for_each(|stop| stop());
     }
 
     fn has_ended(&self) -> bool {
@@ -138,6 +155,7 @@ impl Jobs {
             done_bytes: AtomicU64::new(0),
             total_bytes: AtomicU64::new(0),
             cancelled: AtomicBool::new(false),
+            on_cancel: Mutex::new(None),
             end: Mutex::new(None),
         });
         let (running, is_logged) = (Arc::clone(&job), self.is_logged);
@@ -188,7 +206,7 @@ impl Jobs {
     /// Tells a job to stop where it can; nothing happens to one that has ended.
     pub fn cancel(&self, id: u64) -> Option<wire::Job> {
         let job = self.find(id)?;
-        job.cancelled.store(true, Ordering::Relaxed);
+        job.cancel();
         Some(job.view())
     }
 
@@ -201,7 +219,7 @@ impl Jobs {
         let threads = {
             let mut table = lock(&self.table);
             table.closed = true;
-            table.jobs.iter().for_each(|job| job.cancelled.store(true, Ordering::Relaxed));
+            table.jobs.iter().for_each(|job| job.cancel());
             std::mem::take(&mut table.threads)
         };
         for thread in threads {

@@ -23,6 +23,9 @@ use crate::host::Host;
 /// How much longer a command waits for an answer than the daemon lets a connection be.
 const GRACE: Duration = Duration::from_secs(30);
 
+/// Longest answer in bytes: a list of some hundred thousand volumes.
+const ANSWER_BYTES_MAX: usize = 256 << 20;
+
 /// A store to be asked.
 pub enum Access {
     /// By its daemon, at this socket.
@@ -97,7 +100,7 @@ fn is_nobody(kind: ErrorKind) -> bool {
 }
 
 fn client(socket: &Path) -> Client<'_> {
-    Client::patient(socket, CONNECTION_TIME_MAX + GRACE)
+    Client::patient(socket, CONNECTION_TIME_MAX + GRACE, ANSWER_BYTES_MAX)
 }
 
 fn http_method<O: Operation>() -> HttpMethod {

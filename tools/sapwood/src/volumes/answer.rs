@@ -185,20 +185,44 @@ pub struct Stat {
     pub id: Id,
     /// How many volumes it has.
     pub volumes: u64,
-    /// How many snapshots.
-    pub snapshots: u64,
-    /// Deleted snapshots that are kept because others need them.
-    pub nameless: u64,
+    /// Snapshots that hold nothing beyond what their parents do.
+    pub bare: u64,
     /// Snapshots whose contents are a layer, and are yet to be sealed.
     pub frozen: u64,
+    /// Snapshots that are sealed.
+    pub sealed: u64,
+    /// Of all these, those that were deleted and are kept because others need them.
+    pub nameless: u64,
     /// How many volumes and snapshots are attached.
     pub attached: u64,
+    /// Bytes that its files take: layers,
+    pub layer_bytes: u64,
+    /// packs,
+    pub pack_bytes: u64,
+    /// the index,
+    pub index_bytes: u64,
+    /// and the catalog.
+    pub catalog_bytes: u64,
+    /// Bytes of packs that are needed, as far as collections have counted.
+    pub live_bytes: u64,
+    /// Bytes of blocks for each byte of packs.
+    pub compression: Option<f64>,
+    /// Bytes that snapshots hold for each byte of different blocks, by the last account.
+    pub deduplication: Option<f64>,
+    /// When that was, in milliseconds since 1970.
+    pub account_ms: Option<u64>,
     /// Most bytes that it may take.
     pub quota: Option<u64>,
     /// Bytes of the file system that are left to others.
     pub reserve: Option<u64>,
     /// Shares of the space in percent at which is warned.
     pub watermarks: Vec<u8>,
+    /// Bytes that it may still take.
+    pub left_bytes: Option<u64>,
+    /// What it takes, in percent of that and of what is left.
+    pub full_percent: Option<u8>,
+    /// The highest watermark that is reached.
+    pub watermark: Option<u8>,
 }
 
 /// Something that happened.
@@ -290,4 +314,95 @@ pub struct SealedOne {
 pub struct Sealed {
     /// In the order in which it was done.
     pub snapshots: Vec<SealedOne>,
+}
+
+/// What a collection has done.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Collected {
+    /// Packs that are gone, those that were rewritten included.
+    pub packs_dropped: u64,
+    /// Packs of which something was needed, and was moved.
+    pub packs_rewritten: u64,
+    /// Bytes of the files that are gone.
+    pub bytes_freed: u64,
+    /// Bytes of new packs.
+    pub bytes_written: u64,
+    /// Packs that work in progress holds: they are left to the next collection.
+    pub packs_held: u64,
+    /// Packs that had to stay because something in them that is needed is damaged, and what.
+    pub packs_kept: Vec<String>,
+    /// It was told to stop, and left a part of the work to the next one.
+    pub stopped: bool,
+}
+
+/// A range of bytes of a disk.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub struct Range {
+    /// The first of them.
+    pub start: u64,
+    /// How many.
+    pub length: u64,
+}
+
+impl From<&std::ops::Range<u64>> for Range {
+    fn from(range: &std::ops::Range<u64>) -> Self {
+        Self { start: range.start, length: range.end - range.start }
+    }
+}
+
+/// A snapshot or a volume of which something cannot be read.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Touched {
+    /// `volume` or `volume@snapshot`; of a deleted snapshot its id.
+    pub name: String,
+    /// Bytes of its disk that cannot be read.
+    pub ranges: Vec<Range>,
+    /// How many more ranges there are.
+    pub ranges_left_out: u64,
+    /// Nothing else lies in the ranges.
+    pub exact: bool,
+    /// The snapshot that holds what is damaged, if that is not its own.
+    pub through: Option<String>,
+    /// What is wrong.
+    pub why: String,
+}
+
+/// What a scrub has found.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Scrub {
+    /// Everything is as it was written.
+    pub sound: bool,
+    /// Bytes of packs that were read.
+    pub bytes: u64,
+    /// Packs that were read.
+    pub packs: u64,
+    /// Layers that were read.
+    pub layers: u64,
+    /// Layers of volumes that are attached: they were not read.
+    pub in_use: Vec<PathBuf>,
+    /// What is damaged: in packs the first thousand of it, in layers, in the index.
+    pub damage: Vec<String>,
+    /// The index was damaged, and was made again from the packs.
+    pub index_mended: bool,
+    /// What that touches.
+    pub touched: Vec<Touched>,
+}
+
+/// What an account has found of everything; what it has found of each is in the lists.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Accounted {
+    /// Snapshots, deleted ones that others need included.
+    pub snapshots: u64,
+    /// Volumes.
+    pub volumes: u64,
+    /// Bytes of the blocks that sealed snapshots hold, each counted once for each snapshot that holds it.
+    pub referenced_bytes: Option<u64>,
+    /// Bytes of these blocks, each counted once.
+    pub unique_bytes: u64,
+    /// Bytes that they take in packs, with the trees over them.
+    pub stored_bytes: u64,
 }

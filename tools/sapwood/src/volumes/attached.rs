@@ -19,7 +19,6 @@ use sapwood_vhost::{Options, Server};
 use super::answer::Serving;
 use super::counted::Counted;
 use super::service::{Service, system};
-use super::snapshot::snapshot_volume;
 use crate::control::wire::Failure;
 use crate::host::{Host, HostEngine};
 
@@ -218,13 +217,13 @@ impl Attached {
             let io = io.clone();
             async move {
                 let volume = Arc::clone(&running.volume);
-                let taken = snapshot_volume(&store, &io, &mut running.attachment, &volume, &snapshot).await;
+                let taken = store.snapshot_volume(&io, &mut running.attachment, &volume, &snapshot).await;
                 (running, taken)
             }
         };
         let (running, taken) = block_on(&io, taking);
         *held = Some(Held::Volume(running));
-        taken
+        Ok(taken?)
     }
 
     /// Opens what lies below a volume again, as it is now: what was sealed since is read from the packs.

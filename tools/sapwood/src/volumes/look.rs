@@ -193,22 +193,30 @@ fn named_below(view: &View, node: Option<Id>) -> Result<Option<String>, Failure>
 impl Quick for ShowStore {
     fn run(self, service: &Arc<Service>) -> Result<Stat, Failure> {
         let store = service.store();
-        let view = store.catalog().view()?;
-        let (volumes, nodes) = (view.volumes()?, view.nodes()?);
-        let settings = view.space_settings()?;
-        let count =
-            |test: &dyn Fn(&NodeRow) -> bool| nodes.iter().filter(|(_, row)| test(row)).count() as u64;
+        let stat = store.stat()?;
         Ok(Stat {
             path: store.directory().root().to_owned(),
             id: store.id(),
-            volumes: volumes.len() as u64,
-            snapshots: count(&|row| row.name.is_some()),
-            nameless: count(&|row| row.name.is_none()),
-            frozen: count(&|row| State::of(&row.state) == State::Frozen),
+            volumes: stat.volumes as u64,
+            bare: stat.snapshots.bare as u64,
+            frozen: stat.snapshots.frozen as u64,
+            sealed: stat.snapshots.sealed as u64,
+            nameless: stat.snapshots.nameless as u64,
             attached: service.all_attached().len() as u64,
-            quota: settings.quota,
-            reserve: settings.reserve,
-            watermarks: settings.watermarks,
+            layer_bytes: stat.taken.layers,
+            pack_bytes: stat.taken.packs,
+            index_bytes: stat.taken.index,
+            catalog_bytes: stat.taken.catalog,
+            live_bytes: stat.live_bytes,
+            compression: stat.compression,
+            deduplication: stat.deduplication,
+            account_ms: stat.account.map(|account| account.found_ms),
+            quota: stat.settings.quota,
+            reserve: stat.settings.reserve,
+            watermarks: stat.settings.watermarks,
+            left_bytes: stat.left,
+            full_percent: stat.full_percent,
+            watermark: stat.watermark,
         })
     }
 }

@@ -6,7 +6,7 @@
 //! - `address`: names of volumes and snapshots on the command line;
 //! - `answer`: what is answered;
 //! - `operation`: what an operation is; `look`, `change`, `live`, `transfer`, `upkeep`: the operations;
-//! - `counted`, `snapshot`, `attached`: a volume that is served to virtual machines;
+//! - `counted`, `attached`: a volume that is served to virtual machines;
 //! - `events`, `service`: what operations run on;
 //! - `background`: what the daemon does by itself;
 //! - `routes`: from HTTP to an operation;
@@ -29,7 +29,6 @@ pub mod look;
 pub mod operation;
 mod routes;
 pub mod service;
-mod snapshot;
 pub mod transfer;
 pub mod upkeep;
 

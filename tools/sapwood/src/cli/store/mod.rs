@@ -3,15 +3,18 @@
 //! Each makes an operation of its arguments and has it run by `Access`, which is the daemon of the store or the
 //! store itself.
 
+mod account;
 pub mod attach;
 pub mod clone;
 pub mod daemon;
 pub mod delete;
+mod gc;
 pub mod import;
 mod init;
 pub mod list;
 pub mod notes;
 pub mod rename;
+mod scrub;
 mod seal;
 mod set;
 pub mod show;
@@ -51,6 +54,9 @@ enum Command {
     Stat(stat::Stat),
     Set(set::Set),
     Seal(seal::Seal),
+    Gc(gc::Gc),
+    Scrub(scrub::ScrubCommand),
+    Account(account::AccountCommand),
 }
 
 impl Store {
@@ -61,6 +67,9 @@ impl Store {
             Command::Stat(command) => command.run(host),
             Command::Set(command) => command.run(host).map(|()| 0),
             Command::Seal(command) => command.run(host).map(|()| 0),
+            Command::Gc(command) => command.run(host).map(|()| 0),
+            Command::Scrub(command) => command.run(host),
+            Command::Account(command) => command.run(host).map(|()| 0),
         }
     }
 }
