@@ -113,6 +113,7 @@ impl Long for Import {
             source.into_side().close()?;
             Ok::<_, Failure>(imported)
         })?;
+        service.changed();
         service.note("imported", format!("{} is imported as {shown}", self.path.display()));
         Ok(Imported {
             name: shown,
