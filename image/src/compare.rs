@@ -48,8 +48,8 @@ pub fn compare<E: Engine>(
 
 /// Chunks of `window` of which at least one side holds data.
 fn data_in_either<E: Engine>(
-    a: &Side<E>,
-    b: &Side<E>,
+    a: &mut Side<E>,
+    b: &mut Side<E>,
     window: Range<u64>,
     size: u64,
 ) -> Result<Vec<Range<u64>>, ImageError> {

@@ -3,8 +3,10 @@
 //! A tool that works on two disks submits a batch to each side, lets both start, and then waits
 //! for one after the other: the work overlaps without threads, and buffers are bounded.
 
+use std::cell::Cell;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::sync::Arc;
 
 use sapwood_blockdev::buffer::SharedBuf;
@@ -62,6 +64,12 @@ impl<E: Engine> Side<E> {
         Ok(Self { path: path.to_owned(), disk, io, queue, submitted: 0, done: Vec::new() })
     }
 
+    /// A disk that is open already, and that errors call `path`; what it has to do in the background, somebody else does.
+    pub fn over(disk: &Arc<Disk<E>>, path: &Path, io: Io<E>) -> Self {
+        let queue = disk.queue_on(io.clone());
+        Self { path: path.to_owned(), disk: Arc::clone(disk), io, queue, submitted: 0, done: Vec::new() }
+    }
+
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path
@@ -116,6 +124,22 @@ impl<E: Engine> Side<E> {
         self.queue.poll(&mut self.done);
     }
 
+    /// How many requests have been submitted: the tag of the last one.
+    pub(crate) fn submitted(&self) -> u64 {
+        self.submitted
+    }
+
+    /// Moves what can be moved, and takes what has ended.
+    pub(crate) fn reap(&mut self) -> std::vec::Drain<'_, Done> {
+        self.queue.poll(&mut self.done);
+        self.done.drain(..)
+    }
+
+    /// Waits until [`reap`](Self::reap) may bring something.
+    pub(crate) fn wait(&mut self) {
+        self.queue.wait(None);
+    }
+
     /// Waits for everything submitted.
     pub(crate) fn finish(&mut self) -> Result<(), ImageError> {
         sapwood_blockdev::device::drain(&mut self.queue, &mut self.done);
@@ -123,10 +147,19 @@ impl<E: Engine> Side<E> {
         results.map(drop).map_err(|error| ImageError::new(&self.path, error))
     }
 
-    /// The parts of `window` that hold data, in whole blocks, in order and apart.
-    pub(crate) fn data_in(&self, window: Range<u64>) -> Result<Vec<Range<u64>>, ImageError> {
+    /// The parts of `window` that hold data, in whole blocks, in order and apart. Requests may be outstanding.
+    pub(crate) fn data_in(&mut self, window: Range<u64>) -> Result<Vec<Range<u64>>, ImageError> {
         let (disk, io) = (Arc::clone(&self.disk), self.io.clone());
-        let extents = block_on(&self.io, async move { disk.extents(&io, window).await })?;
+        let answer = Rc::new(Cell::new(None));
+        let slot = Rc::clone(&answer);
+        self.io.spawn(async move { slot.set(Some(disk.extents(&io, window).await)) });
+        let extents = loop {
+            self.queue.poll(&mut self.done);
+            match answer.take() {
+                Some(extents) => break extents?,
+                None => self.queue.wait(None),
+            }
+        };
         let holds_data = |e: &&Extent| matches!(e.kind, ExtentKind::Data | ExtentKind::Compressed);
         Ok(in_blocks(extents.iter().filter(holds_data).map(Extent::range), self.size()))
     }

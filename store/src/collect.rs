@@ -228,7 +228,13 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             change.refresh_tops(&shifted.moves)
         })
         .await?;
+        let written: Vec<u32> = shifted.written.iter().map(|pack| pack.number).collect();
         shifted.committed();
+        self.content.dedup().withdraw(&dropped);
+        for number in written {
+            // What is not learned may be stored again.
+            self.content.dedup().learn_pack(io, self.content.packs(), number).await.ok();
+        }
         let dropped: Vec<u32> = dropped.into_iter().collect();
         self.remove_packs(io, &dropped).await;
         Ok(())

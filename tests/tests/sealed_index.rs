@@ -11,7 +11,8 @@ use sapwood_blockdev::engine::Op;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::units::BLOCK_BYTES;
 use sapwood_image::sealed::index::{
-    CANDIDATES_MAX, Index, MERGED_MAX, RUN_ENTRIES_MAX, Run, WrittenRun, merge, run_name, write_run,
+    CANDIDATES_MAX, Index, LOOK_UP_PAGES_MAX, MERGED_MAX, RUN_ENTRIES_MAX, Run, WrittenRun, merge, run_name,
+    write_run,
 };
 use sapwood_image::sealed::{Entry, Hash, Place};
 use sapwood_image::{ErrorKind, ImageError};
@@ -156,6 +157,42 @@ fn equal_prefixes_are_all_candidates_within_a_bound() {
             assert!(look_up(&lab, &index, entry.hash).unwrap().contains(&entry.place) || entry.hash == same);
         }
     }
+}
+
+#[test]
+fn places_in_packs_that_are_gone_hide_nothing() {
+    let lab = CountingLab { lab: sim(), counters: Arc::new(Counters::default()) };
+    let mut all = entries(3, 2000, 1..3);
+    let same = all[1000].hash;
+    // The good one is the oldest of many.
+    all.extend((0..3000).map(|n| Entry { hash: same, place: place(100 + n, u64::from(n)) }));
+    write(&lab, Path::new("/"), 1, &all);
+    let (index, run) = (Arc::new(Index::new(0)), open(&lab, Path::new("/"), 1).unwrap());
+    index.publish([Arc::clone(&run)], 1..3100, &[]);
+    let reads = lab.counters.now().reads;
+    let found = look_up(&lab, &index, same).unwrap();
+    assert_eq!((found.len(), found[0].pack()), (CANDIDATES_MAX, 3099));
+    assert!(lab.counters.now().reads - reads <= 2, "no more is read than is needed");
+    index.publish([Arc::clone(&run)], [], &(101..3100).collect::<Vec<_>>());
+    assert_eq!(look_up(&lab, &index, same).unwrap(), [place(100, 0), all[1000].place]);
+    index.publish([Arc::clone(&run)], [], &[100]);
+    assert_eq!(look_up(&lab, &index, same).unwrap(), [all[1000].place]);
+    index.publish([Arc::clone(&run)], [], &[1, 2]);
+    let reads = lab.counters.now().reads;
+    assert_eq!(look_up(&lab, &index, same).unwrap(), []);
+    assert!(lab.counters.now().reads - reads <= LOOK_UP_PAGES_MAX as u64);
+
+    // More of them than the bound of pages.
+    all.extend((0..9000).map(|n| Entry { hash: same, place: place(10_000 + n, u64::from(n)) }));
+    write(&lab, Path::new("/"), 2, &all);
+    let run = open(&lab, Path::new("/"), 2).unwrap();
+    index.publish([Arc::clone(&run)], 1..3, &[]);
+    let reads = lab.counters.now().reads;
+    assert_eq!(look_up(&lab, &index, same).unwrap(), [], "it is given up");
+    assert!(lab.counters.now().reads - reads <= LOOK_UP_PAGES_MAX as u64);
+    // What was published with other runs stays known.
+    index.replace([run]);
+    assert_eq!(look_up(&lab, &index, all[5].hash).unwrap(), [all[5].place]);
 }
 
 #[test]
@@ -319,7 +356,7 @@ fn a_damaged_page_is_an_error_that_says_where() {
         let at = (page as u64 + 1) * BLOCK_BYTES as u64;
         assert!(matches!(error.kind, ErrorKind::Corrupt { offset, .. } if offset == at), "{error}");
         look_up(&storage, &index, sorted[(page + 3) % 19 * PAGE + 100].hash).unwrap();
-        let runs = index.runs().to_vec();
+        let runs = index.runs();
         let error = merged(&storage, Path::new("/"), 2, &runs, |_| true).unwrap_err();
         assert!(matches!(error.kind, ErrorKind::Corrupt { offset, .. } if offset == at), "{error}");
     }

@@ -40,11 +40,21 @@ impl SharedBuf {
     /// A window over fresh zeroed memory, aligned as [`AlignedBuf`] is: for command-line tools
     /// and tests.
     pub fn heap(len: usize) -> Self {
-        let mut buf = AlignedBuf::zeroed(len);
-        let start = NonNull::from(&mut buf[..]).cast();
-        // SAFETY: the buffer moves into the owner; its heap memory stays where it is, and
-        // nothing else can reach it there.
-        unsafe { Self::from_raw(start, len, Arc::new(buf)) }
+        Self::from(AlignedBuf::zeroed(len))
+    }
+
+    /// The buffer that this was made from, when nobody else has a window on it any more.
+    ///
+    /// # Errors
+    /// The window itself, when somebody has, or when it is a part only or of other memory.
+    pub fn into_buf(self) -> Result<AlignedBuf, Self> {
+        let Self { start, len, owner } = self;
+        let owner = match owner.downcast::<AlignedBuf>() {
+            Ok(owner) if owner.address() == start.as_ptr() && owner.len() == len => owner,
+            Ok(owner) => return Err(Self { start, len, owner }),
+            Err(owner) => return Err(Self { start, len, owner }),
+        };
+        Arc::try_unwrap(owner).map_err(|owner| Self { start, len, owner })
     }
 
     /// Length in bytes.
@@ -113,8 +123,36 @@ impl SharedBuf {
     }
 }
 
+impl From<AlignedBuf> for SharedBuf {
+    /// A window over all of a buffer.
+    fn from(mut buf: AlignedBuf) -> Self {
+        let start = NonNull::from(&mut buf[..]).cast();
+        let len = buf.len();
+        // SAFETY: the buffer moves into the owner; its heap memory stays where it is, and
+        // nothing else can reach it there.
+        unsafe { Self::from_raw(start, len, Arc::new(buf)) }
+    }
+}
+
 impl fmt::Debug for SharedBuf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("SharedBuf").field("len", &self.len).finish()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_buffer_comes_back_from_its_only_window() {
+        let shared = SharedBuf::from(AlignedBuf::from_slice(b"abcd"));
+        let part = shared.slice(1..3);
+        let shared = shared.into_buf().expect_err("somebody has a part of it");
+        shared.write_at(1, b"BC");
+        assert!(part.into_buf().is_err(), "a part");
+        assert_eq!(&shared.into_buf().expect("the only window")[..], b"aBCd");
+        let first = SharedBuf::heap(4).slice(0..2);
+        assert!(first.into_buf().is_err(), "a part, and the only window");
     }
 }

@@ -64,7 +64,7 @@ pub use seal::{FRAME_BLOCKS, LEVEL, SEGMENT_BLOCKS, SealStats, Sealed, Sealing, 
 pub(crate) use snapshot::Lacking;
 pub use snapshot::Snapshot;
 pub use source::{
-    Content, DiskSource, FrozenSource, MemoryBlock, MemorySource, Source, SourceRun, TreeSource,
+    Content, DiskSource, FrozenSource, MemoryBlock, MemorySource, Source, SourceBytes, SourceRun, TreeSource,
 };
 pub use workers::Workers;
 pub use writer::{PACK_BYTES, PackWriter, Written, pack_name};

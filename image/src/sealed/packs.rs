@@ -201,9 +201,9 @@ impl<E: Engine> Packs<E> {
             }
         }
         loop {
-            let runs = self.index.runs();
-            for run in runs.iter() {
-                let places = match self.index.look_up_in(io, run, hash).await {
+            let asked = self.index.asked();
+            for run in &asked.runs {
+                let places = match self.index.look_up_in(io, &asked, run, hash).await {
                     Ok(places) => places,
                     Err(error) => {
                         first.get_or_insert(error);
@@ -218,7 +218,7 @@ impl<E: Engine> Packs<E> {
                 }
             }
             // What was moved meanwhile is where the runs of now say.
-            if Arc::ptr_eq(&runs, &self.index.runs()) {
+            if Arc::ptr_eq(&asked, &self.index.asked()) {
                 return Err(first.unwrap_or_else(|| self.missing(hash)));
             }
         }

@@ -3,7 +3,9 @@
 //! A pack is written under a name of its own, synced, and then given its name; it is never changed afterwards. Its name is
 //! durable when the directory has been synced, which whoever publishes packs does once for all of them.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 
 use super::entries::EntryPages;
 use super::hash::Hash;
@@ -12,9 +14,9 @@ use super::place::{PACK_BYTES_MAX, Place};
 use super::record::NewRecord;
 use super::trailer::Trailer;
 use crate::error::ImageError;
-use sapwood_blockdev::buffer::AlignedBuf;
+use sapwood_blockdev::buffer::{AlignedBuf, Memory};
 use sapwood_blockdev::engine::{Engine, Op};
-use sapwood_blockdev::io::Io;
+use sapwood_blockdev::io::{Io, Outcome};
 use sapwood_blockdev::storage::{OpenOptions, Storage, StorageFile};
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE, FileOffset};
 
@@ -25,8 +27,9 @@ const _: () = assert!(PACK_BYTES + (Place::LEN_MAX as u64) < PACK_BYTES_MAX);
 /// Blocks or nodes after which a pack is full, however small they have become: their list takes 18 MiB.
 const PACK_ENTRIES: u32 = 1 << 19;
 
-/// Bytes written at a time.
+/// Bytes written at a time, and how many times so many are in flight, at most.
 const CHUNK_LEN: usize = 1 << 20;
+const WRITES: usize = 2;
 
 /// A pack that is being made.
 pub struct PackWriter<E: Engine> {
@@ -40,7 +43,11 @@ pub struct PackWriter<E: Engine> {
     unfinished: PathBuf,
     /// What has not been written, from byte `written` on.
     tail: Vec<u8>,
+    /// Up to where writing was begun, and what of that has not ended.
     written: u64,
+    writes: VecDeque<Pin<Box<dyn Future<Output = Outcome>>>>,
+    /// The memory of a write that has ended.
+    spare: Option<AlignedBuf>,
     records: u32,
     pages: EntryPages,
     /// In which page the entries of the last record begin, and how many are in it.
@@ -107,6 +114,8 @@ impl<E: Engine> PackWriter<E> {
             unfinished,
             tail,
             written,
+            writes: VecDeque::new(),
+            spare: None,
             records,
             pages,
             last: (0, 0),
@@ -164,10 +173,10 @@ impl<E: Engine> PackWriter<E> {
         self.last.0 + u32::from(index >= self.last.1)
     }
 
-    /// Writes what has gathered, when that is much.
+    /// Begins to write what has gathered, when that is much; waits for what was begun before when that is much, too.
     ///
     /// # Errors
-    /// What the storage says.
+    /// What the storage said of this write or an earlier one.
     pub async fn write_out(&mut self) -> Result<(), ImageError> {
         while self.tail.len() >= CHUNK_LEN {
             self.write_chunk(CHUNK_LEN).await?;
@@ -175,13 +184,31 @@ impl<E: Engine> PackWriter<E> {
         Ok(())
     }
 
-    /// Writes the first `len` bytes of the tail, a multiple of 4096.
+    /// Begins to write the first `len` bytes of the tail, a multiple of 4096.
     async fn write_chunk(&mut self, len: usize) -> Result<(), ImageError> {
-        let buf = AlignedBuf::from_slice(&self.tail[..len]);
+        self.wait(WRITES - 1).await?;
+        let buf = match self.spare.take().filter(|spare| spare.len() == len) {
+            Some(mut spare) => {
+                spare.copy_from_slice(&self.tail[..len]);
+                spare
+            }
+            None => AlignedBuf::from_slice(&self.tail[..len]),
+        };
         self.tail.drain(..len);
         let write = Op::write(self.file.clone(), FileOffset(self.start + self.written), buf);
         self.written += len as u64;
-        self.io.run(write).await.result.map_err(|e| ImageError::errno(&self.unfinished, "write", e))?;
+        self.writes.push_back(Box::pin(self.io.run(write)));
+        Ok(())
+    }
+
+    /// Waits until no more writes than so many are in flight.
+    async fn wait(&mut self, writes: usize) -> Result<(), ImageError> {
+        while self.writes.len() > writes {
+            let Some(write) = self.writes.pop_front() else { break };
+            let outcome = write.await;
+            outcome.result.map_err(|e| ImageError::errno(&self.unfinished, "write", e))?;
+            self.spare = outcome.memory.map(Memory::into_buf);
+        }
         Ok(())
     }
 
@@ -216,12 +243,16 @@ impl<E: Engine> PackWriter<E> {
         self.tail.extend(trailer.encode());
         self.write_out().await?;
         self.write_chunk(self.tail.len()).await?;
+        self.wait(0).await?;
         let PackHeader { id, kind, number } = self.header;
         Ok(Written { number, id, kind, bytes: self.written, entries, path: self.path.clone() })
     }
 
     /// Gives the pack up: the unfinished file is removed.
     pub async fn abandon(self) {
+        for write in self.writes {
+            write.await;
+        }
         // What cannot be removed is found as garbage later.
         let _ = self.io.run(Op::Unlink { path: self.unfinished }).await;
     }

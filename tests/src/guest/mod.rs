@@ -15,6 +15,7 @@ pub mod cpio;
 pub mod lab;
 pub mod machine;
 pub mod report;
+pub mod store;
 pub mod vmm;
 
 use std::path::{Path, PathBuf};
@@ -24,6 +25,7 @@ use anyhow::{Context, Result, ensure};
 pub use backend::{Backend, BackendSpec};
 pub use machine::{BootSpec, Disk, Guest, GuestSpec, Root};
 pub use report::GuestReport;
+pub use store::Daemon;
 pub use vmm::Vmm;
 
 /// The files a guest is made of.

@@ -1,19 +1,20 @@
-//! `cargo xtask demo`: two Debian guests at once, each from its own layer over one base image.
+//! `cargo xtask demo`: a store with one Debian image, and guests from clones of it.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use sapwood_tests::guest::{Assets, Backend, BackendSpec, Disk, Guest, GuestReport, GuestSpec, Vmm};
+use sapwood_tests::guest::{Assets, Daemon, Guest, GuestReport, GuestSpec, Vmm};
 
 use crate::process;
 use crate::setup::{self, Outcome};
 use crate::workspace::Workspace;
 
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
+/// How long the first guest may take until it has written.
+const READY_LIMIT: Duration = Duration::from_secs(240);
 /// The two guests; each writes a file of its own name.
 const NAMES: [&str; 2] = ["oak", "birch"];
 const WRITTEN_MIB: u32 = 8;
@@ -31,30 +32,28 @@ pub fn run(workspace: &Workspace) -> Result<bool> {
         }
     };
     let demo = Demo::prepare(workspace, assets)?;
-    println!("Sapwood: two guests, one base\n");
-    let before = demo.print_base()?;
-    for layer in &demo.layers {
-        demo.create(layer)?;
-    }
-    println!("\nboth guests boot at once, each from its layer ({})", demo.vmm.name());
-    demo.round(1, &write_script)?;
-    println!("\nthey boot again and look");
-    demo.round(2, &look_script)?;
-    demo.print_layers()?;
+    println!("Sapwood: a store, one image, three guests\n");
+    let before = checksum(&demo.assets.root_image)?;
+    demo.fill()?;
+    println!("\noak and birch boot, each from its clone ({})", demo.vmm.name());
+    demo.write()?;
+    println!("\noak goes back to its snapshot; acorn is a clone of that");
+    demo.go_back()?;
+    println!("\nall three boot and look");
+    demo.look()?;
+    demo.show()?;
     let after = checksum(&demo.assets.root_image)?;
-    ensure!(before == after, "the base has changed: {before} before, {after} after");
-    println!("\nthe base is untouched: sha256 {} as before", short(&after));
-    println!("neither guest saw the other's change; each saw its own after a restart");
-    println!("the layers stay in {}", demo.directory.display());
+    ensure!(before == after, "the image has changed: {before} before, {after} after");
+    println!("\nthe image is untouched; the store stays in {}", demo.store.display());
+    demo.daemon.stop()?;
     Ok(true)
 }
 
 struct Demo {
-    program: PathBuf,
     assets: Assets,
     vmm: Vmm,
-    directory: PathBuf,
-    layers: Vec<PathBuf>,
+    store: PathBuf,
+    daemon: Daemon,
 }
 
 impl Demo {
@@ -65,97 +64,100 @@ impl Demo {
             fs::remove_dir_all(&directory)?;
         }
         fs::create_dir_all(&directory)?;
-        let layers = NAMES.map(|name| directory.join(format!("{name}.layer"))).into();
         let vmm = Vmm::preferred(&assets, &program)?;
-        Ok(Self { program, assets, vmm, directory, layers })
+        let store = directory.join("store");
+        Daemon::init(&program, &store)?;
+        let daemon = Daemon::start(&program, &store)?;
+        Ok(Self { assets, vmm, store, daemon })
     }
 
-    fn sapwood(&self, arguments: &[&str], disk: &Path) -> Result<String> {
-        let mut command = Command::new(&self.program);
-        process::output(command.args(arguments).arg(disk), COMMAND_LIMIT)
-    }
-
-    fn print_base(&self) -> Result<String> {
-        let image = &self.assets.root_image;
-        let sum = checksum(image)?;
-        let metadata = fs::metadata(image)?;
-        println!(
-            "base   {:<12} {:>9} virtual  {:>9} allocated  sha256 {}",
-            "root.raw",
-            size(metadata.len()),
-            size(metadata.blocks() * 512),
-            short(&sum)
-        );
-        Ok(sum)
-    }
-
-    fn create(&self, layer: &Path) -> Result<()> {
-        let base = self.assets.root_image.display().to_string();
+    /// Runs a command about the store, shows it and what it says, and how long it took.
+    fn say(&self, arguments: &[&str]) -> Result<()> {
         let begin = Instant::now();
-        self.sapwood(&["create", "-f", "layer", "-b", &base, "-F", "raw"], layer)?;
-        let elapsed = begin.elapsed();
-        println!(
-            "layer  {:<12} {:>9} virtual  {:>9} allocated  created in {:.1} ms",
-            file_name(layer),
-            size(self.virtual_size(layer)?),
-            size(fs::metadata(layer)?.blocks() * 512),
-            elapsed.as_secs_f64() * 1e3
-        );
+        let text = self.daemon.sapwood(arguments)?;
+        let took = begin.elapsed().as_secs_f64();
+        let shown: Vec<_> =
+            arguments.iter().map(|argument| argument.rsplit('/').next().unwrap_or(argument)).collect();
+        println!("$ sapwood {:<52} {:>7.0} ms", shown.join(" "), took * 1e3);
+        text.lines().for_each(|line| println!("  {line}"));
         Ok(())
     }
 
-    fn virtual_size(&self, layer: &Path) -> Result<u64> {
-        let text = self.sapwood(&["info", "--output=json"], layer)?;
-        let info: serde_json::Value = serde_json::from_str(&text)?;
-        info["virtual-size"].as_u64().with_context(|| format!("no virtual-size in {text}"))
+    fn fill(&self) -> Result<()> {
+        let image = self.assets.root_image.display().to_string();
+        self.say(&["import", "-f", "raw", &image, "debian@12"])?;
+        self.say(&["clone", "debian@12", NAMES[0], NAMES[1]])
     }
 
-    /// Boots a guest from each layer at the same time and prints what each says.
-    fn round(&self, round: u32, script: &dyn Fn(&str, &str) -> String) -> Result<()> {
-        let sockets = tempfile::tempdir()?;
+    fn boot(&self, name: &str, script: String) -> Result<Guest> {
+        let disk = self.daemon.attach(name, 1)?;
+        Guest::boot_with(
+            &GuestSpec { cpus: 1, ..GuestSpec::new(vec![disk], script) },
+            &self.assets,
+            &self.vmm,
+        )
+    }
+
+    fn end(&self, name: &str, guest: Guest) -> Result<()> {
+        let report = guest.succeed().with_context(|| format!("guest {name}"))?;
+        print_guest(name, &report);
+        self.daemon.sapwood(&["detach", name]).map(drop)
+    }
+
+    /// Both guests write; one is snapshotted while it does, and loses what it has written afterwards.
+    fn write(&self) -> Result<()> {
+        let [oak, birch] = NAMES;
+        let guests =
+            (self.boot(oak, write_script(oak, ACCIDENT))?, self.boot(birch, write_script(birch, ""))?);
+        guests.0.wait_for("written", READY_LIMIT)?;
+        println!("oak has written, and goes on:");
+        self.say(&["snapshot", "oak@good"])?;
+        self.end(oak, guests.0)?;
+        self.end(birch, guests.1)
+    }
+
+    fn go_back(&self) -> Result<()> {
+        self.say(&["rollback", "--discard", "oak"])?;
+        self.say(&["clone", "oak@good", "acorn"])
+    }
+
+    fn look(&self) -> Result<()> {
+        let looks = [("oak", "oak", "birch"), ("acorn", "oak", "birch"), ("birch", "birch", "oak")];
         let mut running = Vec::new();
-        for (index, layer) in self.layers.iter().enumerate() {
-            let socket = sockets.path().join(NAMES[index]);
-            let backend = Backend::start(&self.serve(layer), &socket)?;
-            let script = script(NAMES[index], NAMES[1 - index]);
-            let spec = GuestSpec { cpus: 1, ..GuestSpec::new(vec![Disk::new(&socket)], script) };
-            let guest = Guest::boot_with(&spec, &self.assets, &self.vmm)?;
-            running.push((NAMES[index], backend, guest));
+        for (name, own, other) in looks {
+            running.push((name, self.boot(name, look_script(own, other))?));
         }
-        for (name, backend, guest) in running {
-            let report = guest.succeed().with_context(|| format!("guest {name}, boot {round}"))?;
-            print_guest(name, &report);
-            backend.stop()?;
-        }
-        Ok(())
+        running.into_iter().try_for_each(|(name, guest)| self.end(name, guest))
     }
 
-    fn serve(&self, layer: &Path) -> BackendSpec {
-        BackendSpec::layer(layer, 1).with_program(&self.program)
-    }
-
-    fn print_layers(&self) -> Result<()> {
+    fn show(&self) -> Result<()> {
         println!();
-        for layer in &self.layers {
-            println!(
-                "layer  {:<12} {:>9} virtual  {:>9} allocated",
-                file_name(layer),
-                size(self.virtual_size(layer)?),
-                size(fs::metadata(layer)?.blocks() * 512)
-            );
-        }
-        Ok(())
+        self.say(&["store", "seal"])?;
+        self.say(&["store", "account"])?;
+        self.say(&["tree"])?;
+        self.say(&["store", "stat"])?;
+        self.say(&["store", "scrub"])
     }
 }
 
-fn write_script(own: &str, _other: &str) -> String {
+/// What befalls a guest after its snapshot was taken.
+const ACCIDENT: &str = "i=0\n\
+    while [ $i -lt 60 ]; do i=$((i + 1)); head -c 100000 /dev/urandom >>/srv/later; sync -d /srv/later; sleep 0.1; done\n\
+    rm -rf /etc/oak /srv/oak\n\
+    sync\n\
+    value said 'went on writing, then lost /etc/oak and /srv/oak by accident'\n";
+
+fn write_script(own: &str, after: &str) -> String {
     format!(
         "echo 'I am {own}' >/etc/{own}\n\
          dd if=/dev/urandom of=/srv/{own} bs=1M count={WRITTEN_MIB} status=none\n\
          sync\n\
          sha256sum </srv/{own} | cut -c1-64 >/etc/{own}.sum\n\
+         sync\n\
+         mark written\n\
          value said \"booted $(. /etc/os-release; echo \"$PRETTY_NAME\") on $(uname -r)\"\n\
-         value said 'wrote /etc/{own} and {WRITTEN_MIB} MiB into /srv/{own}'\n"
+         value said 'wrote /etc/{own} and {WRITTEN_MIB} MiB into /srv/{own}'\n\
+         {after}"
     )
 }
 
@@ -165,7 +167,7 @@ fn look_script(own: &str, other: &str) -> String {
          test \"$(sha256sum </srv/{own} | cut -c1-64)\" = \"$(cat /etc/{own}.sum)\"\n\
          test ! -e /etc/{other}\n\
          test ! -e /srv/{other}\n\
-         value said \"/srv holds: $(ls /srv); /srv/{own} has its checksum; no trace of {other}\"\n"
+         value said \"/srv/{own} is there and has its checksum; no trace of {other}\"\n"
     )
 }
 
@@ -178,41 +180,7 @@ fn print_guest(name: &str, report: &GuestReport) {
     }
 }
 
-fn checksum(file: &Path) -> Result<String> {
+fn checksum(file: &std::path::Path) -> Result<String> {
     let text = process::output(Command::new("sha256sum").arg(file), COMMAND_LIMIT)?;
     Ok(text.split_whitespace().next().unwrap_or_default().to_owned())
-}
-
-fn short(sum: &str) -> &str {
-    sum.get(..16).unwrap_or(sum)
-}
-
-fn file_name(path: &Path) -> String {
-    path.file_name().unwrap_or_default().to_string_lossy().into_owned()
-}
-
-/// `bytes` with a binary unit and three or four digits.
-fn size(bytes: u64) -> String {
-    const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
-    let mut value = bytes as f64;
-    let mut unit = 0;
-    while value >= 1024.0 && unit + 1 < UNITS.len() {
-        value /= 1024.0;
-        unit += 1;
-    }
-    let digits = usize::from(unit > 0 && value < 100.0);
-    format!("{value:.digits$} {}", UNITS[unit])
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sizes_are_short() {
-        assert_eq!(size(0), "0 B");
-        assert_eq!(size(4096), "4.0 KiB");
-        assert_eq!(size(1 << 30), "1.0 GiB");
-        assert_eq!(size(300 << 20), "300 MiB");
-    }
 }

@@ -162,14 +162,19 @@ fn an_archive_of_a_huge_disk_takes_what_it_stores() {
     let sealed = here.seal(model.whole(&mut Draw(0)), None);
     let path = file(&here);
     here.export(&path, sealed.root, None, Step::Go).unwrap();
-    // The same nodes as the start of the largest disk there can be: their levels do not fit.
-    let mut bytes = fs::read(&path).unwrap();
-    let size = crate::sealed::SEALED_BYTES_MAX;
+    let bytes = fs::read(&path).unwrap();
     let info = here.open(&path).unwrap().info().clone();
     let id = header::decode(&bytes[..BLOCK_BYTES]).unwrap().1;
-    let claim = ArchiveInfo { size, root: root_hash(size, &sealed.root.tree.hash), ..info };
-    bytes[..BLOCK_BYTES].copy_from_slice(&header::encode(&claim, &id));
-    fs::write(&path, &bytes).unwrap();
-    let error = there.import(&path, None).unwrap_err();
-    assert!(error.to_string().contains("level"), "{error}");
+    // The same nodes as the start of another disk.
+    let mut import = |size| {
+        let claim = ArchiveInfo { size, root: root_hash(size, &sealed.root.tree.hash), ..info.clone() };
+        let mut bytes = bytes.clone();
+        bytes[..BLOCK_BYTES].copy_from_slice(&header::encode(&claim, &id));
+        fs::write(&path, &bytes).unwrap();
+        there.import(&path, None).unwrap_err().to_string()
+    };
+    let error = import(crate::layer::SIZE_MAX);
+    assert!(error.contains("level"), "they do not fit: {error}");
+    let error = import(crate::sealed::SEALED_BYTES_MAX);
+    assert!(error.contains("cannot be sealed"), "{error}");
 }

@@ -73,7 +73,10 @@ pub async fn begin<E: Engine, L: Locate<E>>(
         marks.add(finder, root).await?;
     }
     let all = finder.known().map(|number| (number, marks.live(number)));
-    let candidates = choose(all.filter(|(_, live)| is_worth_it(*live, limits)).collect(), limits);
+    let worth: Vec<_> = all.filter(|(_, live)| is_worth_it(*live, limits)).collect();
+    // What is damaged and has no other copy cannot be moved.
+    let can_move = |(pack, live): &(u32, Live)| live.entries == 0 || !finder.bad().touches(*pack);
+    let candidates = choose(worth.into_iter().filter(can_move).collect(), limits);
     Ok(Survey { collecting, marks, limits, candidates })
 }
 
@@ -156,7 +159,7 @@ impl Withdrawn {
             let live = self.marks.live(number);
             if live.entries == 0 {
                 dead.push(number);
-            } else if is_worth_it(live, self.limits) {
+            } else if is_worth_it(live, self.limits) && !finder.bad().touches(number) {
                 sparse.push(number);
             } else {
                 self.collecting.release(number);
@@ -186,6 +189,8 @@ impl Marked {
     }
 
     /// Moves what is live out of the packs that are mostly dead. When the work is stopped, what was moved until then counts.
+    /// When something live is damaged, nothing is dropped and nothing was moved: another copy of it may be in what is dead. The finder
+    /// knows of it then, so that the next collection with it, or with its [`bad`](Finder::bad), goes by that copy.
     ///
     /// # Errors
     /// When new packs cannot be written; what was written is garbage then, and nothing is lost.
@@ -194,11 +199,7 @@ impl Marked {
         finder: &mut Finder<E, L>,
         target: &mut Target<S>,
     ) -> Result<Shifted, ImageError> {
-        let mut dropped = Vec::new();
-        for &number in &self.dead {
-            dropped.push(Dropped::of(finder, number).await);
-        }
-        let mut kept = Vec::new();
+        let (mut kept, mut emptied) = (Vec::new(), Vec::new());
         let mut mover = Mover::new(finder, &self.marks, target)?;
         for number in by_kind(mover.finder(), &self.sparse).await? {
             if mover.finder().pace.is_stopped() {
@@ -206,18 +207,26 @@ impl Marked {
                 continue;
             }
             match move_pack(&mut mover, number).await {
-                Ok(Ok(())) => dropped.push(Dropped::of(mover.finder(), number).await),
-                Ok(Err(error)) => {
-                    self.collecting.release(number);
-                    kept.push((number, error));
-                }
+                Ok(Ok(())) => emptied.push(number),
+                Ok(Err(error)) => kept.push((number, error)),
                 Err(error) => {
                     mover.abandon().await;
                     return Err(error);
                 }
             }
         }
+        if !kept.is_empty() {
+            mover.abandon().await;
+            self.collecting.release_all();
+            let (moves, moved) = (Moves::default(), Moved::default());
+            let (written, dropped) = (Vec::new(), Vec::new());
+            return Ok(Shifted { collecting: self.collecting, written, dropped, kept, moves, moved });
+        }
         let (written, moves, moved) = mover.finish().await?;
+        let mut dropped = Vec::new();
+        for number in self.dead.into_iter().chain(emptied) {
+            dropped.push(Dropped::of(finder, number).await);
+        }
         Ok(Shifted { collecting: self.collecting, written, dropped, kept, moves, moved })
     }
 }
@@ -272,7 +281,8 @@ pub struct Shifted {
     pub written: Vec<Written>,
     /// The packs to forget.
     pub dropped: Vec<Dropped>,
-    /// Packs that had to stay, because something live in them is damaged or cannot be read.
+    /// Packs that had to stay, because something live in them is damaged or cannot be read. When there are any, nothing else was
+    /// done: see [`Marked::shift`].
     pub kept: Vec<(u32, ImageError)>,
     /// What is where now, for the tops of trees in the catalog.
     pub moves: Moves,

@@ -10,7 +10,7 @@ use quick_cache::{DefaultHashBuilder, OptionsBuilder, Weighter};
 
 use super::pace::Pace;
 use super::table::{Fingerprints, Table};
-use crate::error::ImageError;
+use crate::error::{ErrorKind, ImageError};
 use crate::sealed::hash::Hash;
 use crate::sealed::header::PackKind;
 use crate::sealed::node::{Child, Node};
@@ -61,9 +61,9 @@ impl Spot {
     }
 }
 
-/// What was found to be damaged: content there is looked for elsewhere.
-#[derive(Debug, Default)]
-pub(super) struct Bad {
+/// What was found to be damaged: content there is looked for elsewhere. A scrub's findings, for a collection.
+#[derive(Clone, Debug, Default)]
+pub struct Bad {
     packs: BTreeSet<u32>,
     /// Places of records.
     records: BTreeSet<(u32, u64)>,
@@ -82,8 +82,27 @@ impl Bad {
         }
     }
 
+    /// What an error about a pack says of it: the record at an offset, or anything in it.
+    pub(super) fn add_error(&mut self, pack: u32, error: &ImageError) {
+        match &error.kind {
+            ErrorKind::Corrupt { field: "record", offset, .. } => self.add_record(pack, *offset),
+            _ => self.add_pack(pack),
+        }
+    }
+
     fn holds(&self, place: Place) -> bool {
         self.packs.contains(&place.pack()) || self.records.contains(&(place.pack(), place.offset()))
+    }
+
+    /// Whether something in a pack is damaged.
+    pub(super) fn touches(&self, pack: u32) -> bool {
+        let records = self.records.range((pack, 0)..=(pack, u64::MAX)).next();
+        self.packs.contains(&pack) || records.is_some()
+    }
+
+    /// Whether nothing is.
+    pub fn is_empty(&self) -> bool {
+        self.packs.is_empty() && self.records.is_empty()
     }
 }
 
@@ -113,7 +132,7 @@ pub struct Finder<E: Engine, L> {
     pub(super) bad: Bad,
     /// Packs without a table, with numbers for what was found there.
     unlisted: HashMap<u32, HashMap<u64, u32>>,
-    /// Whether packs that cannot be read are passed over.
+    /// Whether packs that cannot be read are passed over, and what is damaged counts as lost.
     pub(super) tolerant: bool,
     nodes_read: u64,
 }
@@ -149,6 +168,19 @@ impl<E: Engine, L: Locate<E>> Finder<E, L> {
         }
     }
 
+    /// Knows what is damaged, from a [scrub](super::Scrub::into_bad): a collection goes by other copies of it, where there are any,
+    /// and does not try to move it.
+    #[must_use]
+    pub fn with_bad(mut self, bad: Bad) -> Self {
+        self.bad = bad;
+        self
+    }
+
+    /// What is known to be damaged: what was said, and what collections have found since.
+    pub fn bad(&self) -> &Bad {
+        &self.bad
+    }
+
     /// Replaces the packs that there are.
     pub fn know(&mut self, known: impl IntoIterator<Item = u32>) {
         self.known = known.into_iter().collect();
@@ -170,26 +202,33 @@ impl<E: Engine, L: Locate<E>> Finder<E, L> {
     }
 
     /// What is stored of a child, which is not zero: where its place says, or else where the index does; of several the
-    /// lowest place, so that the answer is the same every time.
+    /// lowest place, so that the answer is the same every time. What is damaged counts where there is no other copy.
     pub(super) async fn find(&mut self, child: &Child, kind: PackKind) -> Result<Spot, ImageError> {
+        let mut damaged = None;
         if !child.place.is_none()
             && let Some(spot) = self.at(child.place, &child.hash, kind).await?
         {
-            return Ok(spot);
+            if !self.bad.holds(spot.place) {
+                return Ok(spot);
+            }
+            damaged = Some(spot);
         }
         let mut places = self.locate.locate(&self.io, &child.hash).await?;
         places.sort_unstable();
         for place in places {
             if let Some(spot) = self.at(place, &child.hash, kind).await? {
-                return Ok(spot);
+                if !self.bad.holds(spot.place) {
+                    return Ok(spot);
+                }
+                damaged.get_or_insert(spot);
             }
         }
-        Err(self.packs.missing(&child.hash))
+        damaged.ok_or_else(|| self.packs.missing(&child.hash))
     }
 
     /// The entry at a place, if it is that content.
     async fn at(&mut self, place: Place, hash: &Hash, kind: PackKind) -> Result<Option<Spot>, ImageError> {
-        if !self.known.contains(&place.pack()) || self.bad.holds(place) {
+        if !self.known.contains(&place.pack()) || (self.tolerant && self.bad.holds(place)) {
             return Ok(None);
         }
         if self.unlisted.contains_key(&place.pack()) {
@@ -201,6 +240,8 @@ impl<E: Engine, L: Locate<E>> Finder<E, L> {
                 self.unlisted.insert(place.pack(), HashMap::new());
                 return Ok(self.read_at(place, hash, kind).await);
             }
+            // It is known: maybe there is another copy.
+            Err(_) if self.bad.packs.contains(&place.pack()) => return Ok(None),
             Err(error) => return Err(error),
         };
         let found = table.find(place, hash, &self.keys).filter(|_| table.kind == kind);

@@ -21,7 +21,9 @@
 //!    The catalog is asked before the pins, since a root is in the catalog before its pin ends; and for its packs last, since they
 //!    are listed before a root that needs them is. Now what is unmarked in the withdrawn packs is dead for good.
 //! 4. [`Marked::shift`]: copies what is live and in packs that are mostly dead to new packs, and makes these durable, with their
-//!    names. Every block and node is compared with its hash before it counts as moved. A pack in which something live is damaged stays.
+//!    names. Every block and node is compared with its hash before it counts as moved. Where something live is damaged that
+//!    nobody knew of, nothing is moved and nothing is dropped: what is dead may hold the other copy of it. The finder knows it then, and the next
+//!    collection goes by that copy.
 //! 5. The caller commits: the catalog and the exact index get the new packs and lose the dropped ones, in one commit. Before
 //!    it the new packs are garbage, after it the dropped ones are: a crash leaves the one or the other, which nobody refers to.
 //!    Then it calls [`Shifted::committed`], so that no look-up for duplicates that still remembers a dropped pack is believed.
@@ -59,7 +61,7 @@ mod walk;
 
 pub use account::{Accounts, Amount, Detail, RootAccount, account};
 pub use collection::{Catalog, Dropped, Limits, Marked, Shifted, Survey, Withdrawn, begin};
-pub use finder::{Finder, Locate};
+pub use finder::{Bad, Finder, Locate};
 pub use mark::{Live, Marks, mark};
 pub use pace::Pace;
 pub use pins::{Pin, Pins};

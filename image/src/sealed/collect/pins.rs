@@ -187,6 +187,12 @@ impl Collecting {
         }
     }
 
+    /// Gives everything back.
+    pub(super) fn release_all(&mut self) {
+        let withdrawn = std::mem::take(&mut self.withdrawn);
+        self.pins.state().withdrawn.retain(|pack| !withdrawn.contains(pack));
+    }
+
     /// What is withdrawn still is gone for good, and these packs are in the catalog in its place.
     pub(in crate::sealed) fn finish(self, written: impl IntoIterator<Item = u32>) {
         let mut state = self.pins.state();

@@ -7,7 +7,7 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use super::finder::{Finder, Locate};
+use super::finder::{Bad, Finder, Locate};
 use super::records::Records;
 use crate::error::{ErrorKind, ImageError};
 use crate::sealed::entries::Entry;
@@ -94,6 +94,11 @@ impl<E: Engine, L: Locate<E>> Scrub<E, L> {
     /// What was found so far.
     pub fn findings(&self) -> &Findings {
         &self.findings
+    }
+
+    /// What was found to be damaged so far, for the [`Finder`] of a collection.
+    pub fn into_bad(self) -> Bad {
+        self.finder.bad
     }
 
     /// Reads a pack. Damage is a finding and no error.

@@ -147,9 +147,35 @@ impl<'a, E: Engine, L: Locate<E>, S: Storage<File = E::File>> Mover<'a, E, L, S>
                 self.gathered_entries.clear();
                 self.moves.blocks.truncate(blocks);
                 self.moves.nodes.truncate(nodes);
+                self.note_damage(pack, &error).await;
                 Ok(Err(error))
             }
             result => result.map(Ok),
+        }
+    }
+
+    /// Takes down what is damaged in a pack, all of it: from now on it counts for as long as there is no other copy.
+    async fn note_damage(&mut self, pack: &Pack<E::File>, error: &ImageError) {
+        let (pace, number) = (Arc::clone(&self.finder.pace), pack.number());
+        self.finder.bad.add_error(number, error);
+        let Ok(entries) = pack.entries_in(&self.finder.io, 0..u32::MAX).await else {
+            return self.finder.bad.add_pack(number);
+        };
+        let mut records = Records::new(&self.finder.io, pack, &pace);
+        for record in entries.chunk_by(|a, b| a.place.offset() == b.place.offset()) {
+            let (place, at) = (record[0].place, record[0].place.offset());
+            let holds = |hashes: &[Hash]| {
+                record.iter().all(|entry| hashes.get(entry.place.index()) == Some(&entry.hash))
+            };
+            let is_good =
+                match records.at(at, place.read_len()).await.map(|b| decode_record(&pack.id(), at, b)) {
+                    Ok(Ok((Record::Frame(frame), _))) => holds(&frame.hashes().collect::<Vec<_>>()),
+                    Ok(Ok((Record::Node(node), _))) => holds(&[node.hash()]),
+                    _ => false,
+                };
+            if !is_good {
+                self.finder.bad.add_record(number, at);
+            }
         }
     }
 
@@ -308,10 +334,14 @@ impl<'a, E: Engine, L: Locate<E>, S: Storage<File = E::File>> Mover<'a, E, L, S>
         Ok((self.written, self.moves, self.moved))
     }
 
-    /// Gives up: the unfinished pack is removed. Those that are finished are garbage.
+    /// Gives up: new packs are removed, finished or not.
     pub(super) async fn abandon(self) {
         if let Some(writer) = self.writer {
             writer.abandon().await;
+        }
+        for written in self.written {
+            // What cannot be removed is found as garbage later.
+            let _ = self.finder.io.run(Op::Unlink { path: written.path }).await;
         }
     }
 

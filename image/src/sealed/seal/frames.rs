@@ -13,6 +13,7 @@ use crate::sealed::place::Place;
 use crate::sealed::record::NewRecord;
 use crate::sealed::workers::{Ticket, Workers};
 use sapwood_blockdev::engine::Engine;
+use sapwood_blockdev::units::BLOCK_BYTES;
 
 /// A block that is known, or that will have a place when its frame has one.
 #[derive(Clone, Copy, Debug)]
@@ -74,6 +75,9 @@ impl Frames {
     /// Stores a block.
     pub(super) fn add(&mut self, hash: Hash, block: &[u8], workers: &Workers) -> Slot {
         let slot = (self.filling, self.hashes.len());
+        if slot.1 == 0 {
+            self.bytes.reserve_exact(self.frame_blocks * BLOCK_BYTES);
+        }
         self.bytes.extend_from_slice(block);
         self.hashes.push(hash);
         self.pending.insert(hash, slot);

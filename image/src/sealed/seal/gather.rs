@@ -1,5 +1,6 @@
 //! The disk, segment by segment.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -7,7 +8,7 @@ use super::SEGMENT_BLOCKS;
 use crate::error::ImageError;
 use crate::sealed::cursor::Cursor;
 use crate::sealed::packs::{Packs, Root};
-use crate::sealed::source::{Content, Source, SourceRun};
+use crate::sealed::source::{Content, Source, SourceBytes, SourceRun};
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE};
@@ -19,7 +20,16 @@ pub(super) struct Gathered {
     /// What it holds, in order. Data lies within one segment; whatever needs no reading may go on after it.
     pub(super) runs: Vec<SourceRun>,
     /// The data, one block after the other.
-    pub(super) bytes: Vec<u8>,
+    pub(super) bytes: SourceBytes,
+}
+
+/// A stretch that has not been read.
+struct Planned {
+    start: u64,
+    runs: Vec<SourceRun>,
+    /// What is read of it, and the bytes that follow: of a block that is known already.
+    ranges: Vec<Range<u64>>,
+    last: Vec<u8>,
 }
 
 impl Gathered {
@@ -38,7 +48,9 @@ pub(in crate::sealed) struct Gatherer<'a, E: Engine, Src> {
     size: u64,
     /// Blocks that are as in the base, whatever the source says.
     start: u64,
+    /// The block up to which is planned.
     at: u64,
+    planned: VecDeque<Planned>,
     /// The source is not asked any more; the block from which on.
     pub(in crate::sealed) stopped: Option<u64>,
 }
@@ -52,7 +64,7 @@ impl<'a, E: Engine, Src: Source> Gatherer<'a, E, Src> {
         start: u64,
     ) -> Self {
         let size = source.size();
-        Self { source, packs, io, base, size, start, at: 0, stopped: None }
+        Self { source, packs, io, base, size, start, at: 0, planned: VecDeque::new(), stopped: None }
     }
 
     fn blocks(&self) -> u64 {
@@ -61,7 +73,11 @@ impl<'a, E: Engine, Src: Source> Gatherer<'a, E, Src> {
 
     /// Stops asking the source: the rest of the disk is as the base.
     pub(super) fn stop(&mut self) {
-        if self.stopped.is_none() && self.at < self.blocks() {
+        if self.stopped.is_none() && !self.is_done() {
+            if let Some(first) = self.planned.front() {
+                self.at = first.start;
+                self.planned.clear();
+            }
             self.stopped = Some(self.at.max(self.start));
         }
     }
@@ -79,11 +95,38 @@ impl<'a, E: Engine, Src: Source> Gatherer<'a, E, Src> {
 
     /// Whether the whole disk was gathered.
     pub(super) fn is_done(&self) -> bool {
-        self.at >= self.blocks()
+        self.planned.is_empty() && self.at >= self.blocks()
     }
 
     /// The next stretch, before the end of the disk.
     pub(super) async fn next(&mut self) -> Result<Gathered, ImageError> {
+        while self.planned.len() <= Src::AHEAD && self.at < self.blocks() {
+            let planned = self.plan().await?;
+            if !planned.ranges.is_empty() {
+                self.source.announce(&planned.ranges);
+            }
+            self.planned.push_back(planned);
+        }
+        let Planned { start, runs, ranges, last } = self.planned.pop_front().expect("it is not done");
+        let mut bytes = match ranges.is_empty() {
+            true => SourceBytes::from(Vec::new()),
+            false => self.source.read(&ranges).await?,
+        };
+        let read: u64 = ranges.iter().map(|range| range.end - range.start).sum();
+        assert_eq!(bytes.len() as u64, read * BLOCK_SIZE, "a source reads what it was asked for");
+        if ranges.last().is_some_and(|range| range.end == self.blocks()) {
+            zero_past_the_end(&mut bytes, self.size);
+        }
+        Ok(Gathered { start, runs, bytes: bytes.and(&last) })
+    }
+
+    /// Takes back the bytes of a stretch.
+    pub(super) fn take_back(&mut self, bytes: SourceBytes) {
+        self.source.take_back(bytes);
+    }
+
+    /// Asks what the stretch after those that are planned holds.
+    async fn plan(&mut self) -> Result<Planned, ImageError> {
         let (start, blocks) = (self.at, self.blocks());
         let end = blocks.min((start / SEGMENT_BLOCKS + 1) * SEGMENT_BLOCKS);
         let (mut runs, mut ranges, mut last) = (Vec::new(), Vec::<Range<u64>>::new(), Vec::new());
@@ -105,14 +148,7 @@ impl<'a, E: Engine, Src: Source> Gatherer<'a, E, Src> {
                 None => runs.push(run),
             }
         }
-        let mut bytes = if ranges.is_empty() { Vec::new() } else { self.source.read(&ranges).await? };
-        let read: u64 = ranges.iter().map(|range| range.end - range.start).sum();
-        assert_eq!(bytes.len() as u64, read * BLOCK_SIZE, "a source reads what it was asked for");
-        if ranges.last().is_some_and(|range| range.end == blocks) {
-            zero_past_the_end(&mut bytes, self.size);
-        }
-        bytes.extend(last);
-        Ok(Gathered { start, runs, bytes })
+        Ok(Planned { start, runs, ranges, last })
     }
 
     /// What comes next.

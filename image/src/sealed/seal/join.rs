@@ -16,7 +16,7 @@ use crate::sealed::output::{Put, RecordSink};
 use crate::sealed::packs::{Packs, Root};
 use crate::sealed::place::Place;
 use crate::sealed::record::NewRecord;
-use crate::sealed::source::{Content, Source, SourceRun};
+use crate::sealed::source::{Content, Source, SourceBytes, SourceRun};
 use crate::sealed::tree::{NodeSink, TreeBuilder};
 use crate::sealed::workers::{Ticket, Workers};
 use sapwood_blockdev::engine::Engine;
@@ -38,7 +38,7 @@ struct Joined {
 struct Hashing {
     start: u64,
     runs: Vec<SourceRun>,
-    ticket: Ticket<(Vec<u8>, Vec<Hash>)>,
+    ticket: Ticket<(SourceBytes, Vec<Hash>)>,
 }
 
 /// What a line works with.
@@ -109,7 +109,7 @@ where
                 hashing.push_back(self.hash(gathered));
             }
             let Some(next) = hashing.pop_front() else { break };
-            self.join(next).await?;
+            gatherer.take_back(self.join(next).await?);
             self.settle(FRAMES_MAX, JOINED_MAX).await?;
         }
         self.frames.close(self.workers);
@@ -130,7 +130,8 @@ where
         Hashing { start, runs, ticket }
     }
 
-    async fn join(&mut self, hashing: Hashing) -> Result<(), ImageError> {
+    /// Looks for blocks that were hashed, and has stored what is new: their bytes, which are not needed any more.
+    async fn join(&mut self, hashing: Hashing) -> Result<SourceBytes, ImageError> {
         let Hashing { start, runs, ticket } = hashing;
         let (bytes, hashes) = ticket.wait().await;
         self.dedup.look_ahead(self.io, self.packs, &hashes).await?;
@@ -153,7 +154,7 @@ where
         });
         let needs = needs.max().unwrap_or(0);
         self.joined.push_back(Joined { runs, slots, needs, oldest });
-        Ok(())
+        Ok(bytes)
     }
 
     /// What becomes of a block.

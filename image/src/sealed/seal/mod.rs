@@ -4,9 +4,13 @@
 //! zero, in the base, or stored already is not stored; the rest gathers into frames, which workers compress and which
 //! are appended in the order in which they began. A segment enters the tree when all its blocks have places.
 //!
-//! Memory: twice as many segments of 4 MiB as there are workers (one without), 128 frames and those of one segment more, 16
-//! segments that wait for places (60 KiB each), the nodes of the base over these, and 2 MiB of packs' tails; with the
-//! dedup index, which is the caller's.
+//! While workers are busy, the disk is read ahead, where its source can do that, and packs are written. What comes out
+//! depends neither on who is faster nor on how many workers there are.
+//!
+//! Memory: twice as many segments of 4 MiB as there are workers (one without), 2 that are read ahead and 4 buffers for the
+//! next ones (of a disk only), 128 frames and those of one segment more, 16 segments that wait for places (60 KiB each),
+//! the nodes of the base over these, and for each of two packs 1 MiB that gathers and 3 MiB that are being written or were;
+//! with the dedup index, which is the caller's.
 //!
 //! Whoever stops early gets the root of a whole disk: sealed up to a block, and as the base after it. Going on is
 //! sealing over that root from that block.
@@ -25,7 +29,7 @@ use std::sync::Arc;
 
 pub(super) use self::gather::Gatherer;
 pub(super) use self::join::{Line, Means};
-use super::cursor::{Cursor, SEALED_BYTES_MAX};
+use super::cursor::Cursor;
 use super::known::Dedup;
 use super::output::Output;
 use super::packs::{Packs, Root};
@@ -34,6 +38,7 @@ use super::source::Source;
 use super::workers::Workers;
 use super::writer::{PACK_BYTES, Written};
 use crate::error::ImageError;
+use crate::layer::SIZE_MAX;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
@@ -93,7 +98,7 @@ pub struct Sealed {
 /// When it fails, or is cancelled, it removes what it had made: nobody knows of it.
 ///
 /// # Errors
-/// What reading the source or the base, or writing packs says; a disk that is not what the source said it would be;
+/// A disk of more than 64 TiB, before anything of it is read; what reading the source or the base, or writing packs says; a disk that is not what the source said it would be;
 /// [`Cancelled`](crate::ErrorKind::Cancelled).
 ///
 /// # Panics
@@ -112,8 +117,11 @@ where
     assert!((1..=FRAME_BLOCKS_MAX).contains(&sealing.frame_blocks), "bounds of a frame");
     assert!((1..=PACK_BYTES).contains(&sealing.pack_bytes), "bounds of a pack");
     let size = source.size();
-    if !size.is_multiple_of(SECTOR_SIZE) || size > SEALED_BYTES_MAX {
-        let detail = format_args!("a disk of {size} bytes cannot be sealed");
+    // Trees reach further, but nobody could open what is larger.
+    if !size.is_multiple_of(SECTOR_SIZE) || size > SIZE_MAX {
+        let detail = format_args!(
+            "a disk of {size} bytes cannot be sealed: it must be a multiple of {SECTOR_SIZE}, and at most {SIZE_MAX}"
+        );
         return Err(ImageError::invalid(sealing.directory, detail));
     }
     let Sealing { storage, io, directory, packs, dedup, workers, base, frame_blocks, pack_bytes, start } =

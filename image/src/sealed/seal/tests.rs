@@ -1,13 +1,13 @@
 //! Sealing, on a real file system.
 
 use std::cell::Cell;
-use std::collections::HashSet;
+use std::collections::{HashSet, VecDeque};
 use std::ops::Range;
 use std::rc::Rc;
 
 use super::*;
 use crate::error::ErrorKind;
-use crate::sealed::source::{Content, MemoryBlock, MemorySource, SourceRun};
+use crate::sealed::source::{Content, MemoryBlock, MemorySource, SourceBytes, SourceRun};
 use crate::sealed::trial::{Draw, Model, Trial, block_bytes};
 use crate::sealed::{ExactMap, Found, Hash, Place};
 use sapwood_blockdev::engine::BlockingEngine;
@@ -121,6 +121,53 @@ fn whoever_stops_can_go_on() {
     trial.check(&root.unwrap(), &model);
 }
 
+/// A source that is told ahead what is read.
+struct Announced(MemorySource, VecDeque<Vec<Range<u64>>>);
+
+impl Source for Announced {
+    const AHEAD: usize = 2;
+
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+
+    async fn next(&mut self, at: u64) -> Result<SourceRun, ImageError> {
+        self.0.next(at).await
+    }
+
+    async fn read(&mut self, ranges: &[Range<u64>]) -> Result<SourceBytes, ImageError> {
+        assert_eq!(self.1.pop_front().as_deref(), Some(ranges), "in the order in which it was announced");
+        self.0.read(ranges).await
+    }
+
+    fn announce(&mut self, ranges: &[Range<u64>]) {
+        assert!(self.1.len() <= Self::AHEAD, "no more than it asks for");
+        self.1.push_back(ranges.to_vec());
+    }
+}
+
+#[test]
+fn what_is_announced_is_read_and_whoever_stops_loses_nothing_of_it() {
+    let (mut trial, mut draw) = (Trial::new(), Draw(4));
+    let model = Model { size: 9000 * BLOCK_SIZE - 512, blocks: (1..=9000).collect() };
+    let (mut root, mut start) = (None, 0);
+    for _ in 0..9 {
+        let mut calls = 0;
+        let stop = move |_: &SealStats| {
+            calls += 1;
+            if calls > 2 + u64::from(start > 0) { Step::Stop } else { Step::Go }
+        };
+        let source = Announced(model.whole(&mut draw), VecDeque::new());
+        let sealed = trial.seal_watched(source, root, start, stop).unwrap();
+        root = Some(sealed.root);
+        let Some(next) = sealed.next else { break };
+        assert_eq!(next, start + 2 * SEGMENT_BLOCKS, "two segments at a time");
+        start = next;
+    }
+    assert_eq!(root.unwrap().hash(), model.root_hash());
+    trial.check(&root.unwrap(), &model);
+}
+
 /// A source that fails when a block is read.
 struct Failing(MemorySource, u64);
 
@@ -133,7 +180,7 @@ impl Source for Failing {
         self.0.next(at).await
     }
 
-    async fn read(&mut self, ranges: &[Range<u64>]) -> Result<Vec<u8>, ImageError> {
+    async fn read(&mut self, ranges: &[Range<u64>]) -> Result<SourceBytes, ImageError> {
         if ranges.iter().any(|range| range.contains(&self.1)) {
             return Err(ImageError::invalid("source", "it fails here"));
         }
@@ -159,6 +206,33 @@ fn what_fails_or_is_cancelled_leaves_nothing() {
     trial.known = ExactMap::default();
     let error = trial.seal_watched(Failing(source, 4500), None, 0, |_| Step::Go).unwrap_err();
     assert!(error.to_string().contains("it fails here"));
+    assert_eq!(trial.files(), 0);
+}
+
+/// A disk of any size of which nothing may be asked.
+struct Untouched(u64);
+
+impl Source for Untouched {
+    fn size(&self) -> u64 {
+        self.0
+    }
+
+    async fn next(&mut self, _: u64) -> Result<SourceRun, ImageError> {
+        panic!("it is asked what it holds");
+    }
+
+    async fn read(&mut self, _: &[Range<u64>]) -> Result<Vec<u8>, ImageError> {
+        panic!("it is read");
+    }
+}
+
+#[test]
+fn what_is_too_large_to_be_opened_is_refused_at_once() {
+    let mut trial = Trial::new();
+    for size in [crate::layer::SIZE_MAX + 512, 4 << 50, u64::MAX - 511, 513] {
+        let error = trial.seal_watched(Untouched(size), None, 0, |_| Step::Go).unwrap_err();
+        assert!(error.to_string().contains(&size.to_string()), "{error}");
+    }
     assert_eq!(trial.files(), 0);
 }
 
@@ -226,7 +300,7 @@ impl Source for Large {
         })
     }
 
-    async fn read(&mut self, ranges: &[Range<u64>]) -> Result<Vec<u8>, ImageError> {
+    async fn read(&mut self, ranges: &[Range<u64>]) -> Result<SourceBytes, ImageError> {
         let mut bytes = Vec::new();
         for at in ranges.iter().cloned().flatten() {
             let mut block = vec![0; BLOCK_BYTES];
@@ -238,7 +312,7 @@ impl Source for Large {
                 .for_each(|word| word.copy_from_slice(&draw.next().to_le_bytes()));
             bytes.extend(block);
         }
-        Ok(bytes)
+        Ok(bytes.into())
     }
 }
 

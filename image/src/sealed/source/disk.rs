@@ -1,17 +1,26 @@
 //! A disk of any format, as its guest sees it.
+//!
+//! What will be read next is being read while the caller works on what it has: two segments, in buffers that it gives
+//! back. Requests go on by themselves as far as the kernel can take them, and whenever the source is asked something.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
-use super::{Content, Source, SourceRun};
+use super::{Content, Source, SourceBytes, SourceRun};
 use crate::error::ImageError;
+use crate::sealed::seal::SEGMENT_BLOCKS;
 use crate::side::{CHUNK_LEN, Side, WINDOW_LEN, cut};
-use sapwood_blockdev::buffer::SharedBuf;
+use sapwood_blockdev::buffer::{AlignedBuf, SharedBuf};
+use sapwood_blockdev::device::DeviceError;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::units::BLOCK_SIZE;
 
-/// Requests in flight, at most.
-const DEPTH: usize = 64;
+/// Bytes of a segment, and of each buffer.
+const SEGMENT_BYTES: usize = (SEGMENT_BLOCKS * BLOCK_SIZE) as usize;
+/// Buffers kept for the next reads.
+const SPARE: usize = 4;
+/// Requests in flight, at most: data in small pieces is read in turns.
+const DEPTH: u64 = 64;
 
 /// A disk that is read through a queue, over a reactor of its own.
 pub struct DiskSource<E: Engine> {
@@ -19,21 +28,127 @@ pub struct DiskSource<E: Engine> {
     /// How far the disk was asked what it holds, in bytes, and what of that holds data.
     asked: Range<u64>,
     data: VecDeque<Range<u64>>,
+    /// What is being read, in order.
+    reading: VecDeque<Reading>,
+    outstanding: u64,
+    spare: Vec<AlignedBuf>,
+}
+
+/// Ranges that are being read into one buffer.
+struct Reading {
+    ranges: Vec<Range<u64>>,
+    buffer: SharedBuf,
+    len: usize,
+    /// Tags of its requests, and how many of them have not ended.
+    tags: Range<u64>,
+    left: u64,
+    failed: Option<DeviceError>,
 }
 
 impl<E: Engine> DiskSource<E> {
     /// A disk, opened for reading.
     pub fn new(side: Side<E>) -> Self {
-        Self { side, asked: 0..0, data: VecDeque::new() }
+        Self {
+            side,
+            asked: 0..0,
+            data: VecDeque::new(),
+            reading: VecDeque::new(),
+            outstanding: 0,
+            spare: Vec::new(),
+        }
     }
 
     /// The disk again.
-    pub fn into_side(self) -> Side<E> {
+    pub fn into_side(mut self) -> Side<E> {
+        self.drop_readings();
         self.side
+    }
+
+    /// Begins to read.
+    fn begin(&mut self, ranges: &[Range<u64>]) {
+        let bytes = ranges.iter().map(|range| (range.end - range.start) * BLOCK_SIZE).sum::<u64>() as usize;
+        let spare = self.spare.pop().filter(|buffer| buffer.len() >= bytes);
+        let buffer = spare.unwrap_or_else(|| AlignedBuf::zeroed(bytes.max(SEGMENT_BYTES)));
+        let buffer = SharedBuf::from(buffer);
+        let first = self.side.submitted() + 1;
+        self.reading.push_back(Reading {
+            ranges: ranges.to_vec(),
+            buffer: buffer.clone(),
+            len: bytes,
+            tags: first..first,
+            left: 0,
+            failed: None,
+        });
+        let mut at = 0;
+        let in_bytes = ranges.iter().map(|range| range.start * BLOCK_SIZE..range.end * BLOCK_SIZE);
+        for chunk in in_bytes.flat_map(|range| cut(range, CHUNK_LEN)) {
+            let len = (chunk.end - chunk.start) as usize;
+            self.side.read(&chunk, &buffer.slice(at..at + len));
+            at += len;
+            self.count(self.side.submitted());
+            while self.outstanding >= DEPTH {
+                self.side.start();
+                self.wait();
+            }
+        }
+        self.side.start();
+    }
+
+    /// Counts what was submitted last among the requests of the last reading.
+    fn count(&mut self, submitted: u64) {
+        let last = self.reading.back_mut().expect("one was begun");
+        let new = submitted + 1 - last.tags.end;
+        last.tags.end += new;
+        last.left += new;
+        self.outstanding += new;
+    }
+
+    /// Takes what has ended; waits for something when nothing has.
+    fn wait(&mut self) {
+        let mut ended = 0;
+        loop {
+            for done in self.side.reap() {
+                ended += 1;
+                let Some(reading) = self.reading.iter_mut().find(|reading| reading.tags.contains(&done.tag))
+                else {
+                    continue;
+                };
+                reading.left -= 1;
+                if let Err(error) = done.result {
+                    reading.failed.get_or_insert(error);
+                }
+            }
+            if ended > 0 {
+                self.outstanding -= ended;
+                return;
+            }
+            self.side.wait();
+        }
+    }
+
+    /// Waits for what was begun first.
+    fn finish_first(&mut self) -> Option<Reading> {
+        while self.reading.front()?.left > 0 {
+            self.wait();
+        }
+        self.reading.pop_front()
+    }
+
+    /// Waits for all that was begun, and forgets it.
+    fn drop_readings(&mut self) {
+        while let Some(reading) = self.finish_first() {
+            self.keep(reading.buffer.into_buf().ok());
+        }
+    }
+
+    fn keep(&mut self, buffer: Option<AlignedBuf>) {
+        self.spare.extend(buffer.filter(|_| self.spare.len() < SPARE));
     }
 }
 
 impl<E: Engine> Source for DiskSource<E> {
+    const AHEAD: usize = 2;
+
     fn size(&self) -> u64 {
         self.side.size()
     }
@@ -56,22 +171,30 @@ impl<E: Engine> Source for DiskSource<E> {
         Ok(SourceRun { content, count: (end - at).div_ceil(BLOCK_SIZE) })
     }
 
-    async fn read(&mut self, ranges: &[Range<u64>]) -> Result<Vec<u8>, ImageError> {
-        let bytes: u64 = ranges.iter().map(|range| (range.end - range.start) * BLOCK_SIZE).sum();
-        let buffer = SharedBuf::heap(bytes as usize);
-        let mut at = 0;
-        let in_bytes = ranges.iter().map(|range| range.start * BLOCK_SIZE..range.end * BLOCK_SIZE);
-        for (i, chunk) in in_bytes.flat_map(|range| cut(range, CHUNK_LEN)).enumerate() {
-            let len = (chunk.end - chunk.start) as usize;
-            self.side.read(&chunk, &buffer.slice(at..at + len));
-            at += len;
-            if i % DEPTH == DEPTH - 1 {
-                self.side.finish()?;
-            }
+    async fn read(&mut self, ranges: &[Range<u64>]) -> Result<SourceBytes, ImageError> {
+        if self.reading.front().is_none_or(|reading| reading.ranges != ranges) {
+            self.drop_readings();
+            self.begin(ranges);
         }
-        self.side.finish()?;
-        let mut copy = vec![0; at];
-        buffer.read_at(0, &mut copy);
-        Ok(copy)
+        let Reading { buffer, len, failed, .. } = self.finish_first().expect("it was begun");
+        if let Some(error) = failed {
+            return Err(ImageError::new(self.side.path(), error));
+        }
+        Ok(match buffer.into_buf() {
+            Ok(buffer) => SourceBytes::of_buffer(buffer, len),
+            Err(shared) => {
+                let mut copy = vec![0; len];
+                shared.read_at(0, &mut copy);
+                copy.into()
+            }
+        })
+    }
+
+    fn announce(&mut self, ranges: &[Range<u64>]) {
+        self.begin(ranges);
+    }
+
+    fn take_back(&mut self, bytes: SourceBytes) {
+        self.keep(bytes.into_buffer());
     }
 }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Content, Source, SourceRun};
+use super::{Content, Source, SourceBytes, SourceRun};
 use crate::error::ImageError;
 use sapwood_blockdev::units::BLOCK_BYTES;
 
@@ -55,7 +55,7 @@ impl Source for MemorySource {
         Ok(SourceRun { content, count: count as u64 })
     }
 
-    async fn read(&mut self, ranges: &[Range<u64>]) -> Result<Vec<u8>, ImageError> {
+    async fn read(&mut self, ranges: &[Range<u64>]) -> Result<SourceBytes, ImageError> {
         let mut bytes = Vec::new();
         for at in ranges.iter().cloned().flatten() {
             let MemoryBlock::Data(block) = &self.blocks[at as usize] else {
@@ -63,6 +63,6 @@ impl Source for MemorySource {
             };
             bytes.extend(block);
         }
-        Ok(bytes)
+        Ok(bytes.into())
     }
 }

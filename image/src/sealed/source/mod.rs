@@ -1,5 +1,6 @@
 //! What is sealed: any disk, the changes of a frozen layer, blocks in memory, or a tree from elsewhere.
 
+mod bytes;
 mod disk;
 mod frozen;
 mod memory;
@@ -7,6 +8,7 @@ mod memory;
 mod tests;
 mod tree;
 
+pub use bytes::SourceBytes;
 pub use disk::DiskSource;
 pub use frozen::FrozenSource;
 pub use memory::{MemoryBlock, MemorySource};
@@ -58,5 +60,14 @@ pub trait Source {
     ///
     /// # Errors
     /// When they cannot be read.
-    fn read(&mut self, ranges: &[Range<u64>]) -> impl Future<Output = Result<Vec<u8>, ImageError>>;
+    fn read(&mut self, ranges: &[Range<u64>]) -> impl Future<Output = Result<SourceBytes, ImageError>>;
+
+    /// Of how many segments the source wants to know that they will be read, before they are.
+    const AHEAD: usize = 0;
+
+    /// These ranges will be read next, after those announced before, unless sealing stops.
+    fn announce(&mut self, _ranges: &[Range<u64>]) {}
+
+    /// Takes back what [`read`](Self::read) gave, so that its memory can be used again.
+    fn take_back(&mut self, _bytes: SourceBytes) {}
 }

@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Content, Source, SourceRun};
+use super::{Content, Source, SourceBytes, SourceRun};
 use crate::error::ImageError;
 use crate::sealed::cursor::{Cursor, FANOUT_BITS};
 use crate::sealed::hash::Hash;
@@ -75,7 +75,7 @@ impl<E: Engine> Source for TreeSource<E> {
         }
     }
 
-    async fn read(&mut self, ranges: &[Range<u64>]) -> Result<Vec<u8>, ImageError> {
+    async fn read(&mut self, ranges: &[Range<u64>]) -> Result<SourceBytes, ImageError> {
         let mut bytes = Vec::new();
         for at in ranges.iter().cloned().flatten() {
             let child = self.tree.child(0, at).await?.expect("blocks lie below every top");
@@ -86,6 +86,6 @@ impl<E: Engine> Source for TreeSource<E> {
         if let Some(base) = &mut self.base {
             base.forget_before(before);
         }
-        Ok(bytes)
+        Ok(bytes.into())
     }
 }

@@ -3,7 +3,7 @@
 use std::rc::Rc;
 
 use super::super::*;
-use super::store::{Random, TestStore, seal};
+use super::store::{Random, TestFinder, TestStore, seal};
 use crate::error::ErrorKind;
 use crate::sealed::*;
 
@@ -135,6 +135,25 @@ fn a_collection_never_goes_on_past_a_node_that_it_cannot_read() {
     assert!(packs.iter().all(|pack| pin.hold(*pack)), "nothing is withdrawn");
 }
 
+/// Flips a bit in the first record of a pack.
+fn damage(store: &TestStore, pack: u32) {
+    let path = store.path().join(pack_name(pack));
+    let mut bytes = std::fs::read(&path).unwrap();
+    bytes[4096 + 60] ^= 1;
+    std::fs::write(&path, bytes).unwrap();
+}
+
+/// A collection: packs that were kept, and those that were dropped.
+async fn collect_with(store: &TestStore, finder: &mut TestFinder) -> (Vec<(u32, String)>, Vec<u32>) {
+    let survey = begin(finder, &store.pins, store, Limits::default()).await.unwrap();
+    let marked = survey.withdraw().mark(finder, store).await.unwrap();
+    let shifted = marked.shift(finder, &mut store.target()).await.unwrap();
+    let kept = shifted.kept.iter().map(|(pack, error)| (*pack, error.to_string())).collect();
+    let dropped = shifted.dropped.iter().map(|pack| pack.number).collect();
+    store.finish(shifted).await;
+    (kept, dropped)
+}
+
 #[test]
 fn a_pack_with_damage_in_what_is_live_stays() {
     let store = TestStore::new();
@@ -144,24 +163,75 @@ fn a_pack_with_damage_in_what_is_live_stays() {
     seal(&store, part, Some(whole), 1);
     store.roots.borrow_mut().remove(&whole);
     let packs = store.packs().unwrap();
-    let data = store.path().join(pack_name(packs[0]));
-    let mut bytes = std::fs::read(&data).unwrap();
-    bytes[4096 + 60] ^= 1;
-    std::fs::write(&data, bytes).unwrap();
+    damage(&store, packs[0]);
     let of_task = Rc::clone(&store);
-    let kept = store.run(async move {
-        let (store, mut finder) = (Rc::clone(&of_task), of_task.finder());
-        let survey = begin(&mut finder, &store.pins, &*store, Limits::default()).await.unwrap();
-        let marked = survey.withdraw().mark(&mut finder, &*store).await.unwrap();
-        let shifted = marked.shift(&mut finder, &mut store.target()).await.unwrap();
-        let kept: Vec<(u32, String)> =
-            shifted.kept.iter().map(|(pack, error)| (*pack, error.to_string())).collect();
-        store.finish(shifted).await;
-        kept
+    store.run(async move {
+        let mut finder = of_task.finder();
+        let (kept, dropped) = collect_with(&of_task, &mut finder).await;
+        assert_eq!((kept.len(), dropped), (1, vec![]), "what is dead could be needed");
+        assert!(kept[0].0 == packs[0] && kept[0].1.contains("offset 0x1000"), "{kept:?}");
+        assert_eq!(of_task.packs().unwrap(), packs);
+        assert_eq!(std::fs::read_dir(of_task.path()).unwrap().count(), packs.len(), "nothing else is there");
+        let pin = of_task.pins.pin(&[]);
+        assert!(packs.iter().all(|pack| pin.hold(*pack)), "nothing is withdrawn");
+        drop(pin);
+        // Now it is known, and that there is no other copy.
+        let (kept, dropped) = collect_with(&of_task, &mut finder).await;
+        assert_eq!((kept, dropped), (vec![], vec![packs[1]]));
     });
-    assert_eq!(kept.len(), 1);
-    assert!(kept[0].0 == packs[0] && kept[0].1.contains("offset 0x1000"), "{kept:?}");
-    assert!(store.packs().unwrap().contains(&packs[0]) && !store.packs().unwrap().contains(&packs[1]));
+}
+
+/// Two copies of a disk, of which one is dead and whole. Of the other one a part is live, and damaged.
+fn damaged_with_a_dead_copy() -> Rc<TestStore> {
+    let store = TestStore::new();
+    let all: Vec<u64> = (1..=400).collect();
+    let dead = seal(&store, all.clone(), None, 1);
+    let index = store.index.0.take();
+    let whole = seal(&store, all.clone(), None, 1);
+    for (hash, places) in index {
+        store.index.0.borrow_mut().entry(hash).or_default().extend(places);
+    }
+    let part = all.iter().map(|value| if *value <= 40 { *value } else { 0 }).collect();
+    seal(&store, part, Some(whole), 1);
+    store.roots.borrow_mut().remove(&dead);
+    store.roots.borrow_mut().remove(&whole);
+    damage(&store, store.packs().unwrap()[2]);
+    store
+}
+
+#[test]
+fn a_good_copy_is_not_dropped_while_the_other_one_is_damaged() {
+    let store = damaged_with_a_dead_copy();
+    let of_task = Rc::clone(&store);
+    store.run(async move {
+        let packs = of_task.packs().unwrap();
+        let mut finder = of_task.finder();
+        let (kept, dropped) = collect_with(&of_task, &mut finder).await;
+        assert_eq!((kept.len(), kept[0].0, dropped), (1, packs[2], vec![]));
+        of_task.check().await.unwrap();
+        let (kept, dropped) = collect_with(&of_task, &mut finder).await;
+        assert_eq!((kept, dropped), (vec![], vec![packs[1], packs[0], packs[3]]), "its blocks were moved");
+        of_task.check().await.unwrap();
+    });
+}
+
+#[test]
+fn a_collection_goes_by_what_a_scrub_has_found() {
+    let store = damaged_with_a_dead_copy();
+    let of_task = Rc::clone(&store);
+    store.run(async move {
+        let packs = of_task.packs().unwrap();
+        let mut scrub = Scrub::new(of_task.finder());
+        for pack in &packs {
+            scrub.pack(*pack).await.unwrap();
+        }
+        let roots = scrub.roots(&of_task.roots().unwrap()).await.unwrap();
+        assert_eq!(roots, [None], "there is another copy");
+        let mut finder = of_task.finder().with_bad(scrub.into_bad());
+        let (kept, dropped) = collect_with(&of_task, &mut finder).await;
+        assert_eq!((kept, dropped), (vec![], vec![packs[1], packs[0], packs[3]]));
+        of_task.check().await.unwrap();
+    });
 }
 
 #[test]

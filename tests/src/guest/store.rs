@@ -1,0 +1,89 @@
+//! A store with its daemon, from which guests get their disks.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result};
+use tempfile::TempDir;
+
+use super::lab::output;
+use super::{Backend, Disk};
+
+/// A daemon that serves a store. Dropping it ends it with SIGKILL.
+#[derive(Debug)]
+pub struct Daemon {
+    program: PathBuf,
+    store: PathBuf,
+    backend: Backend,
+    /// Of the daemon and of volumes: a path of a socket must be short.
+    sockets: TempDir,
+}
+
+impl Daemon {
+    /// Makes a store in `store`, where nothing is.
+    ///
+    /// # Errors
+    /// It cannot be made; the message says why.
+    pub fn init(program: &Path, store: &Path) -> Result<()> {
+        output(Command::new(program).args(["store", "init"]).arg(store)).map(drop)
+    }
+
+    /// Starts the daemon of a store.
+    ///
+    /// # Errors
+    /// See [`Backend::start`].
+    pub fn start(program: &Path, store: &Path) -> Result<Self> {
+        let sockets = tempfile::Builder::new().prefix("sapwood-").tempdir()?;
+        let socket = sockets.path().join("daemon.sock");
+        let arguments = [
+            "daemon",
+            "--store",
+            &text(store)?,
+            "--socket",
+            &text(&socket)?,
+            "--sockets",
+            &text(sockets.path())?,
+        ]
+        .map(str::to_owned);
+        let backend = Backend::start_program(&text(program)?, &arguments, &socket)?;
+        Ok(Self { program: program.to_owned(), store: store.to_owned(), backend, sockets })
+    }
+
+    /// Runs `sapwood` on the store, and gives its standard output.
+    ///
+    /// # Errors
+    /// It fails; the message holds what it wrote.
+    pub fn sapwood(&self, arguments: &[&str]) -> Result<String> {
+        output(Command::new(&self.program).args(arguments).env("SAPWOOD_STORE", &self.store))
+    }
+
+    /// Attaches a volume: the disk, with so many queues.
+    ///
+    /// # Errors
+    /// As of [`Self::sapwood`].
+    pub fn attach(&self, volume: &str, queues: u16) -> Result<Disk> {
+        let socket = self.sockets.path().join(format!("{volume}.sock"));
+        self.sapwood(&["attach", "--queues", &queues.to_string(), "--socket", &text(&socket)?, volume])?;
+        Ok(Disk::new(socket).queues(queues))
+    }
+
+    /// Ends it with SIGTERM: it must close all volumes, and end with status 0.
+    ///
+    /// # Errors
+    /// See [`Backend::stop`].
+    pub fn stop(self) -> Result<()> {
+        self.backend.stop()
+    }
+
+    /// Ends it with SIGKILL.
+    ///
+    /// # Errors
+    /// It had ended before.
+    pub fn kill(self) -> Result<()> {
+        self.backend.kill()
+    }
+}
+
+fn text(path: &Path) -> Result<String> {
+    Ok(path.to_str().with_context(|| format!("{} is not UTF-8", path.display()))?.to_owned())
+}

@@ -1,0 +1,118 @@
+//! Guests on the volumes of a store: one is snapshotted while it writes, and every snapshot is a disk that mounts and holds
+//! what was durable.
+//!
+//! It boots guests for minutes, so that a plain `cargo test` leaves it out: `cargo xtask test --only guests` runs it.
+#![allow(clippy::unwrap_used)]
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use sapwood_tests::guest::{Assets, Daemon, Guest, GuestReport, GuestSpec, sapwood_program};
+
+/// How long a guest may take until its writer is at work.
+const READY_LIMIT: Duration = Duration::from_secs(240);
+const SNAPSHOTS: usize = 20;
+/// Snapshots that one guest looks at: a disk for each.
+const AT_ONCE: usize = 10;
+
+/// Writes files and a log whose lines are durable, until the log has some hundred lines at least and a time is over.
+const WRITE: &str = r#"
+mkfs.ext4 -q /dev/vdb
+mount /dev/vdb /mnt
+line() {
+    head -c $(($1 % 17 * 9000 + 100)) /dev/urandom >/mnt/file.$(($1 % 40))
+    echo "$1" >>/mnt/log
+    sync -d /mnt/log
+}
+line 1
+sync
+mark writing
+n=1
+end=$(($(date +%s) + 75))
+while [ $(date +%s) -lt $end ]; do
+    n=$((n + 1))
+    line $n
+done
+value lines $n
+sync
+umount /mnt
+"#;
+
+/// Mounts each disk after the first, which replays its journal, and checks it.
+const LOOK: &str = r#"
+for disk in /dev/vd[b-z]; do
+    mount $disk /mnt
+    value lines $(wc -l </mnt/log) $(tail -n 1 /mnt/log)
+    umount /mnt
+    quietly e2fsck -fn $disk
+    value clean $disk
+done
+"#;
+
+fn guest(daemon: &Daemon, assets: &Assets, root: &str, volumes: &[String], script: &str) -> Result<Guest> {
+    let mut disks = vec![daemon.attach(root, 2)?];
+    for volume in volumes {
+        disks.push(daemon.attach(volume, 1)?);
+    }
+    Guest::boot(&GuestSpec::new(disks, script), assets)
+}
+
+fn detach(daemon: &Daemon, volumes: &[String]) -> Result<()> {
+    volumes.iter().try_for_each(|volume| daemon.sapwood(&["detach", volume]).map(drop))
+}
+
+/// What a guest says of the disks that it looked at: lines of the log.
+fn lines(report: &GuestReport) -> Result<Vec<u64>> {
+    let both = report.values("lines").into_iter().map(|said| {
+        let (count, last) = said.split_once(' ').context("two numbers")?;
+        ensure!(count == last, "{count} lines end with line {last}");
+        Ok(count.parse()?)
+    });
+    both.collect()
+}
+
+#[test]
+#[ignore = "boots guests: cargo xtask test --only guests"]
+fn every_snapshot_of_a_guest_that_writes_mounts_and_is_clean() -> Result<()> {
+    let (assets, program) = (Assets::locate()?, sapwood_program()?);
+    let folder = tempfile::tempdir()?;
+    let store = folder.path().join("store");
+    Daemon::init(&program, &store)?;
+    let daemon = Daemon::start(&program, &store)?;
+    let image = assets.root_image.display().to_string();
+    daemon.sapwood(&["import", "-q", "-f", "raw", &image, "debian"])?;
+    let roots = ["root", "look0", "look1"].map(str::to_owned);
+    daemon.sapwood(&["clone", "debian@imported", &roots[0], &roots[1], &roots[2]])?;
+    daemon.sapwood(&["create", ":data", "256M"])?;
+
+    let data = ["data".to_owned()];
+    let writing = guest(&daemon, &assets, "root", &data, WRITE)?;
+    writing.wait_for("writing", READY_LIMIT)?;
+    let mut clones = Vec::new();
+    for n in 0..SNAPSHOTS {
+        let (snapshot, clone) = (format!("data@s{n}"), format!("c{n}"));
+        daemon.sapwood(&["snapshot", &snapshot])?;
+        daemon.sapwood(&["clone", &snapshot, &clone])?;
+        clones.push(clone);
+    }
+    let report = writing.succeed()?;
+    let written: u64 = report.value("lines").context("lines")?.parse()?;
+    detach(&daemon, &["data".to_owned(), "root".to_owned()])?;
+
+    let mut seen = Vec::new();
+    for (some, root) in clones.chunks(AT_ONCE).zip(&roots[1..]) {
+        let looking = guest(&daemon, &assets, root, some, LOOK)?;
+        let report = looking.succeed()?;
+        ensure!(report.values("clean").len() == some.len(), "a disk was not looked at");
+        seen.extend(lines(&report)?);
+        detach(&daemon, some)?;
+        detach(&daemon, std::slice::from_ref(root))?;
+    }
+    ensure!(seen.is_sorted(), "a later snapshot holds less: {seen:?}");
+    ensure!(seen[0] < seen[SNAPSHOTS - 1], "nothing was written between the snapshots: {seen:?}");
+    ensure!(*seen.last().unwrap() <= written, "{seen:?}, and {written} were written");
+    daemon.stop()?;
+    let daemon = Daemon::start(&program, &store)?;
+    daemon.sapwood(&["store", "check", &store.display().to_string()])?;
+    daemon.stop()
+}
