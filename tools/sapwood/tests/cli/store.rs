@@ -29,19 +29,23 @@ pub fn about(place: &Place, line: &str) -> Answer {
     place.sapwood(&line.join(" "))
 }
 
-/// A text without what differs each time: ids, times, ages and the folder.
+/// A text without what differs each time: ids, times, ages, what the catalog takes, and the folder.
 fn same(place: &Place, text: &str) -> String {
     let root = fs::canonicalize(place.path("")).unwrap().display().to_string();
     let text = text.replace(root.trim_end_matches('/'), "ROOT");
     let mut result = String::new();
-    for line in text.lines() {
+    // What is taken and left is not the same while the catalog is open.
+    let is_same = |line: &&str| !["takes: ", "left: "].iter().any(|start| line.starts_with(start));
+    for line in text.lines().filter(is_same) {
         let mut words: Vec<String> = line.split(' ').map(str::to_owned).collect();
         for index in 0..words.len() {
             let hex = words[index].chars().filter(char::is_ascii_hexdigit).count();
             if hex >= 32 {
                 words[index] = "ID".to_owned();
-            } else if index > 0 && words[index - 1].ends_with("-ms\":") {
-                words[index] = "TIME".to_owned();
+            } else if index > 0
+                && ["-ms\":", "\"catalog-bytes\":", "\"left-bytes\":"].iter().any(|end| words[index - 1].ends_with(end))
+            {
+                words[index] = "NUMBER".to_owned();
             } else if index > 0 && words[index] == "s" && words[index - 1].parse::<u64>().is_ok() {
                 words[index - 1] = "AGE".to_owned();
             }
