@@ -133,7 +133,7 @@ fn archive(service: &Service, import: &Import) -> Result<Option<ArchiveInfo>, Fa
         return Ok(None);
     }
     let (path, storage) = (import.path.clone(), service.host().storage());
-    let opened = service.run(|_, io| async move {
+    service.run(|_, io| async move {
         match Archive::open(&storage, &io, &path).await {
             Ok(archive) => Ok(Some(archive.info().clone())),
             // It is something else.
@@ -142,8 +142,7 @@ fn archive(service: &Service, import: &Import) -> Result<Option<ArchiveInfo>, Fa
             }) => Ok(None),
             Err(error) => Err(error),
         }
-    });
-    opened
+    })
 }
 
 impl Long for Import {

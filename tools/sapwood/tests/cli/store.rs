@@ -43,7 +43,9 @@ fn same(place: &Place, text: &str) -> String {
             if hex >= 32 {
                 words[index] = "ID".to_owned();
             } else if index > 0
-                && ["-ms\":", "\"catalog-bytes\":", "\"left-bytes\":"].iter().any(|end| words[index - 1].ends_with(end))
+                && ["-ms\":", "\"catalog-bytes\":", "\"left-bytes\":"]
+                    .iter()
+                    .any(|end| words[index - 1].ends_with(end))
             {
                 words[index] = "NUMBER".to_owned();
             } else if index > 0 && words[index] == "s" && words[index - 1].parse::<u64>().is_ok() {
