@@ -406,3 +406,37 @@ pub struct Accounted {
     /// Bytes that they take in packs, with the trees over them.
     pub stored_bytes: u64,
 }
+
+/// What was exported.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Exported {
+    /// The snapshot, `volume@snapshot`.
+    pub name: String,
+    /// The file.
+    pub path: PathBuf,
+    /// Its length in bytes.
+    pub bytes: u64,
+    /// Size of the disk in bytes.
+    pub virtual_size: u64,
+    /// By what the disk is known, here and anywhere.
+    pub hash: String,
+    /// Of an increment: by what the disk is known that it needs.
+    pub base: Option<String>,
+    /// Counts.
+    pub sealed: Counts,
+}
+
+/// In what two snapshots differ.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Diff {
+    /// Size of the older disk in bytes; that of the other one, where there is none.
+    pub from_size: u64,
+    /// Size of the newer disk in bytes.
+    pub to_size: u64,
+    /// Bytes in which they differ.
+    pub bytes: u64,
+    /// Where, in order and apart.
+    pub extents: Vec<Range>,
+}

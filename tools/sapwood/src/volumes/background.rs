@@ -1,18 +1,27 @@
-//! What a daemon does by itself, on one thread of low priority: sealing.
+//! What a daemon does by itself, on one thread of low priority, one thing at a time.
 //!
-//! **Rule**: the oldest snapshot that can be sealed is, one after the other. Before each segment it looks how many requests guests
+//! **Sealing**: the oldest snapshot that can be sealed is, one after the other. Before each segment it looks how many requests guests
 //! have sent since the last one. When that was more than [`BUSY_PER_SECOND`], it waits [`REST_FACTOR`] times as long as
 //! the segment took, [`REST_MAX`] at most: it takes a small share of a busy host, and comes to an end all the same.
 //! What fails is tried again after a time that doubles, up to [`RETRY_MAX`].
+//!
+//! **Accounts and collections** follow when there is nothing to seal: an account when anything has changed since the last one, a
+//! collection when anything was deleted or switched. Neither begins before [`SHARE`] times as long has passed as the last one took, and
+//! [`ACCOUNT_INTERVAL`] or [`COLLECT_INTERVAL`]; a collection does not wait for that when a watermark is reached. While guests
+//! are busy they read and write [`BUSY_RATE`] bytes a second.
+//!
+//! **Watermarks** are looked at every [`WATERMARK_INTERVAL`]; that one is reached, and that it is not any more, are events.
 
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use sapwood_image::sealed::collect::{Limits, Pace};
 use sapwood_image::sealed::{LEVEL, SealStats, Step, Watch, Workers};
 
 use super::service::{Service, system};
-use super::upkeep::sealed;
+use super::upkeep::{self, collect, sealed};
 use crate::control::wire::Failure;
 
 /// Requests of all guests in a second from which on they are busy.
@@ -26,6 +35,18 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// How long it leaves alone what has failed, at first and at most.
 const RETRY_MIN: Duration = Duration::from_secs(10);
 const RETRY_MAX: Duration = Duration::from_secs(600);
+/// Of the time, background work that is not sealing takes one part in so many.
+const SHARE: u32 = 20;
+/// Time between two accounts, at least.
+const ACCOUNT_INTERVAL: Duration = Duration::from_secs(60);
+/// Time between two collections, at least.
+const COLLECT_INTERVAL: Duration = Duration::from_secs(600);
+/// Time between two looks at the space.
+const WATERMARK_INTERVAL: Duration = Duration::from_secs(60);
+/// Bytes that accounts and collections read and write in a second while guests are busy.
+const BUSY_RATE: u64 = 16 << 20;
+/// How often it looks whether they are.
+const PACE_INTERVAL: Duration = Duration::from_millis(200);
 /// The priority of its threads, as of nice(1).
 const NICE: i32 = 10;
 
@@ -107,11 +128,20 @@ fn run(service: &Arc<Service>) {
         Err(error) => return service.warn("background", format!("nothing is sealed by itself: {error}")),
     };
     let mut retry = RETRY_MIN;
+    let (mut account, mut collection) = (Turn::new(ACCOUNT_INTERVAL), Turn::new(COLLECT_INTERVAL));
+    let mut watermark = Watermark::default();
     while !service.background().is_stopped() {
         match seal_one(service, &workers) {
             Ok(true) => retry = RETRY_MIN,
             Ok(false) => {
-                service.sweep();
+                tidy(service);
+                let is_reached = watermark.look(service);
+                let (changes, removals) = service.changes();
+                collection.take(removals, is_reached, || {
+                    paced(service, |pace| collect(service, pace, Limits::default()).map(drop))
+                });
+                account
+                    .take(changes, false, || paced(service, |pace| upkeep::account(service, pace).map(drop)));
                 service.background().rest(LOOK_INTERVAL, true);
             }
             Err(error) => {
@@ -120,6 +150,104 @@ fn run(service: &Arc<Service>) {
                 retry = (retry * 2).min(RETRY_MAX);
             }
         }
+    }
+}
+
+/// Removes files that nobody needs, and keeps the runs of the index few.
+fn tidy(service: &Service) {
+    if let Err(error) = service.run(|store, io| async move { store.upkeep(&io).await }) {
+        log::warn!("upkeep: {error}");
+    }
+}
+
+/// Work that is done when something has changed, and takes its share of the time only.
+struct Turn {
+    interval: Duration,
+    /// What had changed when it was done last.
+    seen: u64,
+    next: Instant,
+}
+
+impl Turn {
+    /// Nothing has changed before now.
+    fn new(interval: Duration) -> Self {
+        Self { interval, seen: 0, next: Instant::now() + interval }
+    }
+
+    /// Does the work if it is its turn, or if that does not matter.
+    fn take(&mut self, changes: u64, at_once: bool, work: impl FnOnce() -> Result<(), Failure>) {
+        if changes == self.seen || !at_once && Instant::now() < self.next {
+            return;
+        }
+        let began = Instant::now();
+        match work() {
+            Ok(()) => self.seen = changes,
+            // Somebody does the same, or it was told to stop.
+            Err(error) if ["in-use", "cancelled"].contains(&error.kind.as_str()) => {}
+            Err(error) => log::warn!("in the background: {error}"),
+        }
+        self.next = Instant::now() + self.interval.max(began.elapsed() * SHARE);
+    }
+}
+
+/// Does work at a pace that leaves room to guests, and ends when the daemon does.
+fn paced<T>(service: &Service, work: impl FnOnce(Arc<Pace>) -> Result<T, Failure>) -> Result<T, Failure> {
+    let pace = Arc::new(Pace::default());
+    let (over, is_over) = sync_channel::<()>(0);
+    thread::scope(|scope| {
+        let reins = Arc::clone(&pace);
+        scope.spawn(move || {
+            let mut requests = service.requests();
+            while is_over.recv_timeout(PACE_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                if service.background().is_stopped() {
+                    reins.stop();
+                }
+                let now = service.requests();
+                let is_busy = !rest_after(PACE_INTERVAL, now.saturating_sub(requests)).is_zero();
+                reins.set_rate(if is_busy { BUSY_RATE } else { 0 });
+                requests = now;
+            }
+        });
+        let done = work(pace);
+        drop(over);
+        done
+    })
+}
+
+/// The watermark that was reached when it was looked last.
+#[derive(Default)]
+struct Watermark {
+    reached: Option<u8>,
+    next: Option<Instant>,
+}
+
+impl Watermark {
+    /// Says when one is reached; whether one is.
+    fn look(&mut self, service: &Service) -> bool {
+        if self.next.is_some_and(|next| Instant::now() < next) {
+            return self.reached.is_some();
+        }
+        self.next = Some(Instant::now() + WATERMARK_INTERVAL);
+        let reached = match service.store().watermark() {
+            Ok(reached) => reached,
+            Err(error) => {
+                log::warn!("the space of the store: {error}");
+                return self.reached.is_some();
+            }
+        };
+        match (self.reached, reached) {
+            (before, Some(mark)) if before < Some(mark) => {
+                let text =
+                    format!("the watermark of {mark} % is reached: delete what is not needed, or add space");
+                service.warn("watermark", text);
+            }
+            (Some(mark), after) if after < Some(mark) => {
+                service.note("watermark", format!("the watermark of {mark} % is not reached any more"));
+            }
+            _ => {}
+        }
+        self.reached = reached;
+        reached.is_some()
     }
 }
 
@@ -178,6 +306,25 @@ mod tests {
         assert_eq!(rest_after(ms(100), 11), ms(800));
         assert_eq!(rest_after(ms(1000), 100), ms(0));
         assert_eq!(rest_after(ms(1000), 101), REST_MAX);
+    }
+
+    #[test]
+    fn work_is_done_when_something_has_changed_and_it_is_its_turn() {
+        let mut turn = Turn::new(Duration::from_secs(3600));
+        let mut done = 0;
+        let mut take = |turn: &mut Turn, changes, at_once| {
+            turn.take(changes, at_once, || {
+                done += 1;
+                if changes == 7 { Err(Failure::new("in-use", "busy")) } else { Ok(()) }
+            });
+            done
+        };
+        assert_eq!(take(&mut turn, 0, true), 0, "nothing has changed");
+        assert_eq!(take(&mut turn, 1, false), 0, "it is not its turn");
+        assert_eq!(take(&mut turn, 1, true), 1);
+        assert_eq!(take(&mut turn, 1, true), 1, "nothing has changed since");
+        assert_eq!(take(&mut turn, 7, true), 2);
+        assert_eq!(take(&mut turn, 7, true), 3, "it was not done");
     }
 
     #[test]

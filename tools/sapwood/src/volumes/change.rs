@@ -237,6 +237,7 @@ impl Quick for DeleteVolume {
             check_detached(service, id, &SnapshotName { volume: volume.clone(), snapshot })?;
         }
         service.run(|store, io| async move { store.delete_volume(&io, &volume, with_snapshots).await })?;
+        service.removed();
         Ok(Done {})
     }
 }
@@ -246,6 +247,7 @@ impl Quick for DeleteSnapshot {
         let name = SnapshotName { volume: self.volume, snapshot: self.snapshot };
         check_detached(service, service.snapshot(&name)?, &name)?;
         service.run(|store, io| async move { store.delete_snapshot(&io, &name).await })?;
+        service.removed();
         Ok(Done {})
     }
 }
@@ -283,6 +285,7 @@ impl Quick for Switch {
         let to: SnapshotName = to.parse()?;
         let name = to.to_string();
         service.run(|store, io| async move { store.switch(&io, &volume, &to, discard).await })?;
+        service.removed();
         Ok(Switched { to: name })
     }
 }
@@ -291,6 +294,7 @@ impl Quick for Rollback {
     fn run(self, service: &Arc<Service>) -> Result<Switched, Failure> {
         let Self { volume, discard } = self;
         let to = service.run(|store, io| async move { store.rollback(&io, &volume, discard).await })?;
+        service.removed();
         Ok(Switched { to: to.to_string() })
     }
 }

@@ -144,6 +144,7 @@ fn detach(service: &Service, id: Id, name: &str) -> Result<Done, Failure> {
     let attached =
         attached.ok_or_else(|| Failure::new("not-found", format!("{name}: it is not attached")))?;
     attached.detach(service)?;
+    service.changed();
     service.note("detached", format!("{name} is detached"));
     Ok(Done {})
 }
@@ -174,6 +175,7 @@ impl Quick for TakeSnapshot {
         };
         let virtual_size = service.store().catalog().view()?.needed_node(id)?.size;
         service.note("snapshot", format!("{shown} is taken"));
+        service.changed();
         service.background().wake();
         Ok(Made { name: shown, id, virtual_size })
     }

@@ -97,10 +97,16 @@ impl Quick for ShowTree {
     fn run(self, service: &Arc<Service>) -> Result<Forest, Failure> {
         let tree = service.store().tree()?;
         let mut entries = Vec::new();
-        // From the last to the first, as the last one in is the first one out.
-        let mut next: Vec<Id> = tree.roots.iter().rev().copied().collect();
+        // Those that were made at once by name. From the last to the first, as the last one in is the first one out.
+        let last_first = |ids: &[Id]| {
+            let mut ids = ids.to_vec();
+            let key = |id: &Id| tree.entries.get(id).map(|entry| (entry.created_ms, entry.name.as_str()));
+            ids.sort_by(|a, b| key(b).cmp(&key(a)));
+            ids
+        };
+        let mut next = last_first(&tree.roots);
         while let Some(id) = next.pop() {
-            next.extend(tree.entries.get(&id).into_iter().flat_map(|entry| entry.children.iter().rev()));
+            next.extend(tree.entries.get(&id).into_iter().flat_map(|entry| last_first(&entry.children)));
             entries.extend(entry(service, &tree, id));
         }
         Ok(Forest { entries, nameless: tree.nameless as u64 })

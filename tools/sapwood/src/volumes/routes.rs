@@ -66,6 +66,8 @@ fn routes() -> Vec<Route<Service>> {
         quick::<live::AttachSnapshot>(),
         quick::<live::DetachSnapshot>(),
         long::<upkeep::SealSnapshot>(),
+        long::<transfer::Export>(),
+        quick::<transfer::DiffSnapshot>(),
     ];
     routes.extend(http::job_routes());
     routes

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::future::Future;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sapwood_blockdev::engine::BlockingEngine;
@@ -38,6 +39,9 @@ pub struct Service {
     jobs: Jobs,
     events: Log,
     background: Signal,
+    /// How often anything was changed that changes what is taken, and how often anything was taken away.
+    changes: AtomicU64,
+    removals: AtomicU64,
 }
 
 impl Service {
@@ -60,6 +64,8 @@ impl Service {
             jobs,
             events: Log::default(),
             background: Signal::default(),
+            changes: AtomicU64::new(0),
+            removals: AtomicU64::new(0),
         });
         service.tidy();
         Ok(service)
@@ -192,6 +198,22 @@ impl Service {
     /// Wakes and stops what is done in the background.
     pub fn background(&self) -> &Signal {
         &self.background
+    }
+
+    /// Notes that something takes another amount of space now.
+    pub fn changed(&self) {
+        self.changes.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Notes that something was taken away.
+    pub fn removed(&self) {
+        self.changed();
+        self.removals.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How often something has changed, and how often something was taken away.
+    pub fn changes(&self) -> (u64, u64) {
+        (self.changes.load(Ordering::Relaxed), self.removals.load(Ordering::Relaxed))
     }
 
     /// Requests of all guests so far.

@@ -1,15 +1,15 @@
-//! Operations that move whole disks: importing.
+//! Operations on the contents of whole disks: importing, exporting, comparing.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use sapwood_image::sealed::{DiskSource, LEVEL, SealStats, Step, Workers};
-use sapwood_image::{Format, OpenBelow, OpenDisk};
-use sapwood_store::{Importing, SnapshotName};
+use sapwood_image::sealed::{Archive, ArchiveInfo, DiskSource, LEVEL, SealStats, Step, Workers};
+use sapwood_image::{ErrorKind, Format, ImageError, OpenBelow, OpenDisk};
+use sapwood_store::{Exporting, Importing, SnapshotName};
 use serde::{Deserialize, Serialize};
 
-use super::answer::Imported;
-use super::operation::{Long, operation};
+use super::answer::{Diff, Exported, Imported, Range};
+use super::operation::{Long, Quick, operation};
 use super::service::{Service, system};
 use crate::control::jobs::Job;
 use crate::control::wire::Failure;
@@ -17,15 +17,20 @@ use crate::control::wire::Failure;
 /// Threads that hash and compress, at most.
 const WORKERS_MAX: usize = 8;
 
-/// Makes a volume over a sealed snapshot of a disk that is not in the store.
+/// The snapshot of an imported disk, unless another name is given.
+const SNAPSHOT: &str = "imported";
+
+/// Makes a volume over a sealed snapshot of a disk that is not in the store, or of one in an archive. An increment needs the
+/// snapshot that it was made over, and may go to a volume that lies over that and holds nothing itself.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Import {
     /// The new volume.
     pub volume: String,
-    /// Its snapshot that holds what is imported, without the volume's name.
-    pub snapshot: String,
-    /// The disk, an absolute path.
+    /// Its snapshot that holds what is imported, without the volume's name; by default that of an archive, or `imported`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<String>,
+    /// The disk or archive, an absolute path.
     pub path: PathBuf,
     /// Its format; needed unless it is a layer or qcow2.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -44,7 +49,37 @@ pub struct Import {
     pub threads: Option<u16>,
 }
 
+/// Writes a snapshot to a new file, an archive, whole or as an increment.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct Export {
+    /// The snapshot's volume.
+    pub volume: String,
+    /// The snapshot.
+    pub snapshot: String,
+    /// The file, an absolute path; it must not exist.
+    pub path: PathBuf,
+    /// For an increment: a snapshot that the other side has, `volume@snapshot`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub since: Option<String>,
+}
+
+/// Finds the bytes in which a snapshot differs from another one.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct DiffSnapshot {
+    /// The snapshot's volume.
+    pub volume: String,
+    /// The snapshot, the newer one as a rule.
+    pub snapshot: String,
+    /// The other one, `volume@snapshot`; none: what is not zero.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<String>,
+}
+
 operation!(Import: Post "/v1/import" -> Imported);
+operation!(Export: Post "/v1/volumes/{volume}/snapshots/{snapshot}/export" -> Exported);
+operation!(DiffSnapshot: Post "/v1/volumes/{volume}/snapshots/{snapshot}/diff" -> Diff);
 
 impl Import {
     fn open(&self) -> Result<OpenDisk, Failure> {
@@ -92,6 +127,24 @@ pub fn check_absolute(path: &Path) -> Result<(), Failure> {
     }
 }
 
+/// The archive at a path, if that is one. Where a format was given, it is none.
+fn archive(service: &Service, import: &Import) -> Result<Option<ArchiveInfo>, Failure> {
+    if import.format.is_some() {
+        return Ok(None);
+    }
+    let (path, storage) = (import.path.clone(), service.host().storage());
+    service.run(|_, io| async move {
+        match Archive::open(&storage, &io, &path).await {
+            Ok(archive) => Ok(Some(archive.info().clone())),
+            // It is something else.
+            Err(ImageError {
+                kind: ErrorKind::Corrupt { field: "archive header" | "archive", .. }, ..
+            }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    })
+}
+
 impl Long for Import {
     const KIND: &'static str = "import";
 
@@ -102,17 +155,29 @@ impl Long for Import {
     fn run(self, service: &Arc<Service>, job: &Arc<Job>) -> Result<Imported, Failure> {
         check_absolute(&self.path)?;
         let (options, workers, job) = (self.open()?, workers(self.threads)?, Arc::clone(job));
-        let name = SnapshotName { volume: self.volume, snapshot: self.snapshot };
+        let archive = archive(service, &self)?;
+        let from_archive = archive.as_ref().and_then(|info| Some(info.name.split_once('@')?.1.to_owned()));
+        let snapshot = self.snapshot.or(from_archive).unwrap_or_else(|| SNAPSHOT.to_owned());
+        let name = SnapshotName { volume: self.volume, snapshot };
         let shown = name.to_string();
-        let side = service.host().side(&self.path, options)?;
-        let imported = service.run(|store, io| async move {
-            let mut source = DiskSource::new(side);
-            let importing = Importing { name: &name, workers: &workers };
-            let mut watch = |stats: &SealStats| report(&job, stats);
-            let imported = store.import(&io, &importing, &mut source, &mut watch).await?;
-            source.into_side().close()?;
-            Ok::<_, Failure>(imported)
-        })?;
+        let mut watch = move |stats: &SealStats| report(&job, stats);
+        let imported = if archive.is_some() {
+            let path = self.path.clone();
+            service.run(|store, io| async move {
+                let importing = Importing { name: &name, workers: &workers };
+                store.import_archive(&io, &importing, &path, &mut watch).await
+            })?
+        } else {
+            let side = service.host().side(&self.path, options)?;
+            service.run(|store, io| async move {
+                let mut source = DiskSource::new(side);
+                let importing = Importing { name: &name, workers: &workers };
+                let imported = store.import(&io, &importing, &mut source, &mut watch).await?;
+                source.into_side().close()?;
+                Ok::<_, Failure>(imported)
+            })?
+        };
+        service.changed();
         service.note("imported", format!("{} is imported as {shown}", self.path.display()));
         Ok(Imported {
             name: shown,
@@ -123,5 +188,66 @@ impl Long for Import {
             pack_bytes: imported.pack_bytes,
             sealed: (&imported.stats).into(),
         })
+    }
+}
+
+impl Long for Export {
+    const KIND: &'static str = "export";
+
+    fn about(&self) -> String {
+        self.path.display().to_string()
+    }
+
+    fn run(self, service: &Arc<Service>, job: &Arc<Job>) -> Result<Exported, Failure> {
+        check_absolute(&self.path)?;
+        let (workers, job, path) = (workers(None)?, Arc::clone(job), self.path.clone());
+        let since: Option<SnapshotName> = self.since.map(|since| since.parse()).transpose()?;
+        let of = SnapshotName { volume: self.volume, snapshot: self.snapshot };
+        let shown = of.to_string();
+        let exported = service.run(|store, io| async move {
+            let exporting = Exporting { of: &of, since: since.as_ref(), workers: &workers };
+            store.export_archive(&io, &exporting, &path, &mut |stats: &SealStats| report(&job, stats)).await
+        })?;
+        service.changed();
+        service.note("exported", format!("{shown} is exported to {}", self.path.display()));
+        Ok(Exported {
+            name: shown,
+            path: self.path,
+            bytes: exported.bytes,
+            virtual_size: exported.info.size,
+            hash: exported.info.root.to_string(),
+            base: exported.info.base.map(|base| base.to_string()),
+            sealed: (&exported.stats).into(),
+        })
+    }
+}
+
+/// Stretches that one answer has at most.
+const EXTENTS_MAX: usize = 4 << 20;
+
+impl Quick for DiffSnapshot {
+    fn run(self, service: &Arc<Service>) -> Result<Diff, Failure> {
+        let to = SnapshotName { volume: self.volume, snapshot: self.snapshot };
+        let from: Option<SnapshotName> = self.from.map(|from| from.parse()).transpose()?;
+        let shown = to.to_string();
+        let (found, extents) = service.run(|store, io| async move {
+            let mut extents = Vec::new();
+            let mut changed = |range: std::ops::Range<u64>| {
+                // One more than there may be says that there are too many.
+                if extents.len() <= EXTENTS_MAX {
+                    extents.push(Range::from(&range));
+                }
+            };
+            let found = store.diff(&io, from.as_ref(), &to, &mut changed).await?;
+            Ok::<_, Failure>((found, extents))
+        })?;
+        if extents.len() > EXTENTS_MAX {
+            let text = format!(
+                "{shown}: it differs in {} stretches, at most {EXTENTS_MAX} are listed",
+                found.extents
+            );
+            return Err(Failure::new("unsupported", text));
+        }
+        Ok(Diff { from_size: found.from_size, to_size: found.to_size, bytes: found.bytes, extents })
     }
 }

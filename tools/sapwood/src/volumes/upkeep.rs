@@ -59,6 +59,7 @@ pub fn sealed(service: &Service, node: &SealedNode) -> SealedOne {
     let name = node.name.clone();
     let shown = name.as_deref().unwrap_or("a deleted snapshot");
     if node.is_whole {
+        service.changed();
         service.note("sealed", format!("{shown} is sealed"));
     }
     SealedOne { name, whole: node.is_whole, sealed: (&node.stats).into() }

@@ -21,9 +21,59 @@ const WRITERS: [&str; 9] = [
     "boot --skip-probe IN",
 ];
 
-const COMMANDS: [&str; 13] = [
-    "create", "info", "map", "check", "convert", "compare", "resize", "rebase", "flatten", "commit",
-    "compact", "serve", "boot",
+const COMMANDS: [&str; 39] = [
+    "create",
+    "info",
+    "map",
+    "check",
+    "convert",
+    "compare",
+    "resize",
+    "rebase",
+    "flatten",
+    "commit",
+    "compact",
+    "serve",
+    "boot",
+    "store init",
+    "store stat",
+    "store set",
+    "store seal",
+    "store gc",
+    "store scrub",
+    "store account",
+    "daemon",
+    "list",
+    "tree",
+    "show",
+    "import",
+    "export",
+    "diff",
+    "snapshot",
+    "clone",
+    "switch",
+    "rollback",
+    "rename",
+    "delete",
+    "protect",
+    "unprotect",
+    "describe",
+    "label",
+    "attach",
+    "detach",
+];
+
+/// Commands that do something without an argument, where a default store is named; here none is.
+const WITHOUT_ARGUMENTS: [&str; 9] = [
+    "store init",
+    "store stat",
+    "store seal",
+    "store gc",
+    "store scrub",
+    "store account",
+    "daemon",
+    "list",
+    "tree",
 ];
 
 /// The code for "could not", which for compare must not be the one for "different".
@@ -41,9 +91,10 @@ fn place() -> Place {
 #[test]
 fn every_command_has_help_with_an_example() {
     let place = Place::new();
-    let all = place.sapwood("--help").text();
+    let all = place.sapwood("--help").text() + &place.sapwood("store --help").text();
     for command in COMMANDS {
-        assert!(all.contains(command), "{command} is not listed");
+        let last = command.split(' ').next_back().unwrap_or_default();
+        assert!(all.contains(&format!("  {last} ")), "{command} is not listed");
         let help = place.sapwood(&format!("{command} --help")).text();
         assert!(help.contains(&format!("  sapwood {command} ")), "no example of {command}");
         assert!(!help.contains("--engine"), "hidden");
@@ -94,10 +145,42 @@ fn every_field_is_documented() {
 }
 
 #[test]
+fn every_field_of_a_store_is_documented() {
+    let place = place();
+    place.sapwood("store init vms").text();
+    for (command, rest) in [
+        ("import", "-f raw disk.raw vms:web"),
+        ("show", "vms:web"),
+        ("show", "vms:web@imported"),
+        ("tree", "vms"),
+        ("list", "vms"),
+        ("export", "vms:web@imported archive"),
+        ("diff", "--all vms:web@imported"),
+        ("store stat", "vms"),
+        ("store seal", "vms"),
+        ("store account", "vms"),
+        ("store gc", "vms"),
+        ("store scrub", "vms"),
+    ] {
+        let answer = place.sapwood(&format!("{command} --output=json {rest}")).text();
+        let text = match command {
+            "tree" | "list" => format!("{}{}", section(command), section("show")),
+            _ => section(command).to_owned(),
+        };
+        for pair in answer.split('"').collect::<Vec<_>>().windows(2).filter(|pair| pair[1].starts_with(':')) {
+            assert!(text.contains(&format!("`{}`", pair[0])), "{command}: {}", pair[0]);
+        }
+    }
+}
+
+#[test]
 fn every_command_refuses_bad_arguments() {
     let place = Place::new();
     for command in COMMANDS {
-        place.sapwood(command).fails(64, &["Usage"]);
+        match WITHOUT_ARGUMENTS.contains(&command) {
+            true => place.sapwood(command).fails(1, &["which store?", "SAPWOOD_STORE"]),
+            false => place.sapwood(command).fails(64, &["Usage"]),
+        }
         place.sapwood(&format!("{command} --no-such-option x y")).fails(64, &["--no-such-option"]);
     }
     place.sapwood("").fails(64, &["Usage"]);
@@ -196,6 +279,26 @@ fn quiet_commands_say_nothing() {
         "commit -q over.layer",
         "flatten -q over.layer",
         "compact -q over.layer",
+        "store init -q vms",
+        "create -q vms:a 1M",
+        "import -q -f raw disk.raw vms:web",
+        "snapshot -q vms:a@s",
+        "clone -q vms:a@s b",
+        "switch -q vms:b a@s",
+        "rollback -q vms:b",
+        "resize -q vms:b 2M",
+        "rename -q vms:b c",
+        "protect vms:a",
+        "unprotect vms:a",
+        "describe vms:a text",
+        "label vms:a key=value",
+        "export -q vms:web@imported archive",
+        "store seal -q vms",
+        "store gc -q vms",
+        "store scrub -q vms",
+        "store account -q vms",
+        "store set -q --quota 1G vms",
+        "delete -q --with-snapshots vms:web",
     ] {
         let answer = place.sapwood(line);
         assert_eq!((answer.code, answer.stdout.as_str(), answer.stderr.as_str()), (0, "", ""), "{line}");

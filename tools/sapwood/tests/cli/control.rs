@@ -12,9 +12,14 @@ use crate::serve::Server;
 
 const DOCUMENT: &str = include_str!("../../../../docs/control-api.json");
 
-/// One request and its answer: status and body.
+/// One request to the control socket and its answer: status and body.
 pub fn ask(place: &Place, method: &str, path: &str, body: &str) -> (u16, Value) {
-    let mut stream = UnixStream::connect(place.path("control")).expect("it listens");
+    ask_at(place, "control", method, path, body)
+}
+
+/// The same at another socket.
+pub fn ask_at(place: &Place, socket: &str, method: &str, path: &str, body: &str) -> (u16, Value) {
+    let mut stream = UnixStream::connect(place.path(socket)).expect("it listens");
     let head = format!("{method} {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", body.len());
     stream.write_all(format!("{head}{body}").as_bytes()).expect("it reads");
     let mut answer = String::new();
@@ -49,7 +54,7 @@ fn served() -> (Place, Server) {
 }
 
 /// What a document says, with a reference followed.
-fn follow<'a>(document: &'a Value, value: &'a Value) -> &'a Value {
+pub fn follow<'a>(document: &'a Value, value: &'a Value) -> &'a Value {
     match value["$ref"].as_str() {
         Some(reference) => document.pointer(&reference[1..]).expect("what it refers to"),
         None => value,
@@ -57,7 +62,7 @@ fn follow<'a>(document: &'a Value, value: &'a Value) -> &'a Value {
 }
 
 /// Checks a value against a schema, as far as this document uses them.
-fn fits(document: &Value, schema: &Value, value: &Value, at: &str) {
+pub fn fits(document: &Value, schema: &Value, value: &Value, at: &str) {
     let schema = follow(document, schema);
     for name in schema["required"].as_array().into_iter().flatten() {
         assert!(value.get(name.as_str().expect("a name")).is_some(), "{at}: no {name} in {value}");
@@ -71,6 +76,7 @@ fn fits(document: &Value, schema: &Value, value: &Value, at: &str) {
         Some("array") => value.is_array(),
         Some("string") => value.is_string(),
         Some("integer") => value.is_u64(),
+        Some("number") => value.is_number(),
         Some("boolean") => value.is_boolean(),
         Some("null") => value.is_null(),
         other => panic!("{at}: type {other:?}"),

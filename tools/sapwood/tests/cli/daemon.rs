@@ -77,7 +77,7 @@ fn connect(place: &Place, socket: &str) -> Frontend {
 /// All that a guest reads at a socket.
 pub fn contents(place: &Place, socket: &str, size: u64) -> Vec<u8> {
     let mut frontend = connect(place, socket);
-    let step = 64 << 10;
+    let step: usize = 64 << 10;
     (0..size).step_by(step).flat_map(|at| frontend.run(Command::Read(at, step)).expect("it reads")).collect()
 }
 
@@ -136,7 +136,7 @@ fn a_guest_goes_on_through_snapshots_clones_and_a_resize() {
 
 /// Writes blocks one after the other, each when the one before was reported: number `n` into block `n` of a ring.
 fn write_in_order(frontend: &mut Frontend, blocks: u64, go_on: impl Fn() -> bool) -> u64 {
-    let mut n = 0;
+    let mut n: u64 = 0;
     while go_on() {
         n += 1;
         let data = n.to_le_bytes().repeat(BLOCK as usize / 8);

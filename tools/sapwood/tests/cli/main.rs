@@ -1,6 +1,7 @@
 //! The contract of the command line, tried from outside: what every command promises, and what
 //! each does.
 
+mod api;
 mod bases;
 mod boot;
 mod contract;

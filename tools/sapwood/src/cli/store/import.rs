@@ -16,22 +16,23 @@ use crate::volumes::access::Access;
 use crate::volumes::answer::Imported;
 use crate::volumes::transfer;
 
-/// The snapshot of an imported volume, unless another name is given.
-const SNAPSHOT: &str = "imported";
-
-/// Make a volume of a disk that is not in the store
+/// Make a volume of a disk that is not in the store, or of an archive
 ///
 /// The disk is sealed on the way in: what the store has already is not stored again, and the rest is compressed. It
 /// becomes a snapshot, and the volume lies over that. What the disk reads from its bases is imported, too.
+///
+/// An archive is what sapwood export writes. An increment needs the snapshot that it was made over, and may go to a volume
+/// that lies over that and holds nothing itself.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   sapwood import debian.qcow2 /srv/vms:debian
-  sapwood import -f raw debian.raw /srv/vms:debian@12")]
+  sapwood import -f raw debian.raw /srv/vms:debian@12
+  sapwood import web.sapwood /srv/other:web")]
 pub struct Import {
     #[command(flatten)]
     store: DefaultStore,
 
-    /// Format of the disk; needed unless it is a layer or qcow2
+    /// Format of the disk; needed unless it is a layer, qcow2 or an archive
     #[arg(short, long, value_name = "FORMAT")]
     format: Option<Format>,
 
@@ -54,7 +55,7 @@ pub struct Import {
     #[arg(value_name = "DISK")]
     disk: PathBuf,
 
-    /// The new volume, and the name of its snapshot; that is `imported` unless it is said
+    /// The new volume, and the name of its snapshot; by default that of an archive's, or else imported
     #[arg(value_name = "VOLUME[@SNAPSHOT]")]
     name: OsString,
 }
@@ -63,9 +64,9 @@ impl Import {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
         let address = self.store.address(&self.name)?;
         let access = Access::to(*host, &address.store)?;
-        let SnapshotName { volume, snapshot } = match address.name {
-            Name::Volume(volume) => SnapshotName { volume, snapshot: SNAPSHOT.to_owned() },
-            Name::Snapshot(name) => name,
+        let (volume, snapshot) = match address.name {
+            Name::Volume(volume) => (volume, None),
+            Name::Snapshot(SnapshotName { volume, snapshot }) => (volume, Some(snapshot)),
         };
         let below = self.reading.open(None, true).below;
         let import = transfer::Import {

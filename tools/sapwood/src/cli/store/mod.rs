@@ -8,6 +8,8 @@ pub mod attach;
 pub mod clone;
 pub mod daemon;
 pub mod delete;
+pub mod diff;
+pub mod export;
 mod gc;
 pub mod import;
 mod init;
@@ -26,6 +28,7 @@ pub mod tree;
 use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 
+use anyhow::Context;
 use clap::{Args, Subcommand};
 use sapwood_store::Name;
 use sapwood_store::directory::Directory;
@@ -164,6 +167,13 @@ impl Scope {
         let address = self.store.address(what)?;
         Ok((Access::to(*host, &address.store)?, Some(address.name)))
     }
+}
+
+/// The name of another snapshot, where that of one is known: `@NAME` is one of the same volume.
+pub fn other_snapshot(volume: &str, text: &OsStr) -> anyhow::Result<String> {
+    let text =
+        text.to_str().with_context(|| format!("{}: a name in a store is UTF-8", text.to_string_lossy()))?;
+    Ok(if text.starts_with('@') { format!("{volume}{text}") } else { text.to_owned() })
 }
 
 /// Says that a name is one of a volume.

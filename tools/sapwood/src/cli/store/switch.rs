@@ -2,7 +2,6 @@
 
 use std::ffi::OsString;
 
-use anyhow::Context;
 use clap::Args;
 
 use super::DefaultStore;
@@ -66,8 +65,7 @@ pub struct Rollback {
 impl Switch {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
         let (access, volume) = self.store.volume(host, &self.volume)?;
-        let to = self.to.to_str().context("a name in a store is UTF-8")?;
-        let to = if to.starts_with('@') { format!("{volume}{to}") } else { to.to_owned() };
+        let to = super::other_snapshot(&volume, &self.to)?;
         let switched = access.ask(change::Switch { volume: volume.clone(), to, discard: self.discard })?;
         say(self.quiet, &volume, &switched.to)
     }
