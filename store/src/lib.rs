@@ -18,7 +18,9 @@
 
 mod account;
 mod attach;
+mod backup;
 pub mod catalog;
+mod check;
 mod collect;
 mod content;
 pub mod directory;
@@ -48,7 +50,9 @@ mod volume;
 
 pub use account::Account;
 pub use attach::{Attachment, SnapshotReader};
+pub use backup::BackedUp;
 pub use catalog::rows;
+pub use check::{Problem, Severity};
 pub use collect::Collected;
 pub use content::Content;
 pub use error::{Result, StoreError, StoreErrorKind};
