@@ -63,8 +63,8 @@ impl<E: Engine> Locate<E> for ByIndex<E> {
 /// What a collection asks the catalog.
 struct Asked<'a> {
     catalog: &'a Catalog,
-    /// Whether what is sealed in part counts.
-    with_progress: bool,
+    /// Whether nodes without a name count.
+    with_nameless: bool,
 }
 
 impl Asked<'_> {
@@ -76,7 +76,7 @@ impl Asked<'_> {
 impl sapwood_image::sealed::collect::Catalog for Asked<'_> {
     fn roots(&self) -> Result<Vec<Root>, ImageError> {
         let roots = self.catalog.view().and_then(|view| roots(&view)).map_err(|error| self.told(error))?;
-        let is_asked = |root: &&StoredRoot| root.is_whole || self.with_progress;
+        let is_asked = |root: &&StoredRoot| root.has_name || self.with_nameless;
         Ok(roots.iter().filter(is_asked).map(|root| root.root).collect())
     }
 
@@ -92,6 +92,7 @@ pub(crate) struct StoredRoot {
     pub(crate) root: Root,
     /// Whether it is the node's contents; else a part of them, as far as they are sealed.
     pub(crate) is_whole: bool,
+    has_name: bool,
 }
 
 /// All sealed disks of the catalog, by their nodes.
@@ -102,7 +103,7 @@ pub(crate) fn roots(look: &impl Look) -> Result<Vec<StoredRoot>> {
             NodeState::Frozen { sealing: Some(sealing), .. } => (sealing.top, false),
             NodeState::Frozen { .. } | NodeState::Bare => return None,
         };
-        Some(StoredRoot { node, root: top.root(row.size), is_whole })
+        Some(StoredRoot { node, root: top.root(row.size), is_whole, has_name: row.name.is_some() })
     };
     Ok(look.nodes()?.into_iter().filter_map(of_node).collect())
 }
@@ -184,7 +185,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         collected: &mut Collected,
     ) -> Result<()> {
         let asked =
-            Asked { catalog: &self.catalog, with_progress: !breaks!(self.options, CollectWithoutProgress) };
+            Asked { catalog: &self.catalog, with_nameless: !breaks!(self.options, CollectWithoutNameless) };
         let survey = begin(finder, self.content.pins(), &asked, limits).await?;
         let live: Vec<(u32, Live)> = finder.known().map(|number| (number, survey.live(number))).collect();
         let withdrawn = survey.withdraw();

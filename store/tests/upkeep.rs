@@ -314,6 +314,34 @@ fn what_is_damaged_and_needed_stays_and_ends_no_other_collection() {
 }
 
 #[test]
+fn what_is_sealed_in_part_is_kept() {
+    let lab = Lab::new();
+    let blocks = 3000;
+    lab.store().create("v", (blocks * BLOCK) as u64).unwrap();
+    let writes: Vec<(usize, u32)> = (0..blocks).step_by(100).map(|at| (at, 1 + at as u32)).collect();
+    lab.write("v", &writes);
+    let id = lab.snapshot("v@s").unwrap();
+    lab.with(|store, io| async move {
+        let workers = Workers::inline(1).unwrap();
+        let mut asked = 0;
+        let mut watch = |_: &SealStats| {
+            asked += 1;
+            if asked > 1 { Step::Stop } else { Step::Go }
+        };
+        store.seal_next(&io, &workers, &mut watch).await.map(drop)
+    })
+    .unwrap();
+    let row = lab.store().catalog().view().unwrap().node(id).unwrap().unwrap();
+    assert!(matches!(row.state, NodeState::Frozen { sealing: Some(_), .. }), "{row:?}");
+    assert_eq!(lab.collect(100).packs_dropped, 0);
+    lab.seal_all();
+    let mut expected = vec![0; blocks];
+    writes.iter().for_each(|(at, mark)| expected[*at] = *mark);
+    assert_eq!(lab.read("v@s"), expected);
+    assert_eq!(lab.check(), []);
+}
+
+#[test]
 fn runs_of_the_index_are_merged() {
     let mut lab = Lab::new();
     let names: Vec<String> = (0..20).map(|n| format!("v{n}@base")).collect();
