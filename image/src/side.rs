@@ -64,6 +64,12 @@ impl<E: Engine> Side<E> {
         Ok(Self { path: path.to_owned(), disk, io, queue, submitted: 0, done: Vec::new() })
     }
 
+    /// A disk that is open already, and that errors call `path`; what it has to do in the background, somebody else does.
+    pub fn over(disk: &Arc<Disk<E>>, path: &Path, io: Io<E>) -> Self {
+        let queue = disk.queue_on(io.clone());
+        Self { path: path.to_owned(), disk: Arc::clone(disk), io, queue, submitted: 0, done: Vec::new() }
+    }
+
     /// The path it was opened by.
     pub fn path(&self) -> &Path {
         &self.path

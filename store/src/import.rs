@@ -7,7 +7,7 @@ use std::sync::Arc;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
-use sapwood_image::sealed::{Hash, Root, SealStats, Source, Step, Watch, Workers};
+use sapwood_image::sealed::{ArchiveInfo, Hash, Root, SealStats, Sealed, Source, Step, Watch, Workers};
 use serde_json::Map;
 
 use crate::catalog::rows::{NodeRow, NodeState, Notes, Top};
@@ -44,34 +44,62 @@ pub struct Imported {
     pub stats: SealStats,
 }
 
+/// A snapshot that comes from elsewhere.
+pub(crate) struct NewSealed<'a> {
+    pub(crate) name: &'a SnapshotName,
+    pub(crate) volume: Id,
+    pub(crate) node: Id,
+    pub(crate) root: Root,
+    /// The node that it lies over.
+    pub(crate) parent: Option<Id>,
+    pub(crate) created_ms: u64,
+    /// What the archive says that it comes from.
+    pub(crate) info: Option<&'a ArchiveInfo>,
+}
+
+impl Imported {
+    pub(crate) fn new(new: &NewSealed<'_>, sealed: &Sealed) -> Self {
+        Self {
+            volume: new.volume,
+            snapshot: new.node,
+            size: new.root.size,
+            hash: new.root.hash(),
+            pack_bytes: sealed.packs.iter().map(|pack| pack.bytes).sum(),
+            stats: sealed.stats.clone(),
+        }
+    }
+}
+
 impl Change {
-    fn check_import(&self, name: &SnapshotName) -> Result<()> {
+    /// Refuses names under which no new volume with a snapshot can be made.
+    pub(crate) fn check_import(&self, name: &SnapshotName) -> Result<()> {
         name::check(&name.snapshot)?;
         self.check_volume_is_new(&name.volume)
     }
 
-    /// Makes a volume over a sealed snapshot.
-    fn add_sealed(&mut self, name: &SnapshotName, ids: (Id, Id), root: &Root, created_ms: u64) -> Result<()> {
-        let (volume, node) = ids;
+    /// Makes a snapshot that is sealed.
+    pub(crate) fn add_sealed(&mut self, new: &NewSealed<'_>) -> Result<()> {
+        let NewSealed { name, volume, node, root, parent, created_ms, info } = *new;
+        let description = info.map(|info| info.description.clone()).unwrap_or_default();
         let row = NodeRow {
             volume: Some(volume),
             name: Some(name.snapshot.clone()),
-            parent: None,
+            parent,
             size: root.size,
             created_ms,
             state: NodeState::Sealed(Top::from(root.tree)),
-            notes: Notes::default(),
+            notes: Notes { description, ..Notes::default() },
             space: None,
             more: Map::new(),
         };
         self.put_node(node, Some(&row))?;
         self.put_snapshot_name(volume, &name.snapshot, Some(node))?;
-        self.add_child(None, Child::Node(node))
+        self.add_child(parent, Child::Node(node))
     }
 }
 
 /// Half a disk is none.
-struct AllOrNothing<'a, W>(&'a mut W);
+pub(crate) struct AllOrNothing<'a, W>(pub(crate) &'a mut W);
 
 impl<W: Watch> Watch for AllOrNothing<'_, W> {
     async fn between(&mut self, stats: &SealStats) -> Step {
@@ -102,18 +130,16 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         let job = Job { workers, pin: &pin, base: None, start: 0 };
         let (sealed, mut dedup) = self.seal_source(io, &job, source, &mut AllOrNothing(watch)).await?;
         let root = sealed.root;
-        let (volume, snapshot) = (self.random_id()?, self.random_id()?);
-        let now = self.now_ms();
+        let (volume, node, created_ms) = (self.random_id()?, self.random_id()?, self.now_ms());
+        let new = NewSealed { name, volume, node, root, parent: None, created_ms, info: None };
         self.publish(io, &sealed.packs, |change| {
             change.check_import(name)?;
-            change.add_sealed(name, (volume, snapshot), &root, now)?;
-            change.add_volume(volume, &self.new_volume(&name.volume, root.size, Some(snapshot)))
+            change.add_sealed(&new)?;
+            change.add_volume(volume, &self.new_volume(&name.volume, root.size, Some(node)))
         })
         .await?;
         dedup.publish();
         drop(pin);
-        let pack_bytes = sealed.packs.iter().map(|pack| pack.bytes).sum();
-        let (size, hash) = (root.size, root.hash());
-        Ok(Imported { volume, snapshot, size, hash, pack_bytes, stats: sealed.stats })
+        Ok(Imported::new(&new, &sealed))
     }
 }

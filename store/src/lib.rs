@@ -10,21 +10,25 @@
 //! - [`name`]: `volume` and `volume@snapshot`;
 //! - [`Store`]: everything that is done, in `store`, `volume`, `snapshot`, `switch`, `attach`, `live` and
 //!   `notes`;
-//! - [`Content`]: what is sealed; `publish` makes new packs a part of the store, for `seal` and `import`;
+//! - [`Content`]: what is sealed; `publish` makes new packs a part of the store, for `seal`, `import` and `archive`;
+//!   `export` writes archives, `diff` says what two snapshots do not have in common;
 //! - `collect` frees what nobody needs, `merge` keeps the index short;
 //! - [`tree`]: what there is, for people and programs to read;
 //! - `resolve` answers what a snapshot is, `tidy` takes away what a crash has left.
 #![forbid(unsafe_code)]
 
 mod account;
+mod archive;
 mod attach;
 mod backup;
 pub mod catalog;
 mod check;
 mod collect;
 mod content;
+mod diff;
 pub mod directory;
 mod error;
+mod export;
 mod id;
 mod import;
 mod live;
@@ -55,7 +59,9 @@ pub use catalog::rows;
 pub use check::{Problem, Severity};
 pub use collect::Collected;
 pub use content::Content;
+pub use diff::Diff;
 pub use error::{Result, StoreError, StoreErrorKind};
+pub use export::Exporting;
 pub use id::Id;
 pub use import::{Imported, Importing};
 pub use live::Prepared;

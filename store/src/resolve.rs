@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use sapwood_blockdev::engine::Engine;
 use sapwood_image::layer::{ResolveBase, Resolved, StoreBase};
-use sapwood_image::sealed::Packs;
+use sapwood_image::sealed::{Child, Packs, Root};
 
 use crate::catalog::rows::{NodeRow, NodeState};
 use crate::catalog::{Catalog, Look};
@@ -66,4 +66,13 @@ pub(crate) fn holder(look: &impl Look, node: Option<Id>) -> Result<Option<(Id, N
         next = row.parent;
     }
     Ok(None)
+}
+
+/// The sealed disk that a snapshot is; none, when a layer holds it.
+pub(crate) fn sealed_root(look: &impl Look, node: Id) -> Result<Option<Root>> {
+    Ok(match holder(look, Some(node))? {
+        None => Some(Root { size: look.needed_node(node)?.size, tree: Child::ZERO }),
+        Some((_, NodeRow { state: NodeState::Sealed(top), size, .. })) => Some(top.root(size)),
+        Some(_) => None,
+    })
 }

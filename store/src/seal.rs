@@ -113,8 +113,20 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         workers: &Workers,
         watch: &mut impl Watch,
     ) -> Result<Vec<SealedNode>> {
+        let (id, _) = snapshot(&self.catalog.view()?, name)?;
+        self.seal_line(io, (name, id), workers, watch).await
+    }
+
+    /// The same by the id of a snapshot, whatever its name is by now.
+    pub(crate) async fn seal_line(
+        &self,
+        io: &Io<E>,
+        (name, id): (&SnapshotName, Id),
+        workers: &Workers,
+        watch: &mut impl Watch,
+    ) -> Result<Vec<SealedNode>> {
         let view = self.catalog.view()?;
-        let mut next = Some(snapshot(&view, name)?.0);
+        let mut next = Some(id);
         let mut line = Vec::new();
         while let Some((id, row)) = holder(&view, next)? {
             match row.state {

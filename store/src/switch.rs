@@ -74,7 +74,14 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         Err(StoreError::new(name, StoreErrorKind::NotFound(text)))
     }
 
-    async fn check_saved(&self, io: &Io<E>, name: &str, layer: Id, parent: Option<Id>) -> Result<()> {
+    /// Refuses to throw a volume's layer away when it holds anything.
+    pub(crate) async fn check_saved(
+        &self,
+        io: &Io<E>,
+        name: &str,
+        layer: Id,
+        parent: Option<Id>,
+    ) -> Result<()> {
         let below = match parent {
             Some(parent) => Some(self.catalog.view()?.needed_node(parent)?.size),
             None => None,

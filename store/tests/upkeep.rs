@@ -369,50 +369,58 @@ fn runs_of_the_index_are_merged() {
 /// Which snapshots hold each block, by its mark, as it was written.
 type Holders = BTreeMap<u32, BTreeSet<Id>>;
 
+/// Writes, snapshots, clones, seals and deletions at random: what each snapshot held, by its node, and how many nodes went.
+fn random_snapshots(lab: &Lab, seed: u64) -> (BTreeMap<Id, Vec<u32>>, usize) {
+    let mut deleted = 0;
+    let mut state = seed * 77 + 1;
+    let mut below = |n: usize| {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((state >> 33) % n as u64) as usize
+    };
+    // Every write has a mark of its own, so a block is stored once.
+    let mut mark = BLOCKS as u32;
+    lab.import("v0@s", &marks(1)).unwrap();
+    let id_of = |name: &str| lab.store().read_snapshot(&at(name)).unwrap().id;
+    let mut contents = BTreeMap::from([(id_of("v0@s"), marks(1))]);
+    let mut names = vec!["v0@s"];
+    let mut heads: BTreeMap<&'static str, Vec<u32>> = BTreeMap::from([("v0", marks(1))]);
+    for step in 0..10 {
+        let volume = *heads.keys().nth(below(heads.len())).unwrap();
+        let count = below(12);
+        let new = (mark + 1..).take(count);
+        let writes: Vec<(usize, u32)> = new.map(|mark| (below(BLOCKS), mark)).collect();
+        mark += count as u32;
+        let head = heads.get_mut(volume).unwrap();
+        writes.iter().for_each(|(at, mark)| head[*at] = *mark);
+        let head = head.clone();
+        lab.write(volume, &writes);
+        let name: &'static str = Box::leak(format!("{volume}@t{step}").into_boxed_str());
+        lab.snapshot(name).unwrap();
+        lab.seal_all();
+        contents.insert(id_of(name), head.clone());
+        names.push(name);
+        if below(3) == 0 {
+            let clone: &'static str = Box::leak(format!("c{step}").into_boxed_str());
+            lab.store().clone_snapshot(&at(name), &[clone]).unwrap();
+            heads.insert(clone, head);
+        }
+        if below(3) == 0 {
+            let before = lab.store().stat().unwrap().snapshots.sealed;
+            lab.delete(names.swap_remove(below(names.len())));
+            lab.collect(50);
+            deleted += before - lab.store().stat().unwrap().snapshots.sealed;
+        }
+    }
+    (contents, deleted)
+}
+
 #[test]
 fn accounts_are_what_counting_from_first_principles_gives() {
     let (mut nameless, mut deleted) = (0, 0);
     for seed in 0..8u64 {
         let lab = Lab::new();
-        let mut state = seed * 77 + 1;
-        let mut below = |n: usize| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            ((state >> 33) % n as u64) as usize
-        };
-        // Every write has a mark of its own, so a block is stored once.
-        let mut mark = BLOCKS as u32;
-        lab.import("v0@s", &marks(1)).unwrap();
-        let id_of = |name: &str| lab.store().read_snapshot(&at(name)).unwrap().id;
-        let mut contents = BTreeMap::from([(id_of("v0@s"), marks(1))]);
-        let mut names = vec!["v0@s"];
-        let mut heads: BTreeMap<&'static str, Vec<u32>> = BTreeMap::from([("v0", marks(1))]);
-        for step in 0..10 {
-            let volume = *heads.keys().nth(below(heads.len())).unwrap();
-            let count = below(12);
-            let new = (mark + 1..).take(count);
-            let writes: Vec<(usize, u32)> = new.map(|mark| (below(BLOCKS), mark)).collect();
-            mark += count as u32;
-            let head = heads.get_mut(volume).unwrap();
-            writes.iter().for_each(|(at, mark)| head[*at] = *mark);
-            let head = head.clone();
-            lab.write(volume, &writes);
-            let name: &'static str = Box::leak(format!("{volume}@t{step}").into_boxed_str());
-            lab.snapshot(name).unwrap();
-            lab.seal_all();
-            contents.insert(id_of(name), head.clone());
-            names.push(name);
-            if below(3) == 0 {
-                let clone: &'static str = Box::leak(format!("c{step}").into_boxed_str());
-                lab.store().clone_snapshot(&at(name), &[clone]).unwrap();
-                heads.insert(clone, head);
-            }
-            if below(3) == 0 {
-                let before = lab.store().stat().unwrap().snapshots.sealed;
-                lab.delete(names.swap_remove(below(names.len())));
-                lab.collect(50);
-                deleted += before - lab.store().stat().unwrap().snapshots.sealed;
-            }
-        }
+        let (mut contents, gone) = random_snapshots(&lab, seed);
+        deleted += gone;
         nameless += lab.store().stat().unwrap().snapshots.nameless;
         let account = lab.account(Detail::Shared);
         // Deleted ones over which a volume lies are there without their names.

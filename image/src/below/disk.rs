@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::path::Path;
 use std::sync::Arc;
 
+use sapwood_blockdev::buffer::SharedBuf;
 use sapwood_blockdev::device::{BlockDevice, DeviceError, Geometry};
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
@@ -63,6 +64,15 @@ impl<E: Engine> ChainDisk<E> {
     /// A queue over an engine that the caller's thread already runs, and that no other queue uses.
     pub fn queue_on(self: &Arc<Self>, io: Io<E>) -> ChainQueue<E> {
         ChainQueue::new(Arc::clone(&self.below), io)
+    }
+
+    /// Reads from byte `start` of the disk, which must not end before `buffer` does, as a task of the calling thread's reactor.
+    ///
+    /// # Errors
+    /// A file cannot be read, or is damaged.
+    pub async fn read(&self, io: &Io<E>, start: u64, buffer: &SharedBuf) -> Result<(), ImageError> {
+        let read = self.below.read(io, start, &buffer.clone().into()).await;
+        read.map_err(|error| ImageError::new(self.below.path(), error))
     }
 
     /// What a range of the disk holds.

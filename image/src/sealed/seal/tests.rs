@@ -221,7 +221,7 @@ impl Source for Untouched {
         panic!("it is asked what it holds");
     }
 
-    async fn read(&mut self, _: &[Range<u64>]) -> Result<Vec<u8>, ImageError> {
+    async fn read(&mut self, _: &[Range<u64>]) -> Result<SourceBytes, ImageError> {
         panic!("it is read");
     }
 }

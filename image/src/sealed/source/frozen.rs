@@ -1,6 +1,7 @@
 //! A frozen layer: what its map holds, over what lies below.
 
 use std::ops::Range;
+use std::path::Path;
 use std::sync::Arc;
 
 use futures_util::future::try_join_all;
@@ -8,16 +9,19 @@ use futures_util::future::try_join_all;
 use super::{Content, Source, SourceBytes, SourceRun};
 use crate::below::read_aligned;
 use crate::error::ImageError;
-use crate::layer::Layer;
 use crate::layer::frozen::{FrozenRun, Holds, blocks_of};
+use crate::layer::{Layer, Tuning, open_file};
 use sapwood_blockdev::device::BlockDevice;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
-use sapwood_blockdev::storage::StorageFile;
+use sapwood_blockdev::storage::{Lock, OpenOptions, Storage, StorageFile};
 use sapwood_blockdev::units::BLOCK_SIZE;
 
 /// Reads in flight, at most.
 const DEPTH: usize = 64;
+
+/// Memory for the map of a layer that is opened here, in bytes.
+const MAP_CACHE_BYTES: u64 = 1 << 20;
 
 /// A layer that nobody writes any more. What lies below it is not looked at: it is the base.
 pub struct FrozenSource<E: Engine> {
@@ -29,6 +33,21 @@ impl<E: Engine> FrozenSource<E> {
     /// What `layer` holds, which is read only.
     pub fn new(layer: Arc<Layer<E>>, io: &Io<E>) -> Self {
         Self { layer, io: io.clone() }
+    }
+
+    /// What the layer in a file holds, opened for reading without what lies below it.
+    ///
+    /// # Errors
+    /// It cannot be opened, is in use, or damaged.
+    pub async fn open<S: Storage<File = E::File>>(
+        storage: &S,
+        io: &Io<E>,
+        path: &Path,
+    ) -> Result<Self, ImageError> {
+        let file = open_file(storage, path, OpenOptions::READ.buffered(), Lock::Shared)?;
+        let tuning = Tuning { map_cache_bytes: MAP_CACHE_BYTES, ..Tuning::default() };
+        let (layer, _) = Layer::open_frozen(io, path, file, tuning, false).await?;
+        Ok(Self::new(layer, io))
     }
 
     /// What the map says of the blocks from `at` on.

@@ -2,8 +2,11 @@
 //! copy of its file, which has the same disk; and a file goes when nothing keeps it.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs;
 use std::sync::Mutex;
+
+use sapwood_blockdev::storage::{HostFile, OpenOptions, Storage};
 
 use super::*;
 use crate::layer::{CreateInStore, LayerId, Resolved, StoreBase, Tuning, create_in_store};
@@ -55,7 +58,38 @@ impl Catalog {
     }
 }
 
+type Hook = Box<dyn FnOnce() + Send>;
+
+/// The host's files; does something before it opens one of them.
+#[derive(Clone, Default)]
+struct Hooked(Arc<Mutex<Option<(PathBuf, Hook)>>>);
+
+impl Storage for Hooked {
+    type File = HostFile;
+
+    fn open(&self, path: &Path, options: OpenOptions) -> std::io::Result<HostFile> {
+        let hook = self.0.lock().unwrap().take_if(|(at, _)| at == path);
+        if let Some((_, hook)) = hook {
+            hook();
+        }
+        HostStorage.open(path, options)
+    }
+
+    fn random(&self, bytes: &mut [u8]) -> std::io::Result<()> {
+        HostStorage.random(bytes)
+    }
+
+    fn create_directory(&self, path: &Path) -> std::io::Result<()> {
+        HostStorage.create_directory(path)
+    }
+
+    fn list_directory(&self, path: &Path) -> std::io::Result<Vec<OsString>> {
+        HostStorage.list_directory(path)
+    }
+}
+
 struct Store {
+    storage: Hooked,
     folder: TempDir,
     catalog: Arc<Catalog>,
     volume: Arc<Volume<BlockingEngine>>,
@@ -70,7 +104,7 @@ impl Store {
         prepare(folder.path(), 0, SIZE, None);
         let layer = open_layer(folder.path(), 0, &catalog).unwrap();
         let control = Io::new(BlockingEngine::new().unwrap());
-        Self { folder, catalog, volume: Volume::new(layer), control }
+        Self { storage: Hooked::default(), folder, catalog, volume: Volume::new(layer), control }
     }
 
     fn path(&self, number: u8) -> PathBuf {
@@ -92,13 +126,13 @@ impl Store {
         let next = Successor::Prepared { path: self.path(number), resolver: self.resolver() };
         let (volume, io, catalog) =
             (Arc::clone(&self.volume), self.control.clone(), Arc::clone(&self.catalog));
-        let path = self.path(frozen);
+        let (path, storage) = (self.path(frozen), self.storage.clone());
         block_on(&self.control, async move {
             let commit = async || {
                 catalog.freeze(number - 1, &path, frozen);
                 Ok(())
             };
-            volume.snapshot(&HostStorage, &io, &next, commit).await
+            volume.snapshot(&storage, &io, &next, commit).await
         })
     }
 
@@ -145,6 +179,12 @@ fn open_layer(folder: &Path, number: u8, catalog: &Arc<Catalog>) -> Result<Arc<L
         &io.clone(),
         async move { Layer::open_in_store(&HostStorage, &io, &path, &options, &resolver).await },
     )
+}
+
+fn reopen(layer: &Arc<LayerOf>, catalog: &Arc<Catalog>) {
+    let (io, layer, resolver) = (io(), Arc::clone(layer), Arc::clone(catalog) as Resolver);
+    let inner = io.clone();
+    block_on(&io, async move { layer.reopen_base(&HostStorage, &inner, &resolver).await.unwrap() });
 }
 
 /// Writes a block, and lets the thread sleep.
@@ -286,10 +326,7 @@ impl ResolveBase<BlockingEngine> for Slow {
         let answer = self.catalog.resolve(base);
         if !std::mem::replace(&mut *self.was_asked.lock().unwrap(), true) {
             self.catalog.seal(0);
-            let (io, layer, resolver) =
-                (io(), Arc::clone(&self.layer), Arc::clone(&self.catalog) as Resolver);
-            let reopened = async move { layer.reopen_base(&HostStorage, &io, &resolver).await };
-            block_on(&self::io(), reopened).unwrap();
+            reopen(&self.layer, &self.catalog);
         }
         answer
     }
@@ -308,6 +345,37 @@ fn what_is_opened_later_is_not_lost_to_what_was_opened_before() {
     block_on(&io.clone(), async move { layer.reopen_base(&HostStorage, &io, &slow).await.unwrap() });
     assert_eq!(store.files(), ["0.sealed", "1"], "the old answer is not used");
     assert_eq!(get(&mut queue, 0), 1);
+}
+
+#[test]
+fn a_read_that_has_begun_keeps_the_files_that_it_has_yet_to_open() {
+    let store = Store::new();
+    let mut queue = store.queue();
+    put(&mut queue, 0, 1);
+    store.snapshot(1);
+    put(&mut queue, 1, 2);
+    store.snapshot(2);
+    let (layer, catalog) = (store.volume.layer(), Arc::clone(&store.catalog));
+    let files = [0, 1].map(|number| store.path(number));
+    let hook = move || {
+        (0..2).for_each(|number| catalog.seal(number));
+        reopen(&layer, &catalog);
+        assert!(files.iter().all(|file| file.exists()), "the read needs them");
+    };
+    *store.storage.0.lock().unwrap() = Some((store.path(0), Box::new(hook)));
+    // Files of two layers below, neither of which is open, are needed one after the other.
+    let buf = SharedBuf::heap(2 * BLOCK);
+    let command = Command::Read(buf.clone().into());
+    queue.submit(Request { tag: 0, offset: GuestOffset(0), len: 2 * BLOCK as u64, command });
+    let mut done = Vec::new();
+    drain(&mut queue, &mut done);
+    assert_eq!(done[0].result, Ok(()));
+    let mut bytes = vec![0; 2 * BLOCK];
+    buf.read_at(0, &mut bytes);
+    assert_eq!((bytes[0], bytes[BLOCK]), (1, 2));
+    assert!(store.storage.0.lock().unwrap().is_none(), "it was opened again in the middle of the read");
+    assert_eq!(store.files(), ["0.sealed", "1.sealed", "2"], "nobody reads the others");
+    assert_eq!((get(&mut queue, 0), get(&mut queue, 1)), (1, 2));
 }
 
 #[test]

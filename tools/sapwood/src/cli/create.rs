@@ -13,7 +13,11 @@ use super::options::FormatOptions;
 use super::output;
 use super::reading::BaseReading;
 use super::size::{self, Size};
+use super::store::DefaultStore;
 use crate::host::Host;
+use crate::volumes::access::Access;
+use crate::volumes::address::Address;
+use crate::volumes::change::CreateVolume;
 
 /// Make a new disk
 ///
@@ -26,11 +30,12 @@ use crate::host::Host;
   sapwood create -b debian.raw -F raw vm2.layer 20G     the same, larger
   sapwood create -b debian.qcow2 -F qcow2 vm3.layer     over a qcow2 image
   sapwood create /dev/vg/vm4 10G                        an empty disk on a block device
-  sapwood create -f raw disk.raw 10G                    a sparse raw disk")]
+  sapwood create -f raw disk.raw 10G                    a sparse raw disk
+  sapwood create /srv/vms:web 10G                       an empty volume in a store")]
 pub struct Create {
-    /// Format of the new disk: layer or raw
-    #[arg(short, long, value_name = "FORMAT", default_value_t = Format::Layer)]
-    format: Format,
+    /// Format of the new disk: layer or raw; by default layer
+    #[arg(short, long, value_name = "FORMAT")]
+    format: Option<Format>,
 
     /// The base; a relative path is relative to the new disk's folder, and kept so
     #[arg(short, long, value_name = "BASE")]
@@ -52,11 +57,15 @@ pub struct Create {
     #[arg(long)]
     force: bool,
 
+    #[command(flatten)]
+    store: DefaultStore,
+
     /// Print nothing
     #[arg(short, long)]
     quiet: bool,
 
-    /// The new disk: a file that does not exist, or for a layer a block device
+    /// The new disk: a file that does not exist, or for a layer a block device; or a volume of a store, as
+    /// STORE:volume
     #[arg(value_name = "DISK")]
     path: PathBuf,
 
@@ -67,16 +76,20 @@ pub struct Create {
 
 impl Create {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
-        let options = FormatOptions::parse(&self.options, self.format)?;
+        if let Some(address) = Address::of_disk(self.path.as_os_str(), self.store.given())? {
+            return self.create_volume(host, address);
+        }
+        let format = self.format.unwrap_or(Format::Layer);
+        let options = FormatOptions::parse(&self.options, format)?;
         let size = self.size.map(|Size(n)| n).or(options.size);
         let backing = self.backing.clone().or(options.backing_file);
         let backing_format = self.backing_format.or(options.backing_format);
         let mut layer = CreateLayer { size, overwrite: self.force, ..CreateLayer::default() };
         layer.segment_size = options.segment_size.unwrap_or(layer.segment_size);
-        let disk = match (self.format, backing) {
+        let disk = match (format, backing) {
             (Format::Raw, Some(_)) => bail!("a raw disk has no base: use -f layer"),
             (Format::Qcow2 | Format::Sealed, _) => {
-                bail!("{} images are read, not made: use -f layer or -f raw", self.format)
+                bail!("{format} images are read, not made: use -f layer or -f raw")
             }
             (Format::Raw, None) => {
                 let size = size.context("how large? Give a SIZE, for example 10G")?;
@@ -100,20 +113,43 @@ impl Create {
                 CreateDisk::Layer(CreateLayer { base: Some(self.reading.base(base, format)?), ..layer })
             }
         };
-        let said = self.describe(&disk);
+        let said = self.describe(format, &disk);
         let (storage, path) = (host.storage(), self.path);
         host.block_on(|io| async move { sapwood_image::create(&storage, &io, &path, disk).await })?;
         if self.quiet { Ok(()) } else { output::print(&said) }
     }
 
-    fn describe(&self, disk: &CreateDisk) -> String {
+    /// Makes a volume of a store.
+    fn create_volume(self, host: &Host, address: Address) -> anyhow::Result<()> {
+        let options = FormatOptions::parse(&self.options, Format::Layer)?;
+        let is_file = self.format.is_some()
+            || self.force
+            || self.backing.or(options.backing_file).is_some()
+            || self.backing_format.or(options.backing_format).is_some()
+            || options.segment_size.is_some()
+            || self.reading.is_given();
+        if is_file {
+            bail!(
+                "{}: a volume has a size only (sapwood clone makes one over a snapshot)",
+                self.path.display()
+            );
+        }
+        let size = self.size.map(|Size(n)| n).or(options.size);
+        let size = size.context("how large? Give a SIZE, for example 10G")?;
+        let access = Access::to(*host, &address.store)?;
+        let made = access.ask(CreateVolume { name: address.volume()?, size })?;
+        let said = format!("Created {}: volume, {}\n", made.name, size::display(made.virtual_size));
+        if self.quiet { Ok(()) } else { output::print(&said) }
+    }
+
+    fn describe(&self, format: Format, disk: &CreateDisk) -> String {
         let (size, base) = match disk {
             CreateDisk::Raw(raw) => (Some(raw.size), None),
             CreateDisk::Layer(layer) => (layer.size, layer.base.as_ref()),
         };
         let size = size.map(|size| format!(", {}", size::display(size))).unwrap_or_default();
         let base = base.map(|base| format!(", over {} ({})", base.path.display(), base.format));
-        format!("Created {}: {}{size}{}\n", self.path.display(), self.format, base.unwrap_or_default())
+        format!("Created {}: {format}{size}{}\n", self.path.display(), base.unwrap_or_default())
     }
 }
 

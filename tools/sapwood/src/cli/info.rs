@@ -16,13 +16,17 @@ use serde_json::{Value, json};
 use super::online::{self, Online, Target};
 use super::output::{self, Output};
 use super::size;
+use super::store::DefaultStore;
+use super::store::show::show;
 use crate::host::Host;
+use crate::volumes::address::Address;
 
 /// Describe a disk
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   sapwood info vm1.layer
   sapwood info --control /run/vm1.control        while it is being served
+  sapwood info /srv/vms:web                      a volume of a store
   sapwood info --output=json vm1.layer | jq '.\"virtual-size\"'")]
 pub struct Info {
     /// Format of the disk; without it, a file of no known format is described as raw
@@ -36,13 +40,21 @@ pub struct Info {
     #[command(flatten)]
     online: Online,
 
-    /// The disk
+    #[command(flatten)]
+    store: DefaultStore,
+
+    /// The disk, or a volume or snapshot of a store, as in sapwood show
     #[arg(value_name = "DISK", required_unless_present = "control", conflicts_with = "control")]
     path: Option<PathBuf>,
 }
 
 impl Info {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
+        if let Some(path) = &self.path
+            && let Some(address) = Address::of_disk(path.as_os_str(), self.store.given())?
+        {
+            return show(host, address, self.output);
+        }
         match (self.online.target(self.path.as_ref())?, self.output) {
             (Target::Served(client), Output::Json) => output::print_json(&client.disk()?),
             (Target::Served(client), Output::Human) => {

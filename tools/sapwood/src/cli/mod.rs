@@ -19,6 +19,7 @@ mod rebase;
 mod resize;
 pub mod serve;
 mod size;
+mod store;
 
 use clap::{Parser, Subcommand};
 
@@ -53,6 +54,24 @@ enum Command {
     Compact(compact::Compact),
     Serve(serve::Serve),
     Boot(boot::Boot),
+    Store(store::Store),
+    Daemon(store::daemon::DaemonCommand),
+    List(store::list::List),
+    Tree(store::tree::Tree),
+    Show(store::show::Show),
+    Import(store::import::Import),
+    Snapshot(store::snapshot::Snapshot),
+    Clone(store::clone::Clone),
+    Switch(store::switch::Switch),
+    Rollback(store::switch::Rollback),
+    Rename(store::rename::Rename),
+    Delete(store::delete::Delete),
+    Protect(store::notes::Protect),
+    Unprotect(store::notes::Unprotect),
+    Describe(store::notes::Describe),
+    Label(store::notes::Label),
+    Attach(store::attach::Attach),
+    Detach(store::attach::Detach),
     #[command(hide = true)]
     BootWorker(Worker),
 }
@@ -60,7 +79,7 @@ enum Command {
 impl Cli {
     /// Whether the command goes on until it is told to stop.
     pub fn is_server(&self) -> bool {
-        matches!(self.command, Command::Serve(_))
+        matches!(self.command, Command::Serve(_) | Command::Daemon(_))
     }
 
     /// The exit code when the command could not do its work: 1, except where that is an answer.
@@ -90,6 +109,24 @@ impl Cli {
             Command::Compact(command) => command.run(&host()).map(|()| 0),
             Command::Serve(command) => command.run(&host()).map(|()| 0),
             Command::Boot(command) => command.run(),
+            Command::Store(command) => command.run(&host()),
+            Command::Daemon(command) => command.run(&host()).map(|()| 0),
+            Command::List(command) => command.run(&host()).map(|()| 0),
+            Command::Tree(command) => command.run(&host()).map(|()| 0),
+            Command::Show(command) => command.run(&host()).map(|()| 0),
+            Command::Import(command) => command.run(&host()).map(|()| 0),
+            Command::Snapshot(command) => command.run(&host()).map(|()| 0),
+            Command::Clone(command) => command.run(&host()).map(|()| 0),
+            Command::Switch(command) => command.run(&host()).map(|()| 0),
+            Command::Rollback(command) => command.run(&host()).map(|()| 0),
+            Command::Rename(command) => command.run(&host()).map(|()| 0),
+            Command::Delete(command) => command.run(&host()).map(|()| 0),
+            Command::Protect(command) => command.run(&host()).map(|()| 0),
+            Command::Unprotect(command) => command.run(&host()).map(|()| 0),
+            Command::Describe(command) => command.run(&host()).map(|()| 0),
+            Command::Label(command) => command.run(&host()).map(|()| 0),
+            Command::Attach(command) => command.run(&host()).map(|()| 0),
+            Command::Detach(command) => command.run(&host()).map(|()| 0),
             Command::BootWorker(worker) => worker.run(),
         }
     }

@@ -32,6 +32,11 @@ pub struct Backing {
 }
 
 impl Reading {
+    /// Whether anything was asked for.
+    pub fn is_given(&self) -> bool {
+        self.snapshot.is_some() || self.backing.allow_backing || self.backing.backing_format.is_some()
+    }
+
     /// How to open a disk.
     pub fn open(&self, format: Option<Format>, read_only: bool) -> OpenDisk {
         OpenDisk {

@@ -9,21 +9,28 @@ use clap::error::ErrorKind::ValueValidation;
 use sapwood_image::{Format, OpenDisk};
 
 use super::online::{self, Online, Target};
-use super::output;
 use super::size::{self, NewSize};
+use super::store::DefaultStore;
+use super::{output, progress};
 use crate::control::wire;
 use crate::host::Host;
+use crate::volumes::access::Access;
+use crate::volumes::address::Address;
+use crate::volumes::live::ResizeVolume;
+use crate::volumes::look::ShowVolume;
 
 /// Change the size of a disk
 ///
 /// What is added reads as zeroes. What is cut off is lost, so that must be asked for with --shrink.
 ///
-/// With --control the server that uses the disk does it, and the virtual machine is told.
+/// With --control the server that uses the disk does it, and the virtual machine is told. So it is of a volume that
+/// the daemon of its store has attached.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   sapwood resize vm1.layer 20G
   sapwood resize vm1.layer +5G
   sapwood resize --control /run/vm1.control +5G  while a virtual machine uses it
+  sapwood resize /srv/vms:web 20G                a volume of a store
   sapwood resize --shrink -f raw disk.raw -- -1G")]
 pub struct Resize {
     /// Format of the disk; needed unless it is a layer
@@ -41,7 +48,10 @@ pub struct Resize {
     #[command(flatten)]
     online: Online,
 
-    /// The disk; with --control the size stands here
+    #[command(flatten)]
+    store: DefaultStore,
+
+    /// The disk, or a volume of a store, as STORE:volume; with --control the size stands here
     #[arg(value_name = "DISK")]
     first: OsString,
 
@@ -54,7 +64,10 @@ pub struct Resize {
 impl Resize {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
         let (path, old, new) = match self.size {
-            Some(size) => online::advise(self.resize(host, Path::new(&self.first), size))?,
+            Some(size) => match Address::of_disk(&self.first, self.store.given())? {
+                Some(address) => self.resize_volume(host, address, size)?,
+                None => online::advise(self.resize(host, Path::new(&self.first), size))?,
+            },
             None => self.ask()?,
         };
         let said = format!("Resized {path} from {} to {}\n", size::display(old), size::display(new));
@@ -74,6 +87,22 @@ impl Resize {
         let asked = wire::Resize { size: self.new_size(path, old, size)?, shrink: self.shrink };
         let (path, _) = online::run(&client, "/v1/disk/resize", &asked, self.quiet)?;
         Ok((path, old, asked.size))
+    }
+
+    /// Changes a volume: its name, its size before and after.
+    fn resize_volume(
+        &self,
+        host: &Host,
+        address: Address,
+        size: NewSize,
+    ) -> anyhow::Result<(String, u64, u64)> {
+        let access = Access::to(*host, &address.store)?;
+        let volume = address.volume()?;
+        let old = access.ask(ShowVolume { volume: volume.clone() })?.virtual_size;
+        let size = self.new_size(&volume, old, size)?;
+        let resize = ResizeVolume { volume: volume.clone(), size, shrink: self.shrink };
+        let resized = access.run(resize, &progress::bar(0, self.quiet))?;
+        Ok((volume, resized.old_size, resized.size))
     }
 
     fn resize(&self, host: &Host, path: &Path, size: NewSize) -> anyhow::Result<(String, u64, u64)> {

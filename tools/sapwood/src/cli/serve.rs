@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::thread::{self, JoinHandle};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use rustix::fs::Mode;
 use rustix::process::Signal;
@@ -20,10 +20,14 @@ use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
 use super::reading::Reading;
+use super::store::DefaultStore;
 use super::{output, size};
 use crate::boot::{CHILD_OF, end_with, remove_folder_of, with_options};
 use crate::control::{Control, Served};
 use crate::host::{Host, HostEngine};
+use crate::volumes::access::Access;
+use crate::volumes::address::Address;
+use crate::volumes::attached::{self, Attached};
 
 /// Exit code when a second signal comes before everything is durable.
 pub const EXIT_INTERRUPTED: i32 = 130;
@@ -81,11 +85,14 @@ pub struct Serve {
     #[command(flatten)]
     reading: Reading,
 
+    #[command(flatten)]
+    store: DefaultStore,
+
     /// Stop when this process, the one that started this one, has ended
     #[arg(long = CHILD_OF, value_name = "PID", hide = true)]
     child_of: Option<u32>,
 
-    /// The disk
+    /// The disk, or a volume of a store that no daemon has, as STORE:volume
     #[arg(value_name = "DISK")]
     path: PathBuf,
 }
@@ -98,7 +105,10 @@ impl Serve {
         crate::abort_on_panic();
         // Before there are threads: the socket, and all else we make, is this user's alone.
         rustix::process::umask(Mode::RWXG | Mode::RWXO);
-        let mut signals = self.signals().context("cannot take signals")?;
+        let mut signals = signals(self.child_of.is_none()).context("cannot take signals")?;
+        if let Some(address) = Address::of_disk(self.path.as_os_str(), self.store.given())? {
+            return self.serve_volume(host, address, &mut signals);
+        }
         let options = OpenDisk { tuning: self.tuning(), ..self.reading.open(self.format, self.readonly) };
         let (io, storage, path) = (host.io()?, host.storage(), self.path.clone());
         let opening = {
@@ -128,31 +138,40 @@ impl Serve {
         Ok(())
     }
 
+    /// Serves a volume of a store, which this process opens for that.
+    fn serve_volume(&self, host: &Host, address: Address, signals: &mut Signals) -> anyhow::Result<()> {
+        if self.control.is_some() || self.format.is_some() || self.readonly || self.reading.is_given() {
+            bail!("{}: a volume is served without --control, --format and --readonly", self.path.display());
+        }
+        let Access::Direct(service) = Access::to(*host, &address.store)? else {
+            bail!("{}: the daemon of the store has it: use sapwood attach", self.path.display());
+        };
+        let volume = address.volume()?;
+        let serve =
+            attached::Serve { socket: self.socket.clone(), queues: self.queues, tuning: self.tuning() };
+        let attached = Attached::volume(&service, &volume, serve)?;
+        service.add(Arc::clone(&attached));
+        output::print(&self.ready_line("volume", attached.size(), false))?;
+        signals.forever().next();
+        log::info!("stopping: a second signal ends this at once");
+        service.close()?;
+        log::info!("stopped: everything is durable");
+        Ok(())
+    }
+
     /// Serves until a signal comes and all requests are drained.
     fn serve(&self, host: Host, disk: &Arc<Disk<HostEngine>>, signals: &mut Signals) -> anyhow::Result<()> {
         let server = Arc::new(Server::start(Arc::clone(disk), self.options(), move || host.engine())?);
         let served =
             Served { host, disk: Arc::clone(disk), path: self.path.clone(), server: Arc::clone(&server) };
         let control = self.control.as_ref().map(|path| Control::start(path, served)).transpose()?;
-        output::print(&self.ready_line(disk))?;
+        let Geometry { size, read_only, .. } = disk.geometry();
+        output::print(&self.ready_line(disk.format().name(), size, read_only))?;
         signals.forever().next();
         log::info!("stopping: a second signal ends this at once");
         drop(control);
         server.stop();
         Ok(())
-    }
-
-    /// The signals that end the server. From the second one on they end the process, unless it follows another one: then a signal
-    /// may come from that one and again from who ends both, and whoever has no time kills it.
-    fn signals(&self) -> std::io::Result<Signals> {
-        let asked = Arc::new(AtomicBool::new(false));
-        for signal in [SIGTERM, SIGINT] {
-            if self.child_of.is_none() {
-                flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, Arc::clone(&asked))?;
-                flag::register(signal, Arc::clone(&asked))?;
-            }
-        }
-        Signals::new([SIGTERM, SIGINT])
     }
 
     fn tuning(&self) -> Tuning {
@@ -169,12 +188,11 @@ impl Serve {
         Options { queues: self.queues, serial, ..Options::new(&self.socket) }
     }
 
-    fn ready_line(&self, disk: &Disk<HostEngine>) -> String {
-        let Geometry { size, read_only, .. } = disk.geometry();
+    fn ready_line(&self, format: &str, size: u64, read_only: bool) -> String {
         format!(
             "Serving {} ({}, {}{}) at {} with {} queue{}\n",
             self.path.display(),
-            disk.format(),
+            format,
             size::short(size),
             if read_only { ", read-only" } else { "" },
             self.socket.display(),
@@ -182,6 +200,19 @@ impl Serve {
             if self.queues == 1 { "" } else { "s" },
         )
     }
+}
+
+/// The signals that end a server. From the second one on they end the process, unless it follows another one: then a signal
+/// may come from that one and again from who ends both, and whoever has no time kills it.
+pub fn signals(is_alone: bool) -> std::io::Result<Signals> {
+    let asked = Arc::new(AtomicBool::new(false));
+    for signal in [SIGTERM, SIGINT] {
+        if is_alone {
+            flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, Arc::clone(&asked))?;
+            flag::register(signal, Arc::clone(&asked))?;
+        }
+    }
+    Signals::new([SIGTERM, SIGINT])
 }
 
 /// Says how much of a layer's map is in memory, and what that has cost so far.

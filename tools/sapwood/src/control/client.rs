@@ -22,13 +22,13 @@ use tokio::net::UnixStream;
 use tokio::runtime::Builder;
 use tokio::time::timeout;
 
-use super::wire::{Failed, Failure, Job, Nothing, State};
+use super::wire::{Failed, Job, Nothing, State};
 use crate::cli::progress;
 use crate::cli::serve::EXIT_INTERRUPTED;
 
-/// Longest answer in bytes.
+/// Longest answer about a served disk, in bytes.
 const ANSWER_BYTES_MAX: usize = 1 << 20;
-/// Time for one answer: the server itself gives up after 10 s.
+/// Time for one answer about a served disk: the server itself gives up after 10 s.
 const ANSWER_TIME_MAX: Duration = Duration::from_secs(30);
 /// Pauses between looks at a job: they grow from the first to the second.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(200));
@@ -57,15 +57,49 @@ impl Interrupts {
     }
 }
 
+/// Begins a job and looks at it until it has ended, with a bar; what it answers. `look` is told the job's number,
+/// and once, when SIGINT or SIGTERM came, that it is to be cancelled.
+pub fn follow(
+    begin: impl FnOnce() -> anyhow::Result<Job>,
+    mut look: impl FnMut(u64, bool) -> anyhow::Result<Job>,
+    bar: &ProgressBar,
+) -> anyhow::Result<Value> {
+    let mut interrupts = Interrupts::take()?;
+    let mut job = begin()?;
+    let mut pause = PAUSES.0;
+    while job.state == State::Running {
+        if job.total_bytes > 0 {
+            progress::show(bar, job.done_bytes, job.total_bytes);
+        }
+        sleep(pause);
+        pause = (pause * 2).min(PAUSES.1);
+        job = look(job.id, interrupts.is_first())?;
+    }
+    bar.finish_and_clear();
+    match (job.state, job.error) {
+        (State::Done, _) => Ok(job.result.unwrap_or_default()),
+        (State::Cancelled, _) => bail!("cancelled"),
+        (_, Some(error)) => Err(error.into()),
+        (_, None) => bail!("it failed"),
+    }
+}
+
 /// A server that answers at a control socket.
 pub struct Client<'a> {
     socket: &'a Path,
+    answer_time_max: Duration,
+    answer_bytes_max: usize,
 }
 
 impl<'a> Client<'a> {
-    /// The server whose socket this is.
+    /// The server of a disk, whose socket this is.
     pub fn new(socket: &'a Path) -> Self {
-        Self { socket }
+        Self { socket, answer_time_max: ANSWER_TIME_MAX, answer_bytes_max: ANSWER_BYTES_MAX }
+    }
+
+    /// A server whose answers may take so long, and have so many bytes.
+    pub fn patient(socket: &'a Path, answer_time_max: Duration, answer_bytes_max: usize) -> Self {
+        Self { socket, answer_time_max, answer_bytes_max }
     }
 
     /// Facts about the disk.
@@ -75,30 +109,18 @@ impl<'a> Client<'a> {
 
     /// Has a job done, with a bar; what it answers. SIGINT and SIGTERM cancel it.
     pub fn run(&self, path: &str, body: &impl Serialize, bar: &ProgressBar) -> anyhow::Result<Value> {
-        let mut interrupts = Interrupts::take()?;
-        let mut job: Job = self.read(Method::POST, path, body)?;
-        let path = format!("/v1/jobs/{}", job.id);
-        let mut pause = PAUSES.0;
-        while job.state == State::Running {
-            if job.total_bytes > 0 {
-                progress::show(bar, job.done_bytes, job.total_bytes);
-            }
-            sleep(pause);
-            pause = (pause * 2).min(PAUSES.1);
-            let method = if interrupts.is_first() { Method::DELETE } else { Method::GET };
-            job = self.read(method, &path, &Nothing {})?;
-        }
-        bar.finish_and_clear();
-        match (job.state, job.error) {
-            (State::Done, _) => Ok(job.result.unwrap_or_default()),
-            (State::Cancelled, _) => bail!("cancelled"),
-            (_, error) => {
-                bail!(error.map_or_else(|| "it failed".to_owned(), |Failure { message, .. }| message))
-            }
-        }
+        follow(
+            || self.read(Method::POST, path, body),
+            |id, cancel| {
+                let method = if cancel { Method::DELETE } else { Method::GET };
+                self.read(method, &format!("/v1/jobs/{id}"), &Nothing {})
+            },
+            bar,
+        )
     }
 
-    fn read<T: serde::de::DeserializeOwned>(
+    /// One request and its answer, as what it is.
+    pub fn read<T: serde::de::DeserializeOwned>(
         &self,
         method: Method,
         path: &str,
@@ -117,14 +139,16 @@ impl<'a> Client<'a> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let body = serde_json::to_vec(body)?;
         let answered = runtime.block_on(async {
-            timeout(ANSWER_TIME_MAX, self.exchange(method, path, body)).await.context("no answer in time")?
+            timeout(self.answer_time_max, self.exchange(method, path, body))
+                .await
+                .context("no answer in time")?
         });
         let (status, bytes) = answered.with_context(|| self.socket.display().to_string())?;
         if status.is_success() {
             return serde_json::from_slice(&bytes).with_context(|| self.odd());
         }
         let Failed { error } = serde_json::from_slice(&bytes).with_context(|| self.odd())?;
-        bail!(error.message)
+        Err(error.into())
     }
 
     async fn exchange(
@@ -144,7 +168,7 @@ impl<'a> Client<'a> {
             .body(Full::new(Bytes::from(body)))?;
         let response = sender.send_request(request).await?;
         let status = response.status();
-        let body = Limited::new(response.into_body(), ANSWER_BYTES_MAX).collect().await;
+        let body = Limited::new(response.into_body(), self.answer_bytes_max).collect().await;
         connection.abort();
         let body = body.map_err(|error| anyhow::anyhow!("{error}"))?;
         Ok((status, body.to_bytes()))

@@ -27,10 +27,15 @@ const CONNECTIONS_MAX: usize = 32;
 const HEAD_BYTES_MAX: usize = 16 << 10;
 /// Time for the head of a request.
 const HEAD_TIME_MAX: Duration = Duration::from_secs(2);
-/// Time for a whole connection.
-const CONNECTION_TIME_MAX: Duration = Duration::from_secs(10);
 /// How long to leave the socket alone when it reports errors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What is served.
+#[derive(Clone)]
+struct Service {
+    router: Router,
+    connection_time_max: Duration,
+}
 
 /// A listening socket and its thread. Dropping it stops both.
 pub struct Listener {
@@ -39,17 +44,21 @@ pub struct Listener {
 }
 
 impl Listener {
-    /// Listens at `path` and serves `router`.
-    pub fn start(path: &Path, router: Router) -> anyhow::Result<Self> {
+    /// Listens at `path` and serves `router`. A connection is closed after `connection_time_max`, whatever it is
+    /// doing.
+    pub fn start(path: &Path, router: Router, connection_time_max: Duration) -> anyhow::Result<Self> {
         let (file, bound) = SocketFile::bind(path)?;
         bound.set_nonblocking(true).context("cannot use the control socket")?;
         let runtime = Builder::new_current_thread().enable_all().build().context("cannot start a runtime")?;
         let (stop, stopped) = oneshot::channel();
         let thread = thread::Builder::new().name("control".into()).spawn(move || {
-            if let Err(error) = run(&runtime, bound, router, stopped) {
+            let service = Service { router, connection_time_max };
+            if let Err(error) = run(&runtime, bound, service, stopped) {
                 log::error!("the control socket: {error}");
             }
             drop(file);
+            // Waits for what was begun on the runtime's other threads.
+            drop(runtime);
         })?;
         Ok(Self { stop: Some(stop), thread: Some(thread) })
     }
@@ -68,20 +77,20 @@ impl Drop for Listener {
 fn run(
     runtime: &Runtime,
     bound: Bound,
-    router: Router,
+    service: Service,
     stopped: oneshot::Receiver<()>,
 ) -> std::io::Result<()> {
     runtime.block_on(async {
         let listener = UnixListener::from_std(bound)?;
         tokio::select! {
-            () = accept(&listener, &router) => {}
+            () = accept(&listener, &service) => {}
             _ = stopped => {}
         }
         Ok(())
     })
 }
 
-async fn accept(listener: &UnixListener, router: &Router) {
+async fn accept(listener: &UnixListener, service: &Service) {
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     // Dropped, it ends what is left.
     let mut connections = JoinSet::new();
@@ -90,9 +99,9 @@ async fn accept(listener: &UnixListener, router: &Router) {
         while connections.try_join_next().is_some() {}
         match listener.accept().await {
             Ok((stream, _)) => {
-                let router = router.clone();
+                let service = service.clone();
                 connections.spawn(async move {
-                    answer(stream, router).await;
+                    answer(stream, service).await;
                     drop(place);
                 });
             }
@@ -105,14 +114,14 @@ async fn accept(listener: &UnixListener, router: &Router) {
 }
 
 /// Answers one request.
-async fn answer(stream: UnixStream, router: Router) {
+async fn answer(stream: UnixStream, service: Service) {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIME_MAX)
         .max_buf_size(HEAD_BYTES_MAX)
         .keep_alive(false);
-    let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    match timeout(CONNECTION_TIME_MAX, connection).await {
+    let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service.router));
+    match timeout(service.connection_time_max, connection).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => log::debug!("the control socket: {error}"),
         Err(_) => log::debug!("the control socket: a peer took too long"),

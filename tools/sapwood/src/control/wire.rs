@@ -1,7 +1,11 @@
 //! What is said on the control socket.
 
+use std::fmt;
 use std::path::PathBuf;
 
+use sapwood_image::ImageError;
+use sapwood_store::StoreError;
+use sapwood_vhost::ServerError;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -12,6 +16,65 @@ pub struct Failure {
     pub kind: String,
     /// What a person should read.
     pub message: String,
+}
+
+impl Failure {
+    /// A failure of one of the known kinds.
+    pub fn new(kind: &str, message: impl Into<String>) -> Self {
+        Self { kind: kind.to_owned(), message: message.into() }
+    }
+
+    /// Of an error that may be one of ours.
+    pub fn of(error: &anyhow::Error) -> Self {
+        let message = format!("{error:#}");
+        let kind = if let Some(error) = error.downcast_ref::<ImageError>() {
+            error.kind.name()
+        } else if let Some(error) = error.downcast_ref::<StoreError>() {
+            error.kind.name()
+        } else if let Some(failure) = error.downcast_ref::<Self>() {
+            failure.kind.as_str()
+        } else {
+            "failed"
+        };
+        Self::new(kind, message)
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.message)
+    }
+}
+
+impl std::error::Error for Failure {}
+
+impl From<StoreError> for Failure {
+    fn from(error: StoreError) -> Self {
+        Self::new(error.kind.name(), error.to_string())
+    }
+}
+
+impl From<ImageError> for Failure {
+    fn from(error: ImageError) -> Self {
+        Self::new(error.kind.name(), error.to_string())
+    }
+}
+
+impl From<ServerError> for Failure {
+    fn from(error: ServerError) -> Self {
+        let kind = match error {
+            ServerError::Queues(_) => "invalid",
+            ServerError::InUse(_) | ServerError::NotASocket(_) => "exists",
+            _ => "system",
+        };
+        Self::new(kind, error.to_string())
+    }
+}
+
+impl From<anyhow::Error> for Failure {
+    fn from(error: anyhow::Error) -> Self {
+        Self::of(&error)
+    }
 }
 
 /// The body of every answer that is an error.
@@ -80,7 +143,7 @@ pub enum State {
 pub struct Job {
     /// Its number, from 1; never used twice by one server.
     pub id: u64,
-    /// What it does: `resize`, `flatten`, `rebase` or `commit`.
+    /// What it does: of a served disk `resize`, `flatten`, `rebase` or `commit`.
     pub kind: String,
     /// How far it has come.
     pub state: State,

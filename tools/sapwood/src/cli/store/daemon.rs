@@ -1,0 +1,69 @@
+//! `sapwood daemon`.
+
+use std::path::PathBuf;
+
+use anyhow::Context;
+use clap::Args;
+use rustix::fs::Mode;
+
+use super::super::serve::signals;
+use crate::cli::output;
+use crate::host::Host;
+use crate::volumes::address::default_store;
+use crate::volumes::daemon::{Daemon, Options, notify};
+use crate::volumes::look::ShowStore;
+use crate::volumes::operation::Quick;
+
+/// Serve a store: its volumes to virtual machines, and itself to the command line
+///
+/// Prints one line when it is ready. While it runs, all commands about the store go to it. SIGTERM or SIGINT ends
+/// it: requests are drained, everything is made durable, and the exit code is 0. A second signal ends it at once
+/// (exit code 130); then, as after a crash, what was flushed is there.
+#[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  sapwood daemon --store /srv/vms
+  sapwood daemon --store /srv/vms --sockets /run/vms
+
+Notes go to standard error; SAPWOOD_LOG=debug shows more of them, SAPWOOD_LOG=warn fewer.")]
+pub struct DaemonCommand {
+    /// Directory of the store; by default the environment's SAPWOOD_STORE
+    #[arg(long, value_name = "DIR")]
+    store: Option<PathBuf>,
+
+    /// Where it takes orders; only this user may connect. By default daemon.sock in the store
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+
+    /// Folder for the sockets of attached volumes; by default sockets in the store
+    #[arg(long, value_name = "DIR")]
+    sockets: Option<PathBuf>,
+
+    /// Seal nothing, and collect nothing, but what is asked for
+    #[arg(long)]
+    no_background: bool,
+}
+
+impl DaemonCommand {
+    pub fn run(self, host: &Host) -> anyhow::Result<()> {
+        crate::abort_on_panic();
+        // Before there are threads: the sockets, and all else we make, are this user's alone.
+        rustix::process::umask(Mode::RWXG | Mode::RWXO);
+        let mut signals = signals(true).context("cannot take signals")?;
+        let store = default_store(self.store.as_deref())?;
+        let options =
+            Options { store, socket: self.socket, sockets: self.sockets, background: !self.no_background };
+        let daemon = Daemon::start(*host, &options)?;
+        let stat = ShowStore {}.run(daemon.service())?;
+        let volumes =
+            if stat.volumes == 1 { "1 volume".to_owned() } else { format!("{} volumes", stat.volumes) };
+        let (store, socket) = (stat.path.display(), daemon.socket().display());
+        output::print(&format!("Serving the store {store} ({volumes}) at {socket}\n"))?;
+        notify("READY=1");
+        signals.forever().next();
+        log::info!("stopping: a second signal ends this at once");
+        notify("STOPPING=1");
+        daemon.stop()?;
+        log::info!("stopped: everything is durable");
+        Ok(())
+    }
+}

@@ -1,0 +1,313 @@
+//! A volume or snapshot that is served to virtual machines.
+//!
+//! Order of attaching: the store gives the volume, its layer is opened, the thread for its background work starts,
+//! then the server at the socket. Detaching is the reverse, and what guests wrote is durable when it is done.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use sapwood_blockdev::device::{BlockDevice, Geometry};
+use sapwood_blockdev::io::block_on;
+use sapwood_blockdev::storage::HostStorage;
+use sapwood_image::Disk;
+use sapwood_image::layer::Tuning;
+use sapwood_image::volume::Volume;
+use sapwood_store::{Attachment, Id, SnapshotName, SnapshotReader};
+use sapwood_vhost::{Options, Server};
+
+use super::answer::Serving;
+use super::counted::Counted;
+use super::service::{Service, system};
+use crate::control::wire::Failure;
+use crate::host::{Host, HostEngine};
+
+/// Longest path of a unix socket in bytes.
+const SOCKET_PATH_MAX: usize = 107;
+
+/// How to serve something.
+#[derive(Clone, Debug)]
+pub struct Serve {
+    /// Where a virtual machine connects.
+    pub socket: PathBuf,
+    /// Virtqueues, each with a thread.
+    pub queues: u16,
+    /// Bounds of a volume's memory, space and background work.
+    pub tuning: Tuning,
+}
+
+/// An open volume with its background work.
+struct Running {
+    attachment: Attachment,
+    volume: Arc<Volume<HostEngine>>,
+    maintenance: JoinHandle<()>,
+}
+
+/// What a virtual machine sees.
+enum Device {
+    Volume(Arc<Counted<Volume<HostEngine>>>),
+    Snapshot(Arc<Counted<Disk<HostEngine>>>),
+}
+
+/// What ends with the detaching.
+enum Held {
+    Volume(Running),
+    Snapshot(Arc<Disk<HostEngine>>, SnapshotReader),
+}
+
+/// See the module's documentation.
+pub struct Attached {
+    id: Id,
+    serve: Serve,
+    device: Device,
+    server: Server,
+    /// Whoever snapshots, resizes or detaches it has the lock; none when it is detached.
+    held: Mutex<Option<Held>>,
+}
+
+impl Device {
+    fn geometry(&self) -> Geometry {
+        match self {
+            Self::Volume(volume) => volume.geometry(),
+            Self::Snapshot(disk) => disk.geometry(),
+        }
+    }
+
+    fn requests(&self) -> u64 {
+        match self {
+            Self::Volume(volume) => volume.requests(),
+            Self::Snapshot(disk) => disk.requests(),
+        }
+    }
+}
+
+impl Running {
+    fn open(service: &Service, name: &str, tuning: Tuning) -> Result<Self, Failure> {
+        let name = name.to_owned();
+        let (attachment, volume) = service.run(|store, io| async move {
+            let attachment = store.attach(&io, &name).await?;
+            let volume = store.open_volume(&io, &attachment, tuning).await?;
+            Ok::<_, Failure>((attachment, volume))
+        })?;
+        match maintain(service.host(), Arc::clone(&volume)) {
+            Ok(maintenance) => Ok(Self { attachment, volume, maintenance }),
+            Err(error) => {
+                let closed = close(service, &volume);
+                Err(closed.err().unwrap_or(error))
+            }
+        }
+    }
+
+    /// Makes everything durable, and gives the volume back. Nobody uses a queue any more.
+    fn close(self, service: &Service) -> Result<(), Failure> {
+        let closed = close(service, &self.volume);
+        if self.maintenance.join().is_err() {
+            log::error!("the maintenance thread of {} panicked", self.attachment.name);
+        }
+        let Geometry { size, .. } = self.volume.geometry();
+        // A layer that was not closed knows its size, too.
+        service.store().detach(self.attachment, closed.is_ok().then_some(size))?;
+        closed
+    }
+}
+
+/// Starts a server of `device`.
+fn start<D>(service: &Service, device: &Arc<D>, name: &str, serve: &Serve) -> Result<Server, Failure>
+where
+    D: BlockDevice<Engine = HostEngine>,
+{
+    let options = Options { queues: serve.queues, serial: name.to_owned(), ..Options::new(&serve.socket) };
+    let host = service.host();
+    Ok(Server::start(Arc::clone(device), options, move || host.engine())?)
+}
+
+impl Attached {
+    /// Attaches a volume.
+    pub fn volume(service: &Service, name: &str, serve: Serve) -> Result<Arc<Self>, Failure> {
+        check_socket(&serve.socket)?;
+        let running = Running::open(service, name, serve.tuning)?;
+        let counted = Counted::new(Arc::clone(&running.volume));
+        match start(service, &counted, name, &serve) {
+            Ok(server) => Ok(Arc::new(Self {
+                id: running.attachment.volume,
+                serve,
+                device: Device::Volume(counted),
+                server,
+                held: Mutex::new(Some(Held::Volume(running))),
+            })),
+            Err(error) => {
+                running.close(service)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Attaches a snapshot, for reading.
+    pub fn snapshot(service: &Service, name: &SnapshotName, serve: Serve) -> Result<Arc<Self>, Failure> {
+        check_socket(&serve.socket)?;
+        let reader = service.store().read_snapshot(name)?;
+        let (disk, reader) = service.run(|store, io| async move {
+            let disk = store.open_snapshot(&io, &reader).await?;
+            Ok::<_, Failure>((disk, reader))
+        })?;
+        let counted = Counted::new(Arc::clone(&disk));
+        let server = start(service, &counted, &name.to_string(), &serve)?;
+        Ok(Arc::new(Self {
+            id: reader.id,
+            serve,
+            device: Device::Snapshot(counted),
+            server,
+            held: Mutex::new(Some(Held::Snapshot(disk, reader))),
+        }))
+    }
+
+    /// The id of what is attached.
+    pub fn id(&self) -> Id {
+        self.id
+    }
+
+    /// How it is served now.
+    pub fn serving(&self) -> Serving {
+        Serving {
+            socket: self.serve.socket.clone(),
+            queues: self.serve.queues,
+            read_only: self.device.geometry().read_only,
+            frontend_connected: self.server.is_connected(),
+            requests: self.requests(),
+        }
+    }
+
+    /// Requests that were taken since it was attached.
+    pub fn requests(&self) -> u64 {
+        self.device.requests()
+    }
+
+    /// Size of the disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.device.geometry().size
+    }
+
+    fn held(&self) -> MutexGuard<'_, Option<Held>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes the size of a volume's disk, and tells the guest.
+    pub fn resize(&self, service: &Service, size: u64) -> Result<(), Failure> {
+        let held = self.held();
+        let Some(Held::Volume(running)) = &*held else { return Err(gone()) };
+        let volume = Arc::clone(&running.volume);
+        service.run(|_, io| async move { volume.resize(&io, size).await })?;
+        self.server.config_changed();
+        Ok(())
+    }
+
+    /// Takes a snapshot of a volume while its guest writes; its id.
+    pub fn take_snapshot(&self, service: &Service, snapshot: &str) -> Result<Id, Failure> {
+        let io = service.host().io()?;
+        let mut held = self.held();
+        let mut running = match held.take() {
+            Some(Held::Volume(running)) => running,
+            other => {
+                *held = other;
+                return Err(gone());
+            }
+        };
+        let (store, snapshot) = (Arc::clone(service.store()), snapshot.to_owned());
+        let taking = {
+            let io = io.clone();
+            async move {
+                let volume = Arc::clone(&running.volume);
+                let taken = store.snapshot_volume(&io, &mut running.attachment, &volume, &snapshot).await;
+                (running, taken)
+            }
+        };
+        let (running, taken) = block_on(&io, taking);
+        *held = Some(Held::Volume(running));
+        Ok(taken?)
+    }
+
+    /// Opens what lies below a volume again, as it is now: what was sealed since is read from the packs.
+    pub fn reopen_base(&self, service: &Service) -> Result<(), Failure> {
+        let held = self.held();
+        let Some(Held::Volume(running)) = &*held else { return Ok(()) };
+        let volume = Arc::clone(&running.volume);
+        service.run(|store, io| async move {
+            let resolver = store.resolver();
+            volume.reopen_base(&HostStorage, &io, &resolver).await
+        })
+    }
+
+    /// Ends the server, and gives the volume back with everything durable. It was taken out of the service before.
+    pub fn detach(&self, service: &Service) -> Result<(), Failure> {
+        let mut held = self.held();
+        self.server.stop();
+        match held.take() {
+            Some(Held::Volume(running)) => running.close(service),
+            Some(Held::Snapshot(disk, reader)) => {
+                let closed = service.run(|_, io| async move { disk.close(&io).await });
+                drop(reader);
+                closed
+            }
+            None => Ok(()),
+        }
+    }
+}
+
+/// Changes the size of a volume that is not attached, if `check` has nothing against its old one; the sizes before
+/// and after, in bytes.
+pub fn resize_alone(
+    service: &Service,
+    name: &str,
+    size: u64,
+    check: impl FnOnce(u64) -> Result<(), Failure>,
+) -> Result<(u64, u64), Failure> {
+    let running = Running::open(service, name, Tuning::default())?;
+    let (volume, old) = (Arc::clone(&running.volume), running.volume.geometry().size);
+    let resized = check(old).and_then(|()| {
+        let volume = Arc::clone(&volume);
+        service.run(|_, io| async move { volume.resize(&io, size).await })
+    });
+    // Also when nothing was done: a layer that is not closed has to be recovered.
+    running.close(service)?;
+    resized.map(|()| (old, volume.geometry().size))
+}
+
+fn gone() -> Failure {
+    Failure::new("not-found", "it was detached meanwhile")
+}
+
+/// Refuses a path that no socket can have.
+pub fn check_socket(path: &Path) -> Result<(), Failure> {
+    let bytes = path.as_os_str().len();
+    if bytes <= SOCKET_PATH_MAX {
+        return Ok(());
+    }
+    let text = format!(
+        "{}: the path of a socket has at most {SOCKET_PATH_MAX} bytes, this one has {bytes}: name another (--socket, or \
+         --sockets of the daemon)",
+        path.display()
+    );
+    Err(Failure::new("invalid", text))
+}
+
+fn close(service: &Service, volume: &Arc<Volume<HostEngine>>) -> Result<(), Failure> {
+    let volume = Arc::clone(volume);
+    service.run(|_, io| async move { volume.close(&io).await })
+}
+
+/// Starts the thread that does a volume's work in the background, until it is closed.
+fn maintain(host: Host, volume: Arc<Volume<HostEngine>>) -> Result<JoinHandle<()>, Failure> {
+    let (ready, is_ready) = std::sync::mpsc::sync_channel(1);
+    let thread = thread::Builder::new().name("maintenance".into()).spawn(move || {
+        let io = match host.io() {
+            Ok(io) => io,
+            // The receiver waits.
+            Err(error) => return drop(ready.send(Err(error))),
+        };
+        drop(ready.send(Ok(())));
+        block_on(&io, volume.maintain(io.clone()));
+    });
+    let thread = thread.map_err(system)?;
+    is_ready.recv().map_err(system)??;
+    Ok(thread)
+}

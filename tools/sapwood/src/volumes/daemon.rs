@@ -1,0 +1,134 @@
+//! The daemon's process: the control socket, and the orderly end.
+//!
+//! Order at the start: the store is opened, so that nobody else has it; the control socket; only then is it
+//! said to be ready. At the end: nobody can ask any more, jobs end, everything is detached, the store is closed.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::io::{self, ErrorKind};
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::symlink;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Context;
+
+use super::access::socket_of;
+use super::attached::check_socket;
+use super::background::Background;
+use super::service::Service;
+use super::{CONNECTION_TIME_MAX, routes};
+use crate::control::listen::Listener;
+use crate::host::Host;
+
+/// The environment variable that names the socket of whoever supervises this process (`sd_notify(3)`).
+const NOTIFY_VARIABLE: &str = "NOTIFY_SOCKET";
+
+/// What a daemon is to do.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The store's directory.
+    pub store: PathBuf,
+    /// The control socket; by default in the store.
+    pub socket: Option<PathBuf>,
+    /// The folder for sockets of volumes; by default in the store.
+    pub sockets: Option<PathBuf>,
+    /// Whether anything is done without being asked for.
+    pub background: bool,
+}
+
+/// A running daemon.
+pub struct Daemon {
+    service: Arc<Service>,
+    listener: Listener,
+    link: Option<Link>,
+    background: Option<Background>,
+    socket: PathBuf,
+}
+
+/// A link to a control socket that is elsewhere, so that commands find it; removed when dropped.
+struct Link(PathBuf);
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        remove(&self.0);
+    }
+}
+
+impl Daemon {
+    /// Opens the store and listens.
+    pub fn start(host: Host, options: &Options) -> anyhow::Result<Self> {
+        let sockets = options.sockets.clone().unwrap_or_else(|| options.store.join("sockets"));
+        let service = Service::open(host, &options.store, Some(absolute(&sockets)?))?;
+        fs::create_dir_all(&sockets).with_context(|| sockets.display().to_string())?;
+        let known = socket_of(&options.store);
+        let socket = options.socket.clone().unwrap_or_else(|| known.clone());
+        check_socket(&socket)?;
+        // What a killed daemon has left: the store is ours, so nobody answers there.
+        let is_elsewhere = socket != known;
+        if is_elsewhere || known.is_symlink() {
+            remove(&known);
+        }
+        let router = routes::router(Arc::clone(&service));
+        let listener = Listener::start(&socket, router, CONNECTION_TIME_MAX)?;
+        let link = match is_elsewhere {
+            true => {
+                symlink(absolute(&socket)?, &known).with_context(|| known.display().to_string())?;
+                Some(Link(known))
+            }
+            false => None,
+        };
+        let background = options.background.then(|| Background::start(&service)).transpose()?;
+        Ok(Self { service, listener, link, background, socket })
+    }
+
+    /// What is served.
+    pub fn service(&self) -> &Arc<Service> {
+        &self.service
+    }
+
+    /// Where it listens.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// Ends everything; what guests wrote is durable then.
+    pub fn stop(self) -> anyhow::Result<()> {
+        let Self { service, listener, link, background, .. } = self;
+        drop(link);
+        drop(listener);
+        drop(background);
+        Ok(service.close()?)
+    }
+}
+
+fn absolute(path: &Path) -> anyhow::Result<PathBuf> {
+    std::path::absolute(path).with_context(|| path.display().to_string())
+}
+
+/// Removes what may not be there.
+fn remove(path: &Path) {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => log::warn!("{}: {error}", path.display()),
+        _ => {}
+    }
+}
+
+/// Tells whoever supervises this process how far it is, as in `READY=1`; nobody may.
+pub fn notify(state: &str) {
+    if let Some(socket) = std::env::var_os(NOTIFY_VARIABLE).filter(|name| !name.is_empty())
+        && let Err(error) = send(&socket, state)
+    {
+        log::warn!("cannot notify {}: {error}", socket.to_string_lossy());
+    }
+}
+
+fn send(socket: &OsStr, state: &str) -> io::Result<()> {
+    let address = match socket.as_bytes().strip_prefix(b"@") {
+        Some(name) => SocketAddr::from_abstract_name(name)?,
+        None => SocketAddr::from_pathname(socket)?,
+    };
+    UnixDatagram::unbound()?.send_to_addr(state.as_bytes(), &address).map(drop)
+}

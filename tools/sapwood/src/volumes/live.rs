@@ -1,0 +1,210 @@
+//! Operations on volumes that guests may be using: attaching, detaching, snapshots, changes of size.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use sapwood_image::layer::Tuning;
+use sapwood_store::catalog::Look;
+use sapwood_store::{Id, SnapshotName};
+use serde::{Deserialize, Serialize};
+
+use super::answer::{Done, Made, Resized, Serving};
+use super::attached::{Attached, Serve, resize_alone};
+use super::operation::{Long, Quick, operation};
+use super::service::Service;
+use crate::control::jobs::Job;
+use crate::control::wire::Failure;
+
+/// Serves a volume at a socket of its own.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct AttachVolume {
+    /// The volume.
+    pub volume: String,
+    /// Where a virtual machine connects; by default in the daemon's folder for sockets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+    /// Virtqueues, 1 to 256; by default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+    /// Memory for the map of the volume's layer, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub map_cache: Option<u64>,
+}
+
+/// Serves a snapshot, for reading, at a socket of its own.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct AttachSnapshot {
+    /// The snapshot's volume.
+    pub volume: String,
+    /// The snapshot.
+    pub snapshot: String,
+    /// Where a virtual machine connects; by default in the daemon's folder for sockets.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub socket: Option<PathBuf>,
+    /// Virtqueues, 1 to 256; by default 1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queues: Option<u16>,
+}
+
+/// Ends the serving of a snapshot.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct DetachSnapshot {
+    /// The snapshot's volume.
+    pub volume: String,
+    /// The snapshot.
+    pub snapshot: String,
+}
+
+/// Ends the serving of a volume.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct DetachVolume {
+    /// The volume.
+    pub volume: String,
+}
+
+/// Takes a snapshot of a volume, attached or not.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct TakeSnapshot {
+    /// The volume.
+    pub volume: String,
+    /// The name of the snapshot, without that of the volume.
+    pub name: String,
+}
+
+/// Changes the size of a volume, and tells its guest.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct ResizeVolume {
+    /// The volume.
+    pub volume: String,
+    /// The new size in bytes.
+    pub size: u64,
+    /// Allow the disk to become smaller.
+    #[serde(default)]
+    pub shrink: bool,
+}
+
+operation!(AttachVolume: Post "/v1/volumes/{volume}/attach" -> Serving);
+operation!(AttachSnapshot: Post "/v1/volumes/{volume}/snapshots/{snapshot}/attach" -> Serving);
+operation!(DetachSnapshot: Post "/v1/volumes/{volume}/snapshots/{snapshot}/detach" -> Done);
+operation!(DetachVolume: Post "/v1/volumes/{volume}/detach" -> Done);
+operation!(TakeSnapshot: Post "/v1/volumes/{volume}/snapshots" -> Made);
+operation!(ResizeVolume: Post "/v1/volumes/{volume}/resize" -> Resized);
+
+/// The path of the socket of what is called `name`, unless another is given.
+fn socket(service: &Service, name: &str, given: Option<PathBuf>) -> Result<PathBuf, Failure> {
+    let sockets = service.sockets().ok_or_else(|| {
+        let text =
+            "a volume is attached by the daemon of its store: start sapwood daemon, or use sapwood serve";
+        Failure::new("no-daemon", format!("{name}: {text}"))
+    })?;
+    Ok(given.unwrap_or_else(|| sockets.join(format!("{name}.sock"))))
+}
+
+impl Quick for AttachVolume {
+    fn run(self, service: &Arc<Service>) -> Result<Serving, Failure> {
+        let mut tuning = Tuning::default();
+        tuning.map_cache_bytes = self.map_cache.unwrap_or(tuning.map_cache_bytes);
+        let socket = socket(service, &self.volume, self.socket)?;
+        let serve = Serve { socket, queues: self.queues.unwrap_or(1), tuning };
+        Ok(served(service, &self.volume, Attached::volume(service, &self.volume, serve)?))
+    }
+}
+
+impl Quick for AttachSnapshot {
+    fn run(self, service: &Arc<Service>) -> Result<Serving, Failure> {
+        let name = SnapshotName { volume: self.volume, snapshot: self.snapshot };
+        let shown = name.to_string();
+        let socket = socket(service, &shown, self.socket)?;
+        let id = service.snapshot(&name)?;
+        if service.attached(id).is_some() {
+            return Err(Failure::new("in-use", format!("{shown}: the snapshot is attached already")));
+        }
+        let serve = Serve { socket, queues: self.queues.unwrap_or(1), tuning: Tuning::default() };
+        Ok(served(service, &shown, Attached::snapshot(service, &name, serve)?))
+    }
+}
+
+/// Enters what was attached.
+fn served(service: &Service, name: &str, attached: Arc<Attached>) -> Serving {
+    let serving = attached.serving();
+    service.add(attached);
+    service.note("attached", format!("{name} is attached at {}", serving.socket.display()));
+    serving
+}
+
+/// Ends the serving of what has this id.
+fn detach(service: &Service, id: Id, name: &str) -> Result<Done, Failure> {
+    let attached = service.remove(id);
+    let attached =
+        attached.ok_or_else(|| Failure::new("not-found", format!("{name}: it is not attached")))?;
+    attached.detach(service)?;
+    service.note("detached", format!("{name} is detached"));
+    Ok(Done {})
+}
+
+impl Quick for DetachVolume {
+    fn run(self, service: &Arc<Service>) -> Result<Done, Failure> {
+        let id = service.volume(&self.volume)?;
+        detach(service, id, &self.volume)
+    }
+}
+
+impl Quick for DetachSnapshot {
+    fn run(self, service: &Arc<Service>) -> Result<Done, Failure> {
+        let name = SnapshotName { volume: self.volume, snapshot: self.snapshot };
+        let id = service.snapshot(&name)?;
+        detach(service, id, &name.to_string())
+    }
+}
+
+impl Quick for TakeSnapshot {
+    fn run(self, service: &Arc<Service>) -> Result<Made, Failure> {
+        let volume = service.volume(&self.volume)?;
+        let name = SnapshotName { volume: self.volume, snapshot: self.name };
+        let shown = name.to_string();
+        let id = match service.attached(volume) {
+            Some(attached) => attached.take_snapshot(service, &name.snapshot)?,
+            None => service.run(|store, io| async move { store.snapshot(&io, &name).await })?,
+        };
+        let virtual_size = service.store().catalog().view()?.needed_node(id)?.size;
+        service.note("snapshot", format!("{shown} is taken"));
+        service.background().wake();
+        Ok(Made { name: shown, id, virtual_size })
+    }
+}
+
+impl Long for ResizeVolume {
+    const KIND: &'static str = "resize";
+
+    fn about(&self) -> String {
+        self.volume.clone()
+    }
+
+    fn run(self, service: &Arc<Service>, _: &Arc<Job>) -> Result<Resized, Failure> {
+        let Self { volume, size, shrink } = self;
+        let id = service.volume(&volume)?;
+        let check = |old: u64| match size < old && !shrink {
+            true => {
+                let text = format!(
+                    "{volume}: shrinking from {old} to {size} bytes loses what lies past the new end"
+                );
+                Err(Failure::new("invalid", text))
+            }
+            false => Ok(()),
+        };
+        if let Some(attached) = service.attached(id) {
+            let old_size = attached.size();
+            check(old_size)?;
+            attached.resize(service, size)?;
+            return Ok(Resized { old_size, size: attached.size() });
+        }
+        let (old_size, size) = resize_alone(service, &volume, size, check)?;
+        Ok(Resized { old_size, size })
+    }
+}

@@ -1,0 +1,38 @@
+//! A store's volumes: what can be asked of them, by the command line and by other programs, and the daemon that
+//! serves them.
+//!
+//! `docs/daemon.md` describes the daemon, `docs/daemon-api.json` is the OpenAPI document. From the bottom up:
+//!
+//! - `address`: names of volumes and snapshots on the command line;
+//! - `answer`: what is answered;
+//! - `operation`: what an operation is; `look`, `change`, `live`, `transfer`, `upkeep`: the operations;
+//! - `counted`, `attached`: a volume that is served to virtual machines;
+//! - `events`, `service`: what operations run on;
+//! - `background`: what the daemon does by itself;
+//! - `routes`: from HTTP to an operation;
+//! - `daemon`: the process;
+//! - `access`: how a command gets at a store.
+//!
+//! The socket, the jobs and the client are those of `crate::control`.
+
+pub mod access;
+pub mod address;
+pub mod answer;
+pub mod attached;
+mod background;
+pub mod change;
+mod counted;
+pub mod daemon;
+mod events;
+pub mod live;
+pub mod look;
+pub mod operation;
+mod routes;
+pub mod service;
+pub mod transfer;
+pub mod upkeep;
+
+use std::time::Duration;
+
+/// Time for a whole connection to the daemon: what is answered at once may have to wait for storage.
+const CONNECTION_TIME_MAX: Duration = Duration::from_secs(600);

@@ -1,0 +1,239 @@
+//! An open store, what is attached of it, and its jobs: what operations run on, in the daemon and in a command
+//! that has the store to itself.
+
+use std::collections::BTreeMap;
+use std::future::Future;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use sapwood_blockdev::engine::BlockingEngine;
+use sapwood_blockdev::io::{Io, block_on};
+use sapwood_blockdev::storage::HostStorage;
+use sapwood_store::catalog::Look;
+use sapwood_store::{Id, SnapshotName, Store, StoreError, StoreErrorKind, StoreOptions};
+use serde_json::Value;
+
+use super::attached::Attached;
+use super::background::Signal;
+use super::events::Log;
+use super::operation::Long;
+use crate::control::http::HasJobs;
+use crate::control::jobs::{Jobs, Refused};
+use crate::control::wire::{Failure, Job};
+use crate::host::{Host, HostEngine};
+
+/// Jobs that run at a time.
+const JOBS_MAX: usize = 8;
+
+/// A store on the host.
+pub type HostStore = Store<HostStorage, HostEngine>;
+
+/// See the module's documentation.
+pub struct Service {
+    host: Host,
+    store: Arc<HostStore>,
+    /// Where the sockets of what is attached are by default; none where nothing can be attached.
+    sockets: Option<PathBuf>,
+    attached: Mutex<BTreeMap<Id, Arc<Attached>>>,
+    jobs: Jobs,
+    events: Log,
+    background: Signal,
+}
+
+impl Service {
+    /// Opens the store in `root`, and takes away what a crash has left. With a folder for sockets, volumes
+    /// can be attached.
+    pub fn open(host: Host, root: &Path, sockets: Option<PathBuf>) -> Result<Arc<Self>, Failure> {
+        let engine = BlockingEngine::new().map_err(system)?;
+        let (io, storage, owned) = (host.io()?, host.storage(), root.to_owned());
+        let opening = {
+            let io = io.clone();
+            async move { Store::open(&storage, &io, engine, &owned, StoreOptions::default()).await }
+        };
+        let store = block_on(&io, opening)?;
+        let jobs = if sockets.is_some() { Jobs::new(JOBS_MAX) } else { Jobs::unlogged(JOBS_MAX) };
+        let service = Arc::new(Self {
+            host,
+            store: Arc::new(store),
+            sockets,
+            attached: Mutex::default(),
+            jobs,
+            events: Log::default(),
+            background: Signal::default(),
+        });
+        service.tidy();
+        Ok(service)
+    }
+
+    /// What cannot be tidied up does not keep anybody from what can be used.
+    fn tidy(&self) {
+        match self.run(|store, io| async move { store.tidy(&io).await }) {
+            Ok(tidied) if tidied == sapwood_store::Tidied::default() => {}
+            Ok(tidied) => log::info!(
+                "tidied up: {} deleted snapshots that nothing needs, {} files that nothing names; {} layers were closed",
+                tidied.nodes,
+                tidied.orphans.len(),
+                tidied.settled.len(),
+            ),
+            Err(error) => log::warn!("cannot tidy up: {error}"),
+        }
+    }
+
+    /// The host.
+    pub fn host(&self) -> Host {
+        self.host
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Arc<HostStore> {
+        &self.store
+    }
+
+    /// The folder for sockets.
+    pub fn sockets(&self) -> Option<&Path> {
+        self.sockets.as_deref()
+    }
+
+    /// What happened.
+    pub fn events(&self) -> &Log {
+        &self.events
+    }
+
+    /// Notes that something happened.
+    pub fn note(&self, kind: &str, message: String) {
+        self.events.add(log::Level::Info, now_ms(), kind, message);
+    }
+
+    /// Notes that something happened that somebody should look after.
+    pub fn warn(&self, kind: &str, message: String) {
+        self.events.add(log::Level::Warn, now_ms(), kind, message);
+    }
+
+    /// Runs a task on a reactor of the calling thread.
+    pub fn run<T: 'static, F, X>(
+        &self,
+        task: impl FnOnce(Arc<HostStore>, Io<HostEngine>) -> F,
+    ) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<T, X>> + 'static,
+        X: Into<Failure> + 'static,
+    {
+        let io = self.host.io()?;
+        block_on(&io, task(Arc::clone(&self.store), io.clone())).map_err(Into::into)
+    }
+
+    /// Starts a long operation as a job.
+    pub fn start<O: Long>(self: &Arc<Self>, operation: O) -> Result<Job, Refused> {
+        let (service, about) = (Arc::clone(self), operation.about());
+        self.jobs.start(O::KIND, &about, move |job| {
+            let answer = operation.run(&service, job)?;
+            Ok(serde_json::to_value(answer).unwrap_or(Value::Null))
+        })
+    }
+
+    fn table(&self) -> MutexGuard<'_, BTreeMap<Id, Arc<Attached>>> {
+        self.attached.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Everything that is attached.
+    pub fn all_attached(&self) -> Vec<Arc<Attached>> {
+        self.table().values().cloned().collect()
+    }
+
+    /// The volume or snapshot of this id, if it is attached.
+    pub fn attached(&self, id: Id) -> Option<Arc<Attached>> {
+        self.table().get(&id).cloned()
+    }
+
+    /// Adds what was attached.
+    pub fn add(&self, attached: Arc<Attached>) {
+        let before = self.table().insert(attached.id(), attached);
+        assert!(before.is_none(), "a volume is given once, and a snapshot is asked for before");
+    }
+
+    /// Takes out what is to be detached.
+    pub fn remove(&self, id: Id) -> Option<Arc<Attached>> {
+        self.table().remove(&id)
+    }
+
+    /// The id of a volume.
+    pub fn volume(&self, name: &str) -> Result<Id, Failure> {
+        let id = self.store.catalog().view()?.volume_named(name)?;
+        id.ok_or_else(|| not_found(name, "volume"))
+    }
+
+    /// The id of a snapshot.
+    pub fn snapshot(&self, name: &SnapshotName) -> Result<Id, Failure> {
+        let volume = self.volume(&name.volume)?;
+        let id = self.store.catalog().view()?.snapshot_named(volume, &name.snapshot)?;
+        id.ok_or_else(|| not_found(&name.to_string(), "snapshot"))
+    }
+
+    /// What follows when something was sealed: volumes that are attached read it from the packs, and the files of
+    /// layers that nobody reads any more go.
+    pub fn after_seal(&self) {
+        for attached in self.all_attached() {
+            // While a snapshot of it is taken: then it is tried again after the next one was sealed.
+            if let Err(error) = attached.reopen_base(self) {
+                log::warn!("what lies below a volume cannot be opened again yet: {error}");
+            }
+        }
+        self.sweep();
+    }
+
+    /// Removes files that the catalog does not need and that nobody reads any more.
+    pub fn sweep(&self) {
+        let swept = self.run(|store, io| async move { Ok::<_, Failure>(store.sweep(&io).await) });
+        if let Err(error) = swept {
+            log::warn!("{error}: nothing is swept up now");
+        }
+    }
+
+    /// Wakes and stops what is done in the background.
+    pub fn background(&self) -> &Signal {
+        &self.background
+    }
+
+    /// Requests of all guests so far.
+    pub fn requests(&self) -> u64 {
+        self.all_attached().iter().map(|attached| attached.requests()).sum()
+    }
+
+    /// Ends jobs, and detaches everything: what guests wrote is durable then.
+    pub fn close(&self) -> Result<(), Failure> {
+        self.jobs.close();
+        let mut result = Ok(());
+        while let Some((_, attached)) = { self.table().pop_first() } {
+            let detached = attached.detach(self);
+            if let Err(error) = &detached {
+                log::error!("{error}");
+            }
+            result = result.and(detached);
+        }
+        result
+    }
+}
+
+impl HasJobs for Service {
+    fn jobs(&self) -> &Jobs {
+        &self.jobs
+    }
+}
+
+fn not_found(name: &str, what: &str) -> Failure {
+    if let Err(error) = name.parse::<sapwood_store::Name>() {
+        return error.into();
+    }
+    let text = format!("there is no such {what} in the store");
+    StoreError::new(name, StoreErrorKind::NotFound(text)).into()
+}
+
+/// What the system said.
+pub fn system(error: impl std::fmt::Display) -> Failure {
+    Failure::new("system", error.to_string())
+}
+
+/// The time in milliseconds since 1970.
+pub fn now_ms() -> u64 {
+    (StoreOptions::default().clock)()
+}

@@ -1,0 +1,251 @@
+//! Stores by the command line: the same commands with and without a daemon, and the same answers.
+
+#![allow(clippy::unwrap_used)] // A test, though not in a `#[test]` function.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use crate::daemon::Daemon;
+use crate::harness::{Answer, Place};
+
+/// A folder with a store in `vms`, and a raw disk.
+pub fn place() -> Place {
+    let place = Place::new();
+    place.raw_disk("disk.raw");
+    place.sapwood("store init -q vms").text();
+    place
+}
+
+/// What a command about the store in `vms` answers; `:` begins names there.
+pub fn about(place: &Place, line: &str) -> Answer {
+    let line: Vec<String> = line
+        .split(' ')
+        .map(|word| match word.strip_prefix(':') {
+            Some(name) => format!("vms:{name}"),
+            None => word.to_owned(),
+        })
+        .collect();
+    place.sapwood(&line.join(" "))
+}
+
+/// A text without what differs each time: ids, times, ages and the folder.
+fn same(place: &Place, text: &str) -> String {
+    let root = fs::canonicalize(place.path("")).unwrap().display().to_string();
+    let text = text.replace(root.trim_end_matches('/'), "ROOT");
+    let mut result = String::new();
+    for line in text.lines() {
+        let mut words: Vec<String> = line.split(' ').map(str::to_owned).collect();
+        for index in 0..words.len() {
+            let hex = words[index].chars().filter(char::is_ascii_hexdigit).count();
+            if hex >= 32 {
+                words[index] = "ID".to_owned();
+            } else if index > 0 && words[index - 1].ends_with("-ms\":") {
+                words[index] = "TIME".to_owned();
+            } else if index > 0 && words[index] == "s" && words[index - 1].parse::<u64>().is_ok() {
+                words[index - 1] = "AGE".to_owned();
+            }
+        }
+        result.push_str(words.join(" ").trim_end());
+        result.push('\n');
+    }
+    result
+}
+
+/// One command after the other; what each is to answer: its exit code and a part of its text.
+const LIFE: &[(&str, i32, &str)] = &[
+    ("create :web 1M", 0, "Created web: volume, 1 MiB (1048576 bytes)\n"),
+    ("create :web 1M", 1, "web: there is a volume of that name"),
+    ("create :odd 1000", 0, "Created odd: volume, 1 KiB (1024 bytes)\n"),
+    ("create :no@snapshot 1M", 1, "a volume is wanted here"),
+    ("create :x", 1, "how large?"),
+    ("create -f raw :x 1M", 1, "a volume has a size only"),
+    ("list vms", 0, "odd  1 KiB          0  "),
+    ("show :web", 0, "virtual size: 1 MiB"),
+    ("show --output=json :web", 0, "\"virtual-size\": 1048576"),
+    ("show :none", 1, "none: there is no such volume in the store"),
+    ("info :web", 0, "volume: web"),
+    ("snapshot :web@one", 0, "Took web@one\n"),
+    ("snapshot :web@one", 1, "web@one: there is a snapshot of that name"),
+    ("snapshot :web", 1, "say web@SNAPSHOT"),
+    ("snapshot :none@one", 1, "none: there is no such volume"),
+    ("clone :web@one a b", 0, "Cloned web@one to a\nCloned web@one to b\n"),
+    ("clone :web@one c a", 1, "a: there is a volume of that name"),
+    ("show :c", 1, "c: there is no such volume"),
+    ("clone :web@two c", 1, "web@two: there is no such snapshot in the store"),
+    ("snapshot :a@x", 0, "Took a@x\n"),
+    ("list :a", 0, "a@x  1 MiB"),
+    ("list --output=json :a", 0, "\"state\": \"bare\""),
+    ("switch :b a@x", 0, "b goes on from a@x\n"),
+    ("switch :b @none", 1, "b@none: there is no such snapshot"),
+    ("rollback :odd", 1, "lies over no snapshot"),
+    ("rollback :a", 0, "a goes on from a@x\n"),
+    ("resize :a 2M", 0, "Resized a from 1 MiB (1048576 bytes) to 2 MiB (2097152 bytes)\n"),
+    ("resize :a 1M", 1, "pass --shrink"),
+    ("rollback :a", 1, "holds writes that are in no snapshot"),
+    ("rollback --discard :a", 0, "a goes on from a@x\n"),
+    ("show :a", 0, "virtual size: 1 MiB"),
+    ("protect :web@one", 0, ""),
+    ("delete :web@one", 1, "web@one: the snapshot is protected"),
+    ("unprotect :web@one", 0, ""),
+    ("delete :web", 1, "the volume has snapshots (1 of them, web@one for one)"),
+    ("describe :a shop", 0, ""),
+    ("label :a owner=anna tier=gold", 0, ""),
+    ("label :a --remove tier", 0, ""),
+    ("label :a --remove tier", 1, "it has no label tier"),
+    ("label :a odd", 1, "write KEY=VALUE"),
+    ("show :a", 0, "description: shop\nlabel: owner=anna\n"),
+    ("rename :a aa", 0, "Renamed a to aa\n"),
+    ("rename :aa@x y", 0, "Renamed aa@x to aa@y\n"),
+    ("rename :aa web", 1, "web: there is a volume of that name"),
+    ("rename :aa a/b", 1, "a name must not hold '/'"),
+    ("tree vms", 0, "● web@one"),
+    ("tree --output=json vms", 0, "\"parent\": \"aa@y\""),
+    ("tree :odd", 0, "○ odd"),
+    ("delete :web@one", 0, "Deleted web@one\n"),
+    ("tree vms", 0, "1 deleted snapshot is kept"),
+    ("delete :web :b", 0, "Deleted web\nDeleted b\n"),
+    ("import -f raw disk.raw :disk", 0, "Imported disk.raw as disk@imported: 8 MiB"),
+    ("import -f raw disk.raw :disk", 1, "disk: there is a volume of that name"),
+    ("import disk.raw :other", 1, "disk.raw: neither a layer nor qcow2: pass -f raw"),
+    ("import -f raw none.raw :other", 1, "none.raw: cannot open"),
+    ("import --output=json -f raw disk.raw :other@v1", 0, "\"name\": \"other@v1\""),
+    ("list :other", 0, "sealed"),
+    ("store seal vms", 0, ""),
+    ("store seal :none@x", 1, "none: there is no such volume"),
+    ("store set --quota 5G --reserve 1M --watermarks 80,95 vms", 0, "The limits are set\n"),
+    ("store set --watermarks 95,80 vms", 1, "in rising order"),
+    ("store stat --output=json vms", 0, "5368709120"),
+    ("store set --quota none vms", 0, ""),
+    ("delete --with-snapshots :other", 0, "Deleted other\n"),
+    ("delete :other", 1, "other: there is no such volume"),
+];
+
+/// All answers, which are as they must be.
+fn live(place: &Place) -> Vec<(String, String)> {
+    let step = |&(line, code, part): &(&str, i32, &str)| {
+        let answer = about(place, line);
+        let text = if code == 0 { &answer.stdout } else { &answer.stderr };
+        assert_eq!(answer.code, code, "{line}: {answer:?}");
+        assert!(text.contains(part), "{line}: {answer:?}");
+        assert!(code == 0 || answer.stdout.is_empty(), "{line}: {answer:?}");
+        (line.to_owned(), same(place, &format!("{}{}", answer.stdout, answer.stderr)))
+    };
+    LIFE.iter().map(step).collect()
+}
+
+#[test]
+fn a_store_lives_the_same_with_a_daemon_and_without() {
+    let (alone, served) = (place(), place());
+    let (daemon, line) = Daemon::start(&served, "--store vms --no-background");
+    assert_eq!(line, "Serving the store vms (0 volumes) at vms/daemon.sock\n");
+    for (here, there) in live(&alone).iter().zip(&live(&served)) {
+        assert_eq!(here, there);
+    }
+    daemon.stops();
+    let tree = |place: &Place| same(place, &about(place, "tree vms").text());
+    assert_eq!(tree(&alone), tree(&served), "all of it was kept");
+}
+
+#[test]
+fn what_was_imported_is_read_back() {
+    let place = place();
+    about(&place, "import -f raw disk.raw :disk").text();
+    let (daemon, _) = Daemon::start(&place, "--store vms");
+    about(&place, "attach :disk@imported --socket snapshot").text();
+    about(&place, "attach :disk --socket volume --queues 2").text();
+    for socket in ["snapshot", "volume"] {
+        assert!(crate::daemon::contents(&place, socket, 8 << 20) == place.bytes("disk.raw"), "{socket}");
+    }
+    let serving = about(&place, "show --output=json :disk@imported").json();
+    assert_eq!(serving["attached"]["read-only"], true);
+    about(&place, "attach :disk@imported").fails(1, &["attached already"]);
+    about(&place, "delete :disk@imported").fails(1, &["attached: detach it first"]);
+    about(&place, "delete --with-snapshots :disk").fails(1, &["detach it first"]);
+    about(&place, "detach :disk@imported").text();
+    about(&place, "detach :disk@imported").fails(1, &["not attached"]);
+    daemon.stops();
+}
+
+#[test]
+fn the_default_store_is_named_or_in_the_environment() {
+    let place = place();
+    place.sapwood("create --store vms web 1M").text();
+    place.sapwood("list").fails(1, &["which store?", "SAPWOOD_STORE"]);
+    place.sapwood("show web").fails(1, &["which store?"]);
+    place.sapwood("show vms:").fails(1, &["must not be empty"]);
+    place.sapwood("list none:").fails(1, &["none", "there is no store here"]);
+    for line in ["list", "list vms", "list vms:", "list --store vms", "show web", "show :web", "info :web"] {
+        let mut command = place.command(crate::harness::SAPWOOD, line);
+        let answer = Answer::of(command.env("SAPWOOD_STORE", "vms").output().unwrap());
+        assert!(answer.text().contains("web"), "{line}");
+    }
+    // The path of a file stays one, whatever the environment says.
+    let mut command = place.command(crate::harness::SAPWOOD, "create web 1M");
+    Answer::of(command.env("SAPWOOD_STORE", "vms").output().unwrap()).text();
+    assert!(place.exists("web"));
+    place.sapwood("create a:b 1M").text();
+    assert!(place.exists("a:b"));
+    place.sapwood("create :c 1M").fails(1, &["which store?"]);
+}
+
+#[test]
+fn one_process_has_a_store() {
+    let place = place();
+    about(&place, "create :web 1M").text();
+    let (server, line) = crate::serve::Server::start(&place, "vms:web --queues 2");
+    assert_eq!(line, "Serving vms:web (volume, 1 MiB) at socket with 2 queues\n");
+    // Nobody answers for it.
+    about(&place, "list vms").fails(1, &["vms", "in use by process", "serve"]);
+    place.sapwood("daemon --store vms").fails(1, &["vms", "in use by process"]);
+    server.stops();
+    let (daemon, _) = Daemon::start(&place, "--store vms");
+    place.sapwood("daemon --store vms").fails(1, &["vms", "in use by process", "daemon"]);
+    place.sapwood("serve vms:web --socket other").fails(1, &["use sapwood attach"]);
+    daemon.stops();
+    about(&place, "attach :web").fails(1, &["start sapwood daemon"]);
+    place.sapwood("store init vms").fails(1, &["there is a store already"]);
+    place.sapwood("store init .").fails(1, &["not empty"]);
+}
+
+#[test]
+fn many_clones_are_listed_and_served() {
+    let place = place();
+    about(&place, "create :base 1M").text();
+    about(&place, "snapshot :base@s").text();
+    let names: Vec<String> = (0..3000).map(|n| format!("clone-{n:05}-{}", "x".repeat(60))).collect();
+    about(&place, &format!("clone -q :base@s {}", names[..1500].join(" "))).text();
+    let (daemon, _) = Daemon::start(&place, "--store vms");
+    // A request has at most 64 KiB: as many as fit.
+    for names in names[1500..].chunks(500) {
+        about(&place, &format!("clone -q :base@s {}", names.join(" "))).text();
+    }
+    let all = about(&place, "list --output=json vms").json();
+    let listed: Vec<&str> =
+        all.as_array().unwrap().iter().map(|entry| entry["name"].as_str().unwrap()).collect();
+    assert_eq!(listed.len(), 3001, "more than a MiB of it");
+    assert_eq!(listed[1..], names);
+    assert_eq!(about(&place, "tree vms").text().lines().count(), 3003);
+    daemon.stops();
+}
+
+#[test]
+fn json_says_what_the_text_says() {
+    let place = place();
+    about(&place, "create :web 1M").text();
+    about(&place, "snapshot :web@one").text();
+    about(&place, "label :web@one a=b").text();
+    let shown = about(&place, "show --output=json :web@one").json();
+    let expected = json!({
+        "name": "web@one", "state": "bare", "parent": null, "virtual-size": 1 << 20,
+        "protected": false, "description": "", "labels": { "a": "b" },
+        "exclusive-bytes": null, "shared-bytes": null, "space-ms": null,
+    });
+    for (field, value) in expected.as_object().unwrap() {
+        assert_eq!(&shown[field], value, "{field}");
+    }
+    let tree = about(&place, "tree --output=json vms").json();
+    let names: Vec<&Value> = tree["entries"].as_array().unwrap().iter().map(|entry| &entry["name"]).collect();
+    assert_eq!(names, ["web@one", "web"]);
+    assert_eq!(tree["nameless"], 0);
+}
