@@ -12,7 +12,7 @@ use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
 use sapwood_image::sealed::Root;
-use sapwood_image::sealed::collect::{Accounts, Detail, Pace, account};
+use sapwood_image::sealed::collect::{Accounts, Detail, Pace, RootAccount, account};
 
 use crate::catalog::rows::{AccountRow, NodeRow, NodeState, Space, VolumeRow};
 use crate::catalog::{Look, View};
@@ -28,6 +28,8 @@ pub struct Account {
     pub nodes: BTreeMap<Id, Space>,
     /// Of each volume.
     pub volumes: BTreeMap<Id, Space>,
+    /// Of each sealed snapshot, in blocks and nodes.
+    pub sealed_nodes: BTreeMap<Id, RootAccount>,
     /// Of everything that is sealed.
     pub sealed: AccountRow,
 }
@@ -65,7 +67,9 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             volumes.insert(id, Space { exclusive, shared: 0, found_ms });
         }
         drop(view);
-        let account = Account { nodes, volumes, sealed: whole(&accounts, found_ms) };
+        let whole_roots = stored.iter().zip(&accounts.roots).filter(|(stored, _)| stored.is_whole);
+        let sealed_nodes = whole_roots.map(|(stored, found)| (stored.node, *found)).collect();
+        let account = Account { nodes, volumes, sealed_nodes, sealed: whole(&accounts, found_ms) };
         self.note_account(&account)?;
         Ok(account)
     }

@@ -99,6 +99,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
 
     /// Makes the first layer of a volume that this thread has taken.
     async fn make_layer(&self, io: &Io<E>, volume: Id, row: &VolumeRow) -> Result<Id> {
+        self.check_room(0)?;
         let layer = self.random_id()?;
         let _making = self.usage.keep_layer(layer);
         let base = holder(&self.catalog.view()?, row.parent)?;

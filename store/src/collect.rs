@@ -24,6 +24,12 @@ use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::id::Id;
 use crate::store::{Store, breaks};
 
+/// Bytes that a block or node takes in a new pack and the index, at most.
+const MOVED_BYTES_MAX: u64 = 4500;
+
+/// Rounds of a collection that finds damage, at most.
+const ROUNDS_MAX: usize = 8;
+
 /// What a collection has done.
 #[derive(Debug, Default)]
 pub struct Collected {
@@ -57,8 +63,8 @@ impl<E: Engine> Locate<E> for ByIndex<E> {
 /// What a collection asks the catalog.
 struct Asked<'a> {
     catalog: &'a Catalog,
-    /// Whether what is sealed in part counts.
-    with_progress: bool,
+    /// Whether nodes without a name count.
+    with_nameless: bool,
 }
 
 impl Asked<'_> {
@@ -70,7 +76,7 @@ impl Asked<'_> {
 impl sapwood_image::sealed::collect::Catalog for Asked<'_> {
     fn roots(&self) -> Result<Vec<Root>, ImageError> {
         let roots = self.catalog.view().and_then(|view| roots(&view)).map_err(|error| self.told(error))?;
-        let is_asked = |root: &&StoredRoot| root.is_whole || self.with_progress;
+        let is_asked = |root: &&StoredRoot| root.has_name || self.with_nameless;
         Ok(roots.iter().filter(is_asked).map(|root| root.root).collect())
     }
 
@@ -86,6 +92,7 @@ pub(crate) struct StoredRoot {
     pub(crate) root: Root,
     /// Whether it is the node's contents; else a part of them, as far as they are sealed.
     pub(crate) is_whole: bool,
+    has_name: bool,
 }
 
 /// All sealed disks of the catalog, by their nodes.
@@ -96,7 +103,7 @@ pub(crate) fn roots(look: &impl Look) -> Result<Vec<StoredRoot>> {
             NodeState::Frozen { sealing: Some(sealing), .. } => (sealing.top, false),
             NodeState::Frozen { .. } | NodeState::Bare => return None,
         };
-        Some(StoredRoot { node, root: top.root(row.size), is_whole })
+        Some(StoredRoot { node, root: top.root(row.size), is_whole, has_name: row.name.is_some() })
     };
     Ok(look.nodes()?.into_iter().filter_map(of_node).collect())
 }
@@ -152,32 +159,60 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// [`Store::scrub`] says what is damaged; [`Cancelled`](sapwood_image::ErrorKind::Cancelled); what the storage says.
     pub async fn collect(&self, io: &Io<E>, pace: &Arc<Pace>, limits: Limits) -> Result<Collected> {
         let _collecting = self.only_one("collection")?;
-        let asked =
-            Asked { catalog: &self.catalog, with_progress: !breaks!(self.options, CollectWithoutProgress) };
+        self.take_out_unneeded()?;
         let mut finder = self.finder(io, pace)?;
-        let survey = begin(&mut finder, self.content.pins(), &asked, limits).await?;
+        let limits = self.within_room(limits)?;
+        let mut collected = Collected::default();
+        for _ in 0..ROUNDS_MAX {
+            let kept = collected.kept.len();
+            self.collect_once(io, &mut finder, limits, &mut collected).await?;
+            // Of what is damaged there may be another copy, by which the next round goes.
+            if collected.kept.len() == kept {
+                break;
+            }
+        }
+        collected.is_stopped = pace.is_stopped();
+        self.merge_runs(io).await?;
+        Ok(collected)
+    }
+
+    /// One round: when something that is needed turns out to be damaged, nothing is freed, and the finder knows of it.
+    async fn collect_once(
+        &self,
+        io: &Io<E>,
+        finder: &mut Finder<E, ByIndex<E>>,
+        limits: Limits,
+        collected: &mut Collected,
+    ) -> Result<()> {
+        let asked =
+            Asked { catalog: &self.catalog, with_nameless: !breaks!(self.options, CollectWithoutNameless) };
+        let survey = begin(finder, self.content.pins(), &asked, limits).await?;
         let live: Vec<(u32, Live)> = finder.known().map(|number| (number, survey.live(number))).collect();
         let withdrawn = survey.withdraw();
-        let held = withdrawn.held().to_vec();
-        let marked = withdrawn.mark(&mut finder, &asked).await?;
+        collected.held = withdrawn.held().to_vec();
+        let marked = withdrawn.mark(finder, &asked).await?;
         let dead = marked.dead().len() as u64;
         if breaks!(self.options, UnlinkBeforeCommit) {
             self.remove_packs(io, marked.dead()).await;
         }
-        let mut shifted = self.shift(io, &mut finder, marked).await?;
-        let collected = Collected {
-            packs_dropped: shifted.dropped.len() as u64,
-            packs_rewritten: shifted.dropped.len() as u64 - dead,
-            bytes_freed: shifted.bytes_dropped(),
-            bytes_written: shifted.bytes_written(),
-            moved: shifted.moved,
-            held,
-            kept: std::mem::take(&mut shifted.kept),
-            is_stopped: pace.is_stopped(),
-        };
+        let mut shifted = self.shift(io, finder, marked).await?;
+        collected.kept.append(&mut shifted.kept);
+        let (dropped, bytes) =
+            (shifted.dropped.len() as u64, (shifted.bytes_dropped(), shifted.bytes_written()));
+        let moved = shifted.moved;
         self.commit_collection(io, shifted, &live).await?;
-        self.merge_runs(io).await?;
-        Ok(collected)
+        collected.packs_dropped += dropped;
+        collected.packs_rewritten += dropped.saturating_sub(dead);
+        collected.bytes_freed += bytes.0;
+        collected.bytes_written += bytes.1;
+        collected.moved = moved;
+        Ok(())
+    }
+
+    /// What is moved is there twice for a while: not more than there is room for.
+    fn within_room(&self, limits: Limits) -> Result<Limits> {
+        let fits = self.left()?.map(|left| left / MOVED_BYTES_MAX);
+        Ok(Limits { moved_max: limits.moved_max.min(fits.unwrap_or(u64::MAX)), ..limits })
     }
 
     /// Whoever finds content in the packs of now, and in others of which it is told.

@@ -11,7 +11,7 @@ use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::{Lock, LockError, OpenOptions, Storage, StorageFile};
 
-use crate::catalog::Catalog;
+use crate::catalog::{Catalog, Change};
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::id::Id;
 use crate::store::{StoreOptions, breaks, random_id};
@@ -86,25 +86,46 @@ pub async fn init<S: Storage, E: Engine<File = S::File>, C: Engine<File = S::Fil
     root: &Path,
     options: &StoreOptions,
 ) -> Result<Id> {
+    let store = random_id(storage, root)?;
+    let directory = begin(storage, root)?;
+    end(storage, io, engine, &directory, store, options, |_| Ok(())).await?;
+    Ok(store)
+}
+
+/// The directories of a store that is to be made.
+pub(crate) fn begin<S: Storage>(storage: &S, root: &Path) -> Result<Directory> {
     let directory = Directory::new(root);
     make_directory(storage, root)?;
     check_is_free(storage, &directory)?;
     for folder in [directory.layers(), directory.packs(), directory.index()] {
         make_directory(storage, &folder)?;
     }
+    Ok(directory)
+}
+
+/// Makes a store of directories, with a catalog that `fill` fills.
+pub(crate) async fn end<S: Storage, E: Engine<File = S::File>, C: Engine<File = S::File> + Send>(
+    storage: &S,
+    io: &Io<E>,
+    engine: C,
+    directory: &Directory,
+    store: Id,
+    options: &StoreOptions,
+    fill: impl FnOnce(&mut Change) -> Result<()>,
+) -> Result<()> {
+    let root = directory.root();
     let _lock = match storage.open(&directory.lock(), OpenOptions::CREATE.buffered()) {
         Err(error) if error.kind() == AlreadyExists => open_locked(storage, &directory.lock())?,
         Err(error) => return Err(StoreError::io(&directory.lock(), "make", error)),
         Ok(file) => locked(file)?,
     };
     // Somebody may have been faster.
-    check_is_free(storage, &directory)?;
+    check_is_free(storage, directory)?;
     let (new, path) = (directory.catalog_new(), directory.catalog());
     remove(io, &new).await?;
     let file = storage.open(&new, OpenOptions::CREATE.buffered());
     let file = file.map_err(|error| StoreError::io(&new, "make", error))?;
-    let store = random_id(storage, root)?;
-    Catalog::create(locked(file)?, engine, store, !breaks!(options, CatalogWithoutSync))?;
+    Catalog::create(locked(file)?, engine, store, !breaks!(options, CatalogWithoutSync), fill)?;
     sync_directory(io, root).await?;
     let renamed = io.run(Op::Rename { from: new, to: path.clone() }).await.result;
     renamed.map_err(|errno| StoreError::errno(&path, "rename", errno))?;
@@ -112,8 +133,7 @@ pub async fn init<S: Storage, E: Engine<File = S::File>, C: Engine<File = S::Fil
         sync_directory(io, root).await?;
     }
     let above = root.parent().filter(|above| !above.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    sync_directory(io, above).await?;
-    Ok(store)
+    sync_directory(io, above).await
 }
 
 fn make_directory<S: Storage>(storage: &S, path: &Path) -> Result<()> {

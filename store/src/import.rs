@@ -125,6 +125,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     ) -> Result<Imported> {
         let Importing { name, workers } = *importing;
         self.catalog.hold_still(|look| look.check_import(name))?;
+        self.check_room(self.options.pack_bytes)?;
         let pin = Arc::new(self.content.pins().pin(&[]));
         let job = Job { workers, pin: &pin, base: None, start: 0 };
         let (sealed, mut dedup) = self.seal_source(io, &job, source, &mut AllOrNothing(watch)).await?;

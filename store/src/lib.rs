@@ -20,7 +20,9 @@
 mod account;
 mod archive;
 mod attach;
+mod backup;
 pub mod catalog;
+mod check;
 mod collect;
 mod content;
 mod diff;
@@ -52,7 +54,9 @@ mod volume;
 
 pub use account::Account;
 pub use attach::{Attachment, SnapshotReader};
+pub use backup::BackedUp;
 pub use catalog::rows;
+pub use check::{Problem, Severity};
 pub use collect::Collected;
 pub use content::Content;
 pub use diff::Diff;

@@ -54,6 +54,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         snapshot: &str,
         size: u64,
     ) -> Result<Prepared> {
+        self.check_room(0)?;
         let view = self.catalog.view()?;
         let row = view.volume(attachment.volume)?;
         let named = row.map_or_else(|| attachment.name.clone(), |row| row.name);

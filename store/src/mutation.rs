@@ -15,8 +15,8 @@ pub enum Mutation {
     CatalogWithoutSync,
     /// The catalog names packs whose directory was not synced.
     PublishWithoutSync,
-    /// A collection forgets what is sealed in part.
-    CollectWithoutProgress,
+    /// A collection forgets what snapshots hold that have no name any more.
+    CollectWithoutNameless,
 }
 
 impl Mutation {
@@ -28,6 +28,6 @@ impl Mutation {
         Self::SnapshotWithoutSync,
         Self::CatalogWithoutSync,
         Self::PublishWithoutSync,
-        Self::CollectWithoutProgress,
+        Self::CollectWithoutNameless,
     ];
 }

@@ -180,13 +180,13 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
                 // It is no layer, or cannot be read: all of it is lost.
                 let why = error.to_string();
                 found.damaged_layers.push(DamagedLayer { id, path, errors: vec![why.clone()] });
-                return Ok(Some(Own { ranges: vec![0..size], is_exact: false, why }));
+                return Ok(Some(Own { ranges: whole_disk(size), is_exact: false, why }));
             }
         };
         found.layers += 1;
         let Some(why) = report.errors.first().cloned() else { return Ok(None) };
         let is_exact = !report.lost.is_empty();
-        let ranges = if is_exact { bytes_of(&report.lost, size) } else { vec![0..size] };
+        let ranges = if is_exact { bytes_of(&report.lost, size) } else { whole_disk(size) };
         let why = format!("{}: {why}", path.display());
         found.damaged_layers.push(DamagedLayer { id, path, errors: report.errors });
         Ok(Some(Own { ranges, is_exact, why }))
@@ -212,6 +212,11 @@ fn sealed_damage(stored: &[StoredRoot], lost: Vec<Option<Lost>>) -> BTreeMap<Id,
         Some((stored.node, Own { ranges, is_exact: lost.is_exact, why: lost.why }))
     };
     stored.iter().zip(lost).filter_map(of_root).collect()
+}
+
+/// All bytes of a disk, as a list of ranges.
+fn whole_disk(size: u64) -> Vec<Range<u64>> {
+    std::iter::once(0..size).collect()
 }
 
 /// Ranges of blocks as bytes of a disk.

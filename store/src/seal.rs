@@ -13,6 +13,7 @@ use sapwood_blockdev::device::BlockDevice;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
+use sapwood_image::ImageError;
 use sapwood_image::sealed::collect::Pin;
 use sapwood_image::sealed::{
     BoundedDedup, FRAME_BLOCKS, FrozenSource, Root, SealStats, Sealed, Sealing, Source, Step, Watch, Workers,
@@ -253,9 +254,15 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         watch: &mut impl Watch,
     ) -> Result<(Sealed, BoundedDedup)> {
         self.content.learn(io, &self.catalog).await?;
+        let mut refused = None;
         let numbers = || {
-            let number = self.content.pack_numbers.next();
-            let number = number.map_err(|error| error.into_image(self.directory.root()))?;
+            let number =
+                self.check_room(self.options.pack_bytes).and_then(|()| self.content.pack_numbers.next());
+            let number = number.map_err(|error| {
+                let text = error.to_string();
+                refused = Some(error);
+                ImageError::invalid(self.directory.root(), text)
+            })?;
             job.pin.begin_pack(number);
             Ok(number)
         };
@@ -272,7 +279,9 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             pack_bytes: self.options.pack_bytes,
             start: job.start,
         };
-        let sealed = seal(sealing, source, numbers, watch).await?;
+        let sealed = seal(sealing, source, numbers, watch).await;
+        // Why there is no number the store says better.
+        let sealed = sealed.map_err(|error| refused.unwrap_or_else(|| error.into()))?;
         Ok((sealed, dedup))
     }
 }

@@ -81,6 +81,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     pub async fn snapshot(&self, io: &Io<E>, name: &SnapshotName) -> Result<Id> {
         let (id, row) = volume(&self.catalog.view()?, &name.volume)?;
         name::check(&name.snapshot)?;
+        self.check_room(0)?;
         let _hold = self.usage.take(id, &name.volume, "being snapshotted")?;
         // As it is now that nobody else has it.
         let row = self.catalog.view()?.volume(id)?.unwrap_or(row);

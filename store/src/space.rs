@@ -189,6 +189,14 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         }
     }
 
+    /// What the store may still take; none, where nobody knows a limit.
+    ///
+    /// # Errors
+    /// What the catalog or the storage says.
+    pub(crate) fn left(&self) -> Result<Option<u64>> {
+        Ok(self.room(&self.space_settings()?)?.left)
+    }
+
     fn no_room(&self, room: &Room, settings: &SpaceSettings) -> StoreError {
         let mut text = format!("there is no room left: the store takes {} bytes", room.taken);
         if let Some(quota) = settings.quota {

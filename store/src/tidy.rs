@@ -97,9 +97,22 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         Ok(Tidied { nodes, orphans, files, settled, mended })
     }
 
-    /// Removes packs and runs of the index that the catalog does not name, whole or not, if they were begun before the store
-    /// was opened: of others somebody may be making one.
+    /// Removes [such files](Self::orphaned_files).
     async fn remove_orphaned_files(&self, io: &Io<E>) -> Result<Vec<PathBuf>> {
+        let all = self.orphaned_files()?;
+        for path in &all {
+            remove(io, path).await?;
+        }
+        if !all.is_empty() {
+            sync_directory(io, &self.directory.packs()).await?;
+            sync_directory(io, &self.directory.index()).await?;
+        }
+        Ok(all)
+    }
+
+    /// Packs and runs of the index that the catalog does not name, whole or not, if they were begun before the store
+    /// was opened: of others somebody may be making one.
+    pub(crate) fn orphaned_files(&self) -> Result<Vec<PathBuf>> {
         let content = &self.content;
         let (packs, index) = (self.directory.packs(), self.directory.index());
         let listed = (self.names_in(&packs)?, self.names_in(&index)?);
@@ -118,13 +131,6 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             };
         let mut all = orphans(&packs, listed.0, ".pack", &named_packs, &content.pack_numbers);
         all.extend(orphans(&index, listed.1, ".index", &named_runs, &content.run_numbers));
-        for path in &all {
-            remove(io, path).await?;
-        }
-        if !all.is_empty() {
-            sync_directory(io, &packs).await?;
-            sync_directory(io, &index).await?;
-        }
         Ok(all)
     }
 

@@ -109,6 +109,12 @@ impl Usage {
         is_free
     }
 
+    /// Whether anybody may be reading a layer that the catalog has forgotten, or forgets at the moment.
+    pub(crate) fn is_any_sealed_layer_read(&self) -> bool {
+        let state = self.state();
+        !state.sealing.is_empty() || state.left.iter().any(|id| state.layers.contains_key(id))
+    }
+
     /// Layers that were in use when the catalog forgot them, and are not any more.
     pub(crate) fn take_left(&self) -> Vec<Id> {
         let state = &mut *self.state();

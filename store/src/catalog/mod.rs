@@ -39,12 +39,21 @@ pub struct Catalog {
 }
 
 impl Catalog {
-    /// Makes a catalog in an empty file; durable, and closed, when it returns.
-    pub(crate) fn create<E: Engine + Send>(file: E::File, engine: E, store: Id, synced: bool) -> Result<()> {
+    /// Makes a catalog in an empty file, with what `fill` puts into it; durable, and closed, when it returns.
+    pub(crate) fn create<E: Engine + Send>(
+        file: E::File,
+        engine: E,
+        store: Id,
+        synced: bool,
+        fill: impl FnOnce(&mut Change) -> Result<()>,
+    ) -> Result<()> {
         let path = file.path().to_owned();
         let database = Self::database(file, engine, synced)?;
         let catalog = Self { database, path, meta: Meta::new(store), is_unknown: AtomicBool::new(false) };
-        catalog.change(|change| change.prepare(&catalog.meta))?;
+        catalog.change(|change| {
+            change.prepare(&catalog.meta)?;
+            fill(change)
+        })?;
         let Self { database, path, .. } = catalog;
         database.close().map_err(|error| StoreError::database(&path, "close", error))
     }

@@ -184,15 +184,27 @@ pub trait Look {
     /// What lies directly over a node.
     fn children(&self, node: Id) -> Result<Vec<Child>> {
         let pairs = self.pairs(CHILDREN, &node.0, usize::MAX)?.into_iter();
+        pairs.map(|(key, value)| Ok(child_of(self.path(), &key, &value)?.1)).collect()
+    }
+
+    /// The names of all volumes, and their ids.
+    fn volume_names(&self) -> Result<Vec<(String, Id)>> {
+        let path = self.path();
+        let pairs = self.pairs(NAMES, &[], usize::MAX)?.into_iter();
         let decoded = pairs.map(|(key, value)| {
-            let child = id(self.path(), CHILDREN, &key[16..])?;
-            match value.as_slice() {
-                b"n" => Ok(Child::Node(child)),
-                b"v" => Ok(Child::Volume(child)),
-                _ => Err(damaged(self.path(), CHILDREN, &key, "it is neither a node nor a volume")),
-            }
+            let volume = id(path, NAMES, &value)?;
+            let name = String::from_utf8(key);
+            let name =
+                name.map_err(|error| damaged(path, NAMES, error.as_bytes(), "the name is not UTF-8"))?;
+            Ok((name, volume))
         });
         decoded.collect()
+    }
+
+    /// All nodes that anything lies over, each with what that is.
+    fn all_children(&self) -> Result<Vec<(Id, Child)>> {
+        let pairs = self.pairs(CHILDREN, &[], usize::MAX)?.into_iter();
+        pairs.map(|(key, value)| child_of(self.path(), &key, &value)).collect()
     }
 
     /// All packs.
@@ -225,6 +237,17 @@ pub trait Look {
             Ok(u64::from_be_bytes(bytes))
         };
         value.map_or(Ok(0), number)
+    }
+}
+
+/// A row of the children: the node, and what lies over it.
+fn child_of(path: &Path, key: &[u8], value: &[u8]) -> Result<(Id, Child)> {
+    let (node, child) = key.split_at(key.len().min(16));
+    let (node, child) = (id(path, CHILDREN, node)?, id(path, CHILDREN, child)?);
+    match value {
+        b"n" => Ok((node, Child::Node(child))),
+        b"v" => Ok((node, Child::Volume(child))),
+        _ => Err(damaged(path, CHILDREN, key, "it is neither a node nor a volume")),
     }
 }
 
@@ -332,6 +355,16 @@ impl Change {
             opened.map_err(|error| StoreError::database(&self.path, "make tables in", error))?;
         }
         self.put(META, meta::KEY, meta)
+    }
+
+    /// Takes over all rows of another catalog, but for what that says of its store.
+    pub(crate) fn copy(&mut self, from: &View) -> Result<()> {
+        for table in ALL.into_iter().skip(1) {
+            for (key, value) in from.pairs(table, &[], usize::MAX)? {
+                self.put_bytes(table, &key, Some(&value))?;
+            }
+        }
+        Ok(())
     }
 
     fn put_bytes(&mut self, table: Table, key: &[u8], value: Option<&[u8]>) -> Result<()> {
