@@ -6,7 +6,7 @@ use sapwood_blockdev::Errno;
 use sapwood_store::StoreOptions;
 
 use super::action::{Action, cut_off};
-use super::model::{Content, Model};
+use super::model::{Content, Model, zeroes};
 use super::rig::{Failure, Rig};
 use crate::sim::crash::Cut;
 use crate::sim::faults::{Faults, Kind, Planned};
@@ -100,7 +100,27 @@ impl History {
             check(name, &mut volume.content, &found)?;
             volume.unsynced.clear();
         }
+        self.check_differences()?;
         self.rig.check_files()
+    }
+
+    /// Asks what differs between snapshots, whose contents are certain.
+    fn check_differences(&self) -> Result<(), String> {
+        let names: Vec<&(String, String)> = self.model.snapshots.keys().collect();
+        let mut rng = Rng::new(self.mark).fork(11);
+        for _ in 0..names.len().min(4) {
+            let to = rng.pick(&names);
+            let from = if rng.percent(80) { Some(rng.pick(&names)) } else { None };
+            let what = format!("from {from:?} to {to:?}");
+            let found = expect(&what, self.rig.diff(from, to))?;
+            let old = from.map_or_else(zeroes, |from| self.model.snapshots[from].content.clone());
+            let new = &self.model.snapshots[to].content;
+            let differs: Vec<usize> = (0..new.len()).filter(|block| old[*block] != new[*block]).collect();
+            if found != differs {
+                return Err(format!("{what}: {found:?} differ, not {differs:?}"));
+            }
+        }
+        Ok(())
     }
 
     /// Opens the store in a new process, once what the old one had in flight has ended.

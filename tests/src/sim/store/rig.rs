@@ -228,6 +228,26 @@ impl Rig {
         contents
     }
 
+    /// The blocks in which a snapshot differs from another, or from zeroes.
+    ///
+    /// # Errors
+    /// What the store says.
+    pub fn diff(&self, from: Option<&(String, String)>, to: &(String, String)) -> Done<Vec<usize>> {
+        let name = |(volume, snapshot): &(String, String)| snapshot_name(volume, snapshot);
+        let (io, store, from, to) = (self.io.clone(), self.store(), from.map(name), name(to));
+        let found = self.run(async move {
+            let mut ranges = Vec::new();
+            let found = store.diff(&io, from.as_ref(), &to, &mut |range| ranges.push(range)).await;
+            found.map(|found| (found, ranges))
+        });
+        let (found, ranges) = found?;
+        assert_eq!(found.extents, ranges.len() as u64);
+        assert!(ranges.is_sorted_by(|a, b| a.end < b.start), "apart, and in order: {ranges:?}");
+        let blocks =
+            ranges.into_iter().flat_map(|range| range.start as usize / BLOCK..range.end as usize / BLOCK);
+        Ok(blocks.collect())
+    }
+
     fn write_volume(&self, volume: &str, writes: &Writes, closed: bool) -> Done {
         let attachment = self.attach(volume)?;
         let layer = self.open_layer(&attachment.path, false)?;
