@@ -194,7 +194,9 @@ fn scrubbed(found: &Scrubbed) -> Scrub {
         .damaged_layers
         .iter()
         .flat_map(|layer| layer.errors.iter().map(|error| format!("{}: {error}", layer.path.display())));
-    let touched = found.touched.iter().map(|touched| Touched {
+    let mut touched: Vec<&sapwood_store::Touched> = found.touched.iter().collect();
+    touched.sort_by(|a, b| a.name.cmp(&b.name));
+    let touched = touched.into_iter().map(|touched| Touched {
         name: touched.name.clone(),
         ranges: touched.ranges.iter().take(RANGES_MAX).map(Range::from).collect(),
         ranges_left_out: touched.ranges.len().saturating_sub(RANGES_MAX) as u64,

@@ -37,6 +37,7 @@ fn same(place: &Place, text: &str) -> String {
     // What is taken and left is not the same while the catalog is open.
     let is_same = |line: &&str| !["takes: ", "left: "].iter().any(|start| line.starts_with(start));
     for line in text.lines().filter(is_same) {
+        let line = line.split_inclusive("no room left").next().unwrap_or_default();
         let mut words: Vec<String> = line.split(' ').map(str::to_owned).collect();
         for index in 0..words.len() {
             let hex = words[index].chars().filter(char::is_ascii_hexdigit).count();
@@ -233,6 +234,38 @@ fn one_process_has_a_store() {
     about(&place, "attach :web").fails(1, &["start sapwood daemon"]);
     place.sapwood("store init vms").fails(1, &["there is a store already"]);
     place.sapwood("store init .").fails(1, &["not empty"]);
+}
+
+#[test]
+fn scrub_names_what_a_flipped_bit_touches() {
+    let place = place();
+    let mut rng = sapwood_tests::sim::rng::Rng::new(1);
+    let bytes: Vec<u8> = (0..1 << 17).flat_map(|_| rng.below(u64::MAX).to_le_bytes()).collect();
+    fs::write(place.path("random.raw"), &bytes).unwrap();
+    about(&place, "import -f raw random.raw :disk").text();
+    about(&place, "clone :disk@imported copy").text();
+    about(&place, "import -f raw disk.raw :other").text();
+    let packs = fs::read_dir(place.path("vms/packs")).unwrap().map(|entry| entry.unwrap().path());
+    let largest = packs.max_by_key(|path| path.metadata().unwrap().len()).unwrap();
+    let name = format!("vms/packs/{}", largest.file_name().unwrap().to_str().unwrap());
+    let whole = place.bytes(&name);
+    place.damage(&name, 500_000, &[whole[500_000] ^ 1]);
+    let found = about(&place, "store scrub --output=json vms");
+    assert_eq!(found.code, 2, "{found:?}");
+    let found: Value = serde_json::from_str(&found.stdout).unwrap();
+    let touched: Vec<&str> =
+        found["touched"].as_array().unwrap().iter().map(|one| one["name"].as_str().unwrap()).collect();
+    assert_eq!(touched, ["copy", "disk", "disk@imported"], "{found}");
+    let lost = found["touched"][2]["ranges"][0]["length"].as_u64().unwrap();
+    assert!((4096..=128 << 10).contains(&lost), "{found}");
+    let (daemon, _) = Daemon::start(&place, "--store vms --no-background");
+    let served = about(&place, "store scrub vms");
+    assert_eq!(served.code, 2, "{served:?}");
+    assert!(served.stdout.contains("touched: disk@imported: "), "{served:?}");
+    let log = daemon.stops();
+    assert!(log.contains("disk@imported cannot be read everywhere"), "{log}");
+    place.damage(&name, 500_000, &whole[500_000..=500_000]);
+    about(&place, "store scrub vms").text();
 }
 
 #[test]
