@@ -150,7 +150,7 @@ impl Serve {
         let serve =
             attached::Serve { socket: self.socket.clone(), queues: self.queues, tuning: self.tuning() };
         let attached = Attached::volume(&service, &volume, serve)?;
-        service.add(Arc::clone(&attached));
+        service.add(&attached);
         output::print(&self.ready_line("volume", attached.size(), false))?;
         signals.forever().next();
         log::info!("stopping: a second signal ends this at once");

@@ -42,7 +42,9 @@ pub fn socket_of(root: &Path) -> PathBuf {
 impl Access {
     /// The daemon of the store in `root` if it answers, or else the store itself.
     pub fn to(host: Host, root: &Path) -> anyhow::Result<Self> {
-        let socket = socket_of(root);
+        let known = socket_of(root);
+        // A link may have a path that is too long for a socket.
+        let socket = std::fs::read_link(&known).unwrap_or(known);
         match UnixStream::connect(&socket) {
             Ok(_) => return Ok(Self::Daemon(socket)),
             // Of a socket whose path is too long, too: there can be none.

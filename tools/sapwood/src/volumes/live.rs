@@ -112,7 +112,7 @@ impl Quick for AttachVolume {
         tuning.map_cache_bytes = self.map_cache.unwrap_or(tuning.map_cache_bytes);
         let socket = socket(service, &self.volume, self.socket)?;
         let serve = Serve { socket, queues: self.queues.unwrap_or(1), tuning };
-        Ok(served(service, &self.volume, Attached::volume(service, &self.volume, serve)?))
+        served(service, &self.volume, Attached::volume(service, &self.volume, serve)?)
     }
 }
 
@@ -123,19 +123,26 @@ impl Quick for AttachSnapshot {
         let socket = socket(service, &shown, self.socket)?;
         let id = service.snapshot(&name)?;
         if service.attached(id).is_some() {
-            return Err(Failure::new("in-use", format!("{shown}: the snapshot is attached already")));
+            return Err(attached_already(&shown));
         }
         let serve = Serve { socket, queues: self.queues.unwrap_or(1), tuning: Tuning::default() };
-        Ok(served(service, &shown, Attached::snapshot(service, &name, serve)?))
+        served(service, &shown, Attached::snapshot(service, &name, serve)?)
     }
 }
 
+fn attached_already(name: &str) -> Failure {
+    Failure::new("in-use", format!("{name}: it is attached already"))
+}
+
 /// Enters what was attached.
-fn served(service: &Service, name: &str, attached: Arc<Attached>) -> Serving {
+fn served(service: &Service, name: &str, attached: Arc<Attached>) -> Result<Serving, Failure> {
     let serving = attached.serving();
-    service.add(attached);
+    if !service.add(&attached) {
+        attached.detach(service)?;
+        return Err(attached_already(name));
+    }
     service.note("attached", format!("{name} is attached at {}", serving.socket.display()));
-    serving
+    Ok(serving)
 }
 
 /// Ends the serving of what has this id.

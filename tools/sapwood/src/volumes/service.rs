@@ -151,10 +151,14 @@ impl Service {
         self.table().get(&id).cloned()
     }
 
-    /// Adds what was attached.
-    pub fn add(&self, attached: Arc<Attached>) {
-        let before = self.table().insert(attached.id(), attached);
-        assert!(before.is_none(), "a volume is given once, and a snapshot is asked for before");
+    /// Adds what was attached, unless it is there already: somebody was faster.
+    pub fn add(&self, attached: &Arc<Attached>) -> bool {
+        let mut table = self.table();
+        let is_new = !table.contains_key(&attached.id());
+        if is_new {
+            table.insert(attached.id(), Arc::clone(attached));
+        }
+        is_new
     }
 
     /// Takes out what is to be detached.

@@ -259,6 +259,37 @@ fn the_daemon_is_private_and_found_wherever_it_listens() {
 }
 
 #[test]
+fn a_store_with_a_long_path_needs_sockets_elsewhere() {
+    let place = Place::new();
+    let store = "s".repeat(120);
+    place.sapwood(&format!("store init -q {store}")).text();
+    place.sapwood(&format!("daemon --store {store}")).fails(1, &["at most 107 bytes"]);
+    let (daemon, _) = Daemon::start(&place, &format!("--store {store} --socket control --sockets run"));
+    place.sapwood(&format!("create {store}:web 1M")).text();
+    place.sapwood(&format!("attach {store}:web --socket socket")).text();
+    assert!(contents(&place, "socket", 1 << 20).iter().all(|byte| *byte == 0));
+    daemon.stops();
+}
+
+#[test]
+fn whoever_attaches_a_snapshot_second_is_told() {
+    let place = place();
+    about(&place, "create :web 1M").text();
+    about(&place, "snapshot :web@s").text();
+    let (daemon, _) = Daemon::start(&place, "--store vms");
+    for _ in 0..10 {
+        let codes: Vec<i32> = thread::scope(|scope| {
+            let attach = |n: usize| about(&place, &format!("attach :web@s --socket socket-{n}")).code;
+            let threads: Vec<_> = (0..4).map(|n| scope.spawn(move || attach(n))).collect();
+            threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+        });
+        assert_eq!(codes.iter().filter(|code| **code == 0).count(), 1, "{codes:?}");
+        about(&place, "detach :web@s").text();
+    }
+    daemon.stops();
+}
+
+#[test]
 fn whoever_supervises_the_daemon_is_told() {
     let place = place();
     let socket = UnixDatagram::bind(place.path("notify")).unwrap();
