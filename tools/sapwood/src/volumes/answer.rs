@@ -440,3 +440,23 @@ pub struct Diff {
     /// Where, in order and apart.
     pub extents: Vec<Range>,
 }
+
+/// What a check has found.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Checked {
+    /// What is not as it should be.
+    pub problems: Vec<Problem>,
+    /// The highest watermark that is reached.
+    pub watermark: Option<u8>,
+}
+
+/// Something that is not as it should be.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Problem {
+    /// Something is missing or wrong; else it is a leftover of a crash, which does no harm.
+    pub damage: bool,
+    /// A volume or snapshot by name, a file, a row.
+    pub subject: String,
+    /// What is wrong.
+    pub text: String,
+}

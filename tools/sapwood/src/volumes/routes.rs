@@ -40,6 +40,7 @@ fn routes() -> Vec<Route<Service>> {
         quick::<change::SetSpace>(),
         long::<upkeep::SealAll>(),
         long::<upkeep::Collect>(),
+        long::<upkeep::CheckStore>(),
         long::<upkeep::ScrubStore>(),
         long::<upkeep::Account>(),
         long::<transfer::Import>(),

@@ -1,13 +1,13 @@
-//! Operations on the store as a whole: sealing, collecting, scrubbing, accounting.
+//! Operations on the store as a whole: sealing, collecting, checking, scrubbing, accounting.
 
 use std::sync::Arc;
 
 use sapwood_image::sealed::SealStats;
 use sapwood_image::sealed::collect::{Detail, Limits, Pace};
-use sapwood_store::{Scrubbed, SealedNode, SnapshotName};
+use sapwood_store::{Scrubbed, SealedNode, Severity, SnapshotName};
 use serde::{Deserialize, Serialize};
 
-use super::answer::{Accounted, Collected, Range, Scrub, Sealed, SealedOne, Touched};
+use super::answer::{Accounted, Checked, Collected, Problem, Range, Scrub, Sealed, SealedOne, Touched};
 use super::operation::{Long, operation};
 use super::service::Service;
 use super::transfer::{report, workers};
@@ -38,6 +38,11 @@ pub struct Collect {
     pub live_percent: Option<u32>,
 }
 
+/// Compares what the catalog says with itself and with the files, without reading data.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct CheckStore {}
+
 /// Reads everything that the store has written, and says what is damaged and which volumes and snapshots that touches.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -49,6 +54,7 @@ pub struct ScrubStore {}
 pub struct Account {}
 
 operation!(Collect: Post "/v1/store/gc" -> Collected);
+operation!(CheckStore: Post "/v1/store/check" -> Checked);
 operation!(ScrubStore: Post "/v1/store/scrub" -> Scrub);
 operation!(Account: Post "/v1/store/account" -> Accounted);
 operation!(SealAll: Post "/v1/store/seal" -> Sealed);
@@ -154,6 +160,28 @@ impl Long for Collect {
         let collected = collect(service, pace(job), limits)?;
         service.sweep();
         Ok(collected)
+    }
+}
+
+impl Long for CheckStore {
+    const KIND: &'static str = "check";
+
+    fn about(&self) -> String {
+        "check".to_owned()
+    }
+
+    fn run(self, service: &Arc<Service>, _: &Arc<Job>) -> Result<Checked, Failure> {
+        let found = service.run(|store, io| async move { store.check(&io).await })?;
+        let problems = found.into_iter().map(|problem| Problem {
+            damage: problem.severity == Severity::Damage,
+            subject: problem.subject,
+            text: problem.text,
+        });
+        let checked = Checked { problems: problems.collect(), watermark: service.store().watermark()? };
+        for problem in checked.problems.iter().filter(|problem| problem.damage) {
+            service.warn("damage", format!("{}: {}", problem.subject, problem.text));
+        }
+        Ok(checked)
     }
 }
 

@@ -146,6 +146,7 @@ fn whole(api: &mut Api<'_>) {
     api.job("/v1/store/seal", &[], &none, Some("Sealed"));
     api.job("/v1/store/account", &[], &none, Some("Accounted"));
     api.job("/v1/store/gc", &[], &json!({ "live-percent": 90 }), Some("Collected"));
+    assert_eq!(api.job("/v1/store/check", &[], &none, Some("Checked"))["problems"], json!([]));
     assert_eq!(api.job("/v1/store/scrub", &[], &none, Some("Scrub"))["sound"], true);
     assert_eq!(api.ask("get", "/v1/tree", &[], &none, 200)["nameless"], 1);
     assert_eq!(api.ask("get", VOLUMES, &[], &none, 200)["entries"].as_array().unwrap().len(), 2);

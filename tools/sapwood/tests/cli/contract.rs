@@ -21,7 +21,7 @@ const WRITERS: [&str; 9] = [
     "boot --skip-probe IN",
 ];
 
-const COMMANDS: [&str; 39] = [
+const COMMANDS: [&str; 40] = [
     "create",
     "info",
     "map",
@@ -40,6 +40,7 @@ const COMMANDS: [&str; 39] = [
     "store set",
     "store seal",
     "store gc",
+    "store check",
     "store scrub",
     "store account",
     "daemon",
@@ -64,11 +65,12 @@ const COMMANDS: [&str; 39] = [
 ];
 
 /// Commands that do something without an argument, where a default store is named; here none is.
-const WITHOUT_ARGUMENTS: [&str; 9] = [
+const WITHOUT_ARGUMENTS: [&str; 10] = [
     "store init",
     "store stat",
     "store seal",
     "store gc",
+    "store check",
     "store scrub",
     "store account",
     "daemon",
@@ -160,6 +162,7 @@ fn every_field_of_a_store_is_documented() {
         ("store seal", "vms"),
         ("store account", "vms"),
         ("store gc", "vms"),
+        ("store check", "vms"),
         ("store scrub", "vms"),
     ] {
         let answer = place.sapwood(&format!("{command} --output=json {rest}")).text();
@@ -295,6 +298,7 @@ fn quiet_commands_say_nothing() {
         "export -q vms:web@imported archive",
         "store seal -q vms",
         "store gc -q vms",
+        "store check -q vms",
         "store scrub -q vms",
         "store account -q vms",
         "store set -q --quota 1G vms",

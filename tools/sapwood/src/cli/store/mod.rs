@@ -5,6 +5,7 @@
 
 mod account;
 pub mod attach;
+mod check;
 pub mod clone;
 pub mod daemon;
 pub mod delete;
@@ -58,6 +59,7 @@ enum Command {
     Set(set::Set),
     Seal(seal::Seal),
     Gc(gc::Gc),
+    Check(check::CheckCommand),
     Scrub(scrub::ScrubCommand),
     Account(account::AccountCommand),
 }
@@ -71,6 +73,7 @@ impl Store {
             Command::Set(command) => command.run(host).map(|()| 0),
             Command::Seal(command) => command.run(host).map(|()| 0),
             Command::Gc(command) => command.run(host).map(|()| 0),
+            Command::Check(command) => command.run(host),
             Command::Scrub(command) => command.run(host),
             Command::Account(command) => command.run(host).map(|()| 0),
         }
