@@ -196,6 +196,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             self.remove_packs(io, marked.dead()).await;
         }
         let mut shifted = self.shift(io, finder, marked).await?;
+        self.content.set_bad(finder.bad().clone());
         collected.kept.append(&mut shifted.kept);
         let (dropped, bytes) =
             (shifted.dropped.len() as u64, (shifted.bytes_dropped(), shifted.bytes_written()));
@@ -219,7 +220,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     pub(crate) fn finder(&self, io: &Io<E>, pace: &Arc<Pace>) -> Result<Finder<E, ByIndex<E>>> {
         let packs = self.catalog.view()?.packs()?.into_iter().map(|(number, _)| number);
         let index = ByIndex(Arc::clone(self.content.packs().index()));
-        Ok(Finder::new(io, self.content.packs(), packs, index, pace))
+        Ok(Finder::new(io, self.content.packs(), packs, index, pace).with_bad(self.content.bad()))
     }
 
     /// Takes a job that is done once at a time.
@@ -265,7 +266,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         .await?;
         let written: Vec<u32> = shifted.written.iter().map(|pack| pack.number).collect();
         shifted.committed();
-        self.content.dedup().withdraw(&dropped);
+        self.content.dropped(&dropped);
         for number in written {
             // What is not learned may be stored again.
             self.content.dedup().learn_pack(io, self.content.packs(), number).await.ok();

@@ -3,6 +3,7 @@
 //! A pack or a run of the index belongs to the store when the catalog names it. Its number is committed before its file
 //! exists, and is never used again, so that nobody takes one pack for another that once had its number.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -12,9 +13,9 @@ use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::{OpenOptions, Storage, StorageFile};
 use sapwood_blockdev::units::BLOCK_SIZE;
 use sapwood_image::ImageError;
-use sapwood_image::sealed::collect::Pins;
+use sapwood_image::sealed::collect::{Bad, Pins};
 use sapwood_image::sealed::index::{Index, Run};
-use sapwood_image::sealed::{DedupIndex, Packs, PacksTuning, SharedDedup, pack_name};
+use sapwood_image::sealed::{DedupIndex, Packs, PacksTuning, SharedDedup, Written, pack_name};
 
 use crate::catalog::rows::PackKind;
 use crate::catalog::{Catalog, Look};
@@ -74,6 +75,7 @@ pub struct Content<E: Engine> {
     index: Arc<Index<E>>,
     pins: Arc<Pins>,
     dedup: Arc<SharedDedup>,
+    bad: Mutex<Bad>,
     /// Whether the packs that were there when the store was opened have been learned, or somebody is at it.
     has_learned: AtomicBool,
     dedup_bytes: usize,
@@ -114,14 +116,16 @@ impl<E: Engine> Content<E> {
                 }
             }
         }
-        index.replace(runs);
+        let all: Vec<u32> = catalog.view()?.packs()?.into_iter().map(|(number, _)| number).collect();
+        index.publish(runs, all.iter().copied(), &[]);
         let pins = Arc::<Pins>::default();
-        pins.published(catalog.view()?.packs()?.into_iter().map(|(number, _)| number));
+        pins.published(all);
         Ok(Self {
             packs,
             index,
             pins,
             dedup: SharedDedup::new(options.dedup_bytes),
+            bad: Mutex::default(),
             has_learned: AtomicBool::new(false),
             dedup_bytes: options.dedup_bytes,
             changing_runs: Mutex::default(),
@@ -182,6 +186,34 @@ impl<E: Engine> Content<E> {
         let runs = self.index.runs();
         let stay = runs.iter().filter(|run| !gone.contains(&run.number())).cloned();
         self.index.replace(stay.chain(new).collect::<Vec<_>>());
+    }
+
+    /// Takes note of packs that the catalog names now, with runs for them: everybody may find what they hold.
+    pub(crate) fn published(&self, packs: &[Written], new: impl IntoIterator<Item = Arc<Run<E::File>>>) {
+        let numbers = || packs.iter().map(|pack| pack.number);
+        let changing = self.changing_runs();
+        self.index.publish(self.index.runs().into_iter().chain(new), numbers(), &[]);
+        drop(changing);
+        self.pins.published(numbers());
+    }
+
+    /// Takes note of packs that the catalog does not name any more: nobody looks there.
+    pub(crate) fn dropped(&self, packs: &BTreeSet<u32>) {
+        let numbers: Vec<u32> = packs.iter().copied().collect();
+        let changing = self.changing_runs();
+        self.index.publish(self.index.runs(), [], &numbers);
+        drop(changing);
+        self.dedup.withdraw(packs);
+    }
+
+    /// What is known to be damaged in packs, since the store was opened.
+    pub(crate) fn bad(&self) -> Bad {
+        self.bad.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Remembers what is damaged in packs.
+    pub(crate) fn set_bad(&self, bad: Bad) {
+        *self.bad.lock().unwrap_or_else(PoisonError::into_inner) = bad;
     }
 
     fn changing_runs(&self) -> MutexGuard<'_, ()> {

@@ -72,8 +72,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         });
         match committed {
             Ok(value) => {
-                self.content.change_runs(&[], runs.open);
-                self.content.pins().published(packs.iter().map(|pack| pack.number));
+                self.content.published(packs, runs.open);
                 if let Err(error) = self.content.fit_dedup(&self.catalog) {
                     log::warn!("{error}: the index of what is stored keeps its size");
                 }

@@ -17,7 +17,7 @@ use sapwood_blockdev::storage::Storage;
 use sapwood_blockdev::units::BLOCK_SIZE;
 use sapwood_image::layer::check;
 use sapwood_image::sealed::Root;
-use sapwood_image::sealed::collect::{Findings, Lost, Pace, Scrub};
+use sapwood_image::sealed::collect::{Bad, Findings, Lost, Pace, Scrub};
 use sapwood_image::{ErrorKind, ImageError};
 
 use crate::catalog::rows::NodeState;
@@ -152,7 +152,8 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         at: &mut ScrubProgress,
         progress: &mut impl FnMut(ScrubProgress),
     ) -> Result<Vec<Option<Lost>>> {
-        let finder = self.finder(io, pace)?;
+        // What could not be read once may be read now.
+        let finder = self.finder(io, pace)?.with_bad(Bad::default());
         let numbers: Vec<u32> = finder.known().collect();
         let mut scrub = Scrub::new(finder);
         for number in numbers {
@@ -164,6 +165,8 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         let all: Vec<Root> = stored.iter().map(|stored| stored.root).collect();
         let lost = scrub.roots(&all).await?;
         found.packs = scrub.findings().clone();
+        // A collection goes by other copies of what is damaged, where there are any.
+        self.content.set_bad(scrub.into_bad());
         Ok(lost)
     }
 

@@ -455,15 +455,9 @@ impl<E: Engine> ResolveBase<E> for Resolver<E> {
     }
 }
 
-/// A layer in a store over another one that becomes a sealed snapshot while the layer is open.
-fn layer_over<L: Lab>(lab: &L, directory: &Path, empty_base: impl Fn(&Path)) {
-    let disk = content(21, SIZE);
-    let (base, top) = (directory.join("base"), directory.join("top"));
-    let rig = Rig::new(lab, directory, PacksTuning::default());
-    let root = rig.make(&disk, Shape::from(1)).root;
-    let resolver =
-        Arc::new(Resolver { packs: Arc::clone(&rig.packs), frozen: base.clone(), root: Mutex::default() });
-    let (frozen, upper) = (base.clone(), top.clone());
+/// Makes a layer that holds a disk, and an empty one over it.
+fn make_layers<L: Lab>(lab: &L, base: &Path, top: &Path, disk: &[u8]) {
+    let (frozen, upper) = (base.to_owned(), top.to_owned());
     wait(lab, async move |storage, io| {
         let size = SIZE as u64;
         let options = CreateInStore { id: FROZEN, size, base: None, segment_size: 256 << 10 };
@@ -472,11 +466,22 @@ fn layer_over<L: Lab>(lab: &L, directory: &Path, empty_base: impl Fn(&Path)) {
         layer::create_in_store(&storage, &io, &upper, &CreateInStore { id: [3; 16], base, ..options }).await
     })
     .unwrap();
-    let mut bench = Bench::open(lab, &base, false).unwrap();
+    let mut bench = Bench::open(lab, base, false).unwrap();
     for (at, bytes) in (0..).step_by(64 * BLOCK).zip(disk.chunks(64 * BLOCK)) {
         bench.write(at, bytes).unwrap();
     }
     bench.close().unwrap();
+}
+
+/// A layer in a store over another one that becomes a sealed snapshot while the layer is open.
+fn layer_over<L: Lab>(lab: &L, directory: &Path, empty_base: impl Fn(&Path)) {
+    let disk = content(21, SIZE);
+    let (base, top) = (directory.join("base"), directory.join("top"));
+    let rig = Rig::new(lab, directory, PacksTuning::default());
+    let root = rig.make(&disk, Shape::from(1)).root;
+    let resolver =
+        Arc::new(Resolver { packs: Arc::clone(&rig.packs), frozen: base.clone(), root: Mutex::default() });
+    make_layers(lab, &base, &top, &disk);
     let asked = Arc::clone(&resolver) as Arc<dyn ResolveBase<_>>;
     let layer = wait(lab, async move |storage, io| {
         Layer::open_in_store(&storage, &io, &top, &OpenLayer::default(), &asked).await

@@ -6,6 +6,7 @@ use sapwood_tests::sim::layer::LayerSubject;
 use sapwood_tests::sim::live::LiveSubject;
 use sapwood_tests::sim::persist::Persistence;
 use sapwood_tests::sim::plan::{Base, Plan, Shape, Step};
+use sapwood_tests::sim::stored::StoredSubject;
 
 const CUTS: [Option<Persistence>; 5] = [
     None,
@@ -102,6 +103,57 @@ fn every_breach_of_the_order_is_noticed() {
         });
         println!("{mutation:?}: {}", noticed.unwrap_or_else(|| panic!("{mutation:?} was not noticed")));
     }
+}
+
+fn stored() -> StoredSubject {
+    let tuning = Tuning { files_max: 2, ..Tuning::default() };
+    StoredSubject { layers: LayerSubject { tuning, ..LayerSubject::default() }, careless: false }
+}
+
+#[test]
+fn random_histories_in_a_store_that_seals_below_the_disk() {
+    for seed in seeds(300) {
+        let plan = Plan::with_seals(seed, 3);
+        if let Err(message) = run(&stored(), &plan, None, false).result {
+            panic!("{}", report(&stored(), &Failure { plan, cut: None, message }, "sim_live"));
+        }
+    }
+}
+
+#[test]
+fn a_seed_replays_in_a_store() {
+    for seed in 0..20 {
+        let plan = Plan::with_seals(seed, 3);
+        let hash = || run(&stored(), &plan, None, true).hash;
+        assert_eq!(hash(), hash(), "seed {seed} took two ways");
+    }
+}
+
+#[test]
+fn seals_below_a_disk_cut_anywhere_leave_a_disk_that_opens_right() {
+    let mut steps = vec![write(0, 0, 24), Step::Drain, Step::Snapshot, write(1, 8, 8), Step::Drain];
+    steps.extend([Step::Snapshot, Step::Run { rounds: 6 }, write(0, 40, 9), Step::Flush { queue: 1 }]);
+    steps.extend([Step::Seal, Step::Drain, Step::Read { queue: 1, at: 0, len: 80 }]);
+    steps.extend([
+        Step::Seal,
+        Step::Run { rounds: 10 },
+        Step::Read { queue: 0, at: 0, len: 80 },
+        Step::Drain,
+    ]);
+    for seed in few_seeds() {
+        let plan = Plan::written(seed, Shape { queues: 2, ..Shape::small() }, &steps);
+        let runs = cut_everywhere(&stored(), &plan, &CUTS)
+            .unwrap_or_else(|failure| panic!("{}", report(&stored(), &failure, "sim_live")));
+        assert!(runs > 500, "{runs} runs");
+    }
+}
+
+#[test]
+fn a_store_that_removes_what_is_still_read_is_noticed() {
+    let subject = StoredSubject { careless: true, ..stored() };
+    let noticed =
+        (0..300).find_map(|seed| run(&subject, &Plan::with_seals(seed, 3), None, false).result.err());
+    println!("{}", noticed.expect("it is noticed"));
 }
 
 #[test]

@@ -171,6 +171,7 @@ impl<S: Subject> History<S> {
             Step::Checkpoint => self.work(Control::Checkpoint),
             Step::Clean => self.work(Control::Clean),
             Step::Compact => self.work(Control::Compact),
+            Step::Seal => self.order(Control::Seal, None),
             Step::Snapshot => self.take_snapshot()?,
             Step::Run { rounds } => self.run_rounds(rounds)?,
             Step::Pass { millis } => self.pass(Duration::from_millis(millis))?,

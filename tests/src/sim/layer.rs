@@ -199,7 +199,7 @@ impl Disk for Layer<SimEngine> {
                 Control::Compact => self.compact(&io, |_, _| {}).await.map(drop),
                 Control::Resize(size) => self.resize(&io, size).await,
                 // Of a disk that is no volume none is ordered.
-                Control::Snapshot(_) => Ok(()),
+                Control::Snapshot(_) | Control::Seal => Ok(()),
                 Control::Close => self.close(&io).await,
             };
             result.map_err(|error| error.to_string())

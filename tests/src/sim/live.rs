@@ -34,53 +34,64 @@ pub struct LiveSubject {
     pub layers: LayerSubject,
 }
 
-fn layer_path(number: u64) -> PathBuf {
+pub(super) fn layer_path(number: u64) -> PathBuf {
     match number {
         0 => disk_path(),
         number => Path::new("/images").join(format!("layer.{number}")),
     }
 }
 
-fn name_path(number: u64) -> PathBuf {
+pub(super) fn name_path(number: u64) -> PathBuf {
     Path::new("/images").join(format!("is-{number}"))
 }
 
 /// The numbers of the layers that are, or were, the disk.
-fn committed(storage: &SimStorage) -> Vec<u64> {
+pub(super) fn committed(storage: &SimStorage) -> Vec<u64> {
     let is_named = |number: &u64| storage.world().contents(&name_path(*number)).is_some();
     [0].into_iter().chain((1..=SNAPSHOTS_MAX).filter(is_named)).collect()
 }
 
-async fn sync_names(io: &Io<SimEngine>) -> Result<(), ImageError> {
+pub(super) async fn sync_names(io: &Io<SimEngine>) -> Result<(), ImageError> {
     let folder = Path::new("/images");
     let sync = io.run(Op::SyncDirectory { path: folder.to_owned() }).await;
     sync.result.map(drop).map_err(|errno| ImageError::errno(folder, "sync", errno))
 }
 
-/// Makes a layer the disk, as a file is replaced. When that fails, it is not, durably.
-async fn commit(storage: &SimStorage, io: &Io<SimEngine>, number: u64) -> Result<(), ImageError> {
+/// Makes a layer the disk.
+async fn commit_layer(storage: &SimStorage, io: &Io<SimEngine>, number: u64) -> Result<(), ImageError> {
     let (new, path) = (name_path(number).with_extension("new"), name_path(number));
-    let file = storage.open(&new, OpenOptions::CREATE).map_err(|e| ImageError::io(&new, "create", e))?;
+    storage.open(&new, OpenOptions::CREATE).map_err(|e| ImageError::io(&new, "create", e))?;
+    commit(storage, io, &new, &path).await
+}
+
+/// Gives the file `new` the name `path`, which none has, durably. When that fails, none has it, durably.
+pub(super) async fn commit(
+    storage: &SimStorage,
+    io: &Io<SimEngine>,
+    new: &Path,
+    path: &Path,
+) -> Result<(), ImageError> {
+    let file = storage.open(new, OpenOptions::WRITE).map_err(|e| ImageError::io(new, "open", e))?;
     let synced = io.run(Op::Sync { file }).await.result;
     let renamed = match synced {
-        Ok(_) => io.run(Op::Rename { from: new.clone(), to: path.clone() }).await.result,
+        Ok(_) => io.run(Op::Rename { from: new.to_owned(), to: path.to_owned() }).await.result,
         failed => failed,
     };
     let named = match renamed {
         Ok(_) => sync_names(io).await,
-        Err(errno) => Err(ImageError::errno(&new, "rename", errno)),
+        Err(errno) => Err(ImageError::errno(new, "rename", errno)),
     };
     let Err(error) = named else { return Ok(()) };
     for _ in 0..ATTEMPTS_MAX {
-        let _ = io.run(Op::Unlink { path: path.clone() }).await;
-        if storage.world().contents(&path).is_none() && sync_names(io).await.is_ok() {
+        let _ = io.run(Op::Unlink { path: path.to_owned() }).await;
+        if storage.world().contents(path).is_none() && sync_names(io).await.is_ok() {
             return Err(error);
         }
     }
     panic!("a commit can be taken back");
 }
 
-fn open_error(error: ImageError) -> OpenError {
+pub(super) fn open_error(error: ImageError) -> OpenError {
     match &error.kind {
         // The base may still be locked by operations of a dead process.
         ErrorKind::Base(detail) if detail.contains("in use by") => OpenError::Locked,
@@ -91,9 +102,13 @@ fn open_error(error: ImageError) -> OpenError {
 /// The whole contents of a layer's disk, read as a layer over it reads it.
 async fn read_all(storage: &SimStorage, io: &Io<SimEngine>, path: &Path) -> Result<Vec<u8>, ImageError> {
     let chain = Chain::open(storage, io, path, Format::Layer, &OpenBelow::default()).await?;
+    read_chain(&chain, io).await
+}
+
+pub(super) async fn read_chain(chain: &Chain<SimEngine>, io: &Io<SimEngine>) -> Result<Vec<u8>, ImageError> {
     let size = chain.size();
     let buf = SharedBuf::heap(size as usize);
-    let failed = |error| ImageError::new(path, error);
+    let failed = |error| ImageError::new(chain.path(), error);
     let (mut held, mut pieces, mut at) = (Held::default(), Vec::new(), 0);
     while at < size {
         let stop = chain.plan(at..size, &held, &mut pieces).err();
@@ -189,7 +204,7 @@ impl Disk for Volume<SimEngine> {
         Box::pin(async move {
             let layer = self.layer();
             let result = match what {
-                Control::Flatten | Control::Rebase | Control::Commit => Ok(()),
+                Control::Flatten | Control::Rebase | Control::Commit | Control::Seal => Ok(()),
                 Control::Checkpoint => layer.checkpoint(&io).await,
                 Control::Clean => layer.clean(&io).await.map(drop),
                 Control::Compact => layer.compact(&io, |_, _| {}).await.map(drop),
@@ -197,7 +212,8 @@ impl Disk for Volume<SimEngine> {
                 Control::Snapshot(number) => {
                     drop(layer);
                     let next = Successor::New { path: layer_path(number), base: self.path() };
-                    self.snapshot(&storage, &io, &next, async || commit(&storage, &io, number).await).await
+                    self.snapshot(&storage, &io, &next, async || commit_layer(&storage, &io, number).await)
+                        .await
                 }
                 Control::Close => self.close(&io).await,
             };

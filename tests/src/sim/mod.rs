@@ -11,7 +11,7 @@
 //! - [`content`], [`register`], [`contract`], [`cut`]: what a disk promises its guest, and whether it
 //!   keeps it;
 //! - [`subject`]: what is tested; [`layer`]: layers; [`live`]: layers of which
-//!   snapshots are taken; [`toy`]: a small disk that tests the simulator itself;
+//!   snapshots are taken; [`stored`]: the same in a store; [`toy`]: a small disk that tests the simulator itself;
 //! - [`store`]: directories of volumes;
 //! - [`plan`], [`session`], [`history`], [`explore`]: histories, how they run, and what is
 //!   reported of those that fail.
@@ -39,6 +39,7 @@ pub mod session;
 mod snapshots;
 pub mod storage;
 pub mod store;
+pub mod stored;
 pub mod subject;
 pub mod toy;
 pub mod trace;

@@ -89,6 +89,8 @@ pub enum Step {
     Commit,
     /// The owner wants a snapshot.
     Snapshot,
+    /// The store seals a snapshot below it.
+    Seal,
     /// Threads and storage go on for so many rounds.
     Run { rounds: u64 },
     /// Time passes, as long as timers may ask for.
@@ -234,6 +236,18 @@ impl Plan {
             let at = rng.below(plan.steps.len() as u64 + 1) as usize;
             let steps = Self::snapshot(&mut rng, &plan.shape);
             drop(plan.steps.splice(at..at, steps));
+        }
+        plan
+    }
+
+    /// The history of a seed, with snapshots of the running disk that are sealed under it, in a store.
+    pub fn with_seals(seed: u64, queues_max: usize) -> Self {
+        let mut plan = Self::with_snapshots(seed, queues_max);
+        plan.shape.base = Base::Nothing;
+        let mut rng = Rng::new(seed ^ 0x7365_616c);
+        for _ in 0..rng.between(4, 24) {
+            let at = rng.below(plan.steps.len() as u64 + 1) as usize;
+            plan.steps.insert(at, if rng.percent(25) { Step::Snapshot } else { Step::Seal });
         }
         plan
     }

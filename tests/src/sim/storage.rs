@@ -60,6 +60,14 @@ impl SimStorage {
         Self { world, process }
     }
 
+    /// Removes a name at once, if the process is alive and it is there.
+    pub fn unlink_now(&self, path: &Path) {
+        let mut state = self.world.state();
+        if state.check_alive(self.process).is_ok() && state.names.get(path).is_some() {
+            state.names.unlink(path);
+        }
+    }
+
     /// The world.
     pub fn world(&self) -> &World {
         &self.world

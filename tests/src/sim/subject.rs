@@ -60,6 +60,8 @@ pub enum Control {
     Commit,
     /// A snapshot is taken, the one with this number.
     Snapshot(u64),
+    /// An older snapshot is sealed, in a store, and what lies below is opened again.
+    Seal,
     /// A clean stop.
     Close,
 }

@@ -373,7 +373,8 @@ impl Disk for ToyDisk {
         Box::pin(async move {
             let result = match what {
                 Control::Checkpoint | Control::Clean | Control::Compact => Ok(()),
-                Control::Flatten | Control::Rebase | Control::Commit | Control::Snapshot(_) => Ok(()),
+                Control::Flatten | Control::Rebase | Control::Commit => Ok(()),
+                Control::Snapshot(_) | Control::Seal => Ok(()),
                 Control::Resize(size) => self.resize(&io, size / SECTOR).await,
                 Control::Close if self.log().latched => Err(DeviceError::Latched),
                 Control::Close => self.sync(&io).await,
