@@ -216,7 +216,11 @@ impl<'a> Suite<'a> {
 
     fn guests(&self) -> Result<Verdict> {
         // One guest at a time: under TCG each takes as many host threads as it has processors.
-        self.guest_tests("guest", "", &["--test-threads=1", "--show-output"])
+        self.guest_tests(
+            &["--test", "guest", "--test", "guest_store"],
+            "",
+            &["--test-threads=1", "--show-output"],
+        )
     }
 
     /// `sapwood boot` under KVM, in a guest that has it.
@@ -227,16 +231,16 @@ impl<'a> Suite<'a> {
         if !tcg_has_svm()? {
             return Ok(Verdict::Skipped("QEMU's emulated processor has no SVM here".to_owned()));
         }
-        self.guest_tests("nested", "in_a_guest_that_has_kvm", &["--exact", "--nocapture"])
+        self.guest_tests(&["--test", "nested"], "in_a_guest_that_has_kvm", &["--exact", "--nocapture"])
     }
 
-    fn guest_tests(&self, test: &str, filter: &str, options: &[&str]) -> Result<Verdict> {
+    fn guest_tests(&self, targets: &[&str], filter: &str, options: &[&str]) -> Result<Verdict> {
         if let Some(reason) = self.unable()? {
             return Ok(Verdict::Skipped(reason));
         }
         if !self.program().is_file() {
             self.build()?;
         }
-        self.ignored_tests(&["--test", test], filter, options, minutes(30))
+        self.ignored_tests(targets, filter, options, minutes(30))
     }
 }
