@@ -13,16 +13,16 @@ use sapwood_blockdev::device::BlockDevice;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
-use sapwood_image::ImageError;
 use sapwood_image::sealed::collect::Pin;
 use sapwood_image::sealed::{
     BoundedDedup, FRAME_BLOCKS, FrozenSource, Root, SealStats, Sealed, Sealing, Source, Step, Watch, Workers,
     seal,
 };
+use sapwood_image::{ErrorKind, ImageError};
 
 use crate::catalog::rows::{self, NodeRow, NodeState};
 use crate::catalog::{Change, Look};
-use crate::error::{Result, StoreError};
+use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::id::Id;
 use crate::name::SnapshotName;
 use crate::resolve::holder;
@@ -74,10 +74,12 @@ impl<W: Watch> Watch for InParts<'_, W> {
 
 impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Seals the oldest snapshot that can be sealed: one whose layer is closed and over nothing, or over a sealed
-    /// snapshot. None, when there is none, or others are at work on them.
+    /// snapshot. None, when there is none, or others are at work on them. One that cannot be sealed keeps no younger
+    /// one from it.
     ///
     /// # Errors
-    /// What reading the layer or writing packs says; [`Cancelled`](sapwood_image::ErrorKind::Cancelled).
+    /// When none can be sealed, of the oldest: what reading the layer or writing packs says. At once, whatever there is besides:
+    /// [`Cancelled`](ErrorKind::Cancelled); there is no room left.
     pub async fn seal_next(
         &self,
         io: &Io<E>,
@@ -94,12 +96,30 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         }
         drop(view);
         ready.sort_unstable();
+        let mut failed = None;
         for (_, id) in ready {
-            if let Some(sealed) = self.seal_node(io, id, workers, watch).await? {
-                return Ok(Some(sealed));
+            match self.seal_node(io, id, workers, watch).await {
+                Ok(Some(sealed)) => return Ok(Some(sealed)),
+                Ok(None) => {}
+                Err(error) if self.ends_all(&error) => return Err(error),
+                Err(error) => {
+                    let view = self.catalog.view()?;
+                    let row = view.node(id)?;
+                    let name = row.map(|row| name_of(&view, &row)).transpose()?.flatten();
+                    let name = name.unwrap_or_else(|| format!("{id} (a deleted snapshot)"));
+                    log::warn!("{name} cannot be sealed, others may: {error}");
+                    failed = failed.or(Some(error));
+                }
             }
         }
-        Ok(None)
+        failed.map_or(Ok(None), Err)
+    }
+
+    /// Whether what went wrong with one snapshot would with every other.
+    fn ends_all(&self, error: &StoreError) -> bool {
+        let is_general =
+            matches!(error.kind, StoreErrorKind::Image(ErrorKind::Cancelled) | StoreErrorKind::Full(_));
+        is_general || self.catalog.is_unknown()
     }
 
     /// Seals a snapshot, and first those below it that are not sealed.
@@ -133,7 +153,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
                 NodeState::Frozen { settled: true, .. } => line.push(id),
                 NodeState::Frozen { .. } => {
                     let text = "its layer is still being closed: try again in a moment".to_owned();
-                    return Err(StoreError::new(name, crate::StoreErrorKind::InUse(text)));
+                    return Err(StoreError::new(name, StoreErrorKind::InUse(text)));
                 }
                 _ => break,
             }
@@ -144,7 +164,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         for id in line.into_iter().rev() {
             let text = "it is being sealed by somebody else: wait for the end of that".to_owned();
             let node = self.seal_node(io, id, workers, watch).await?;
-            let node = node.ok_or_else(|| StoreError::new(name, crate::StoreErrorKind::InUse(text)))?;
+            let node = node.ok_or_else(|| StoreError::new(name, StoreErrorKind::InUse(text)))?;
             let is_whole = node.is_whole;
             sealed.push(node);
             if !is_whole {
@@ -290,12 +310,17 @@ impl Change {
     /// Says what holds the contents of a node; its name.
     fn put_state(&mut self, id: Id, state: NodeState) -> Result<Option<String>> {
         let row = self.needed_node(id)?;
-        let volume = match row.volume {
-            Some(volume) => self.volume(volume)?,
-            None => None,
-        };
-        let name = volume.zip(row.name.clone()).map(|(volume, name)| format!("{}@{name}", volume.name));
+        let name = name_of(self, &row)?;
         self.put_node(id, Some(&NodeRow { state, space: None, ..row }))?;
         Ok(name)
     }
+}
+
+/// The name of a snapshot, `volume@snapshot`; none of a deleted one.
+fn name_of(look: &impl Look, row: &NodeRow) -> Result<Option<String>> {
+    let volume = match row.volume {
+        Some(volume) => look.volume(volume)?,
+        None => None,
+    };
+    Ok(volume.zip(row.name.as_ref()).map(|(volume, name)| format!("{}@{name}", volume.name)))
 }

@@ -342,6 +342,44 @@ fn what_is_sealed_in_part_is_kept() {
 }
 
 #[test]
+fn a_snapshot_that_cannot_be_sealed_keeps_no_other_from_it() {
+    let lab = Lab::new();
+    let seal = || {
+        lab.with(|store, io| async move {
+            let workers = Workers::inline(1).unwrap();
+            let sealed = store.seal_next(&io, &workers, &mut |_: &SealStats| Step::Go).await?;
+            Ok(sealed.map(|node| node.name.unwrap()))
+        })
+    };
+    let mut ready = Vec::new();
+    for (volume, snapshot) in [("a", "a@s"), ("b", "b@s"), ("c", "c@s")] {
+        lab.store().create(volume, (BLOCKS * BLOCK) as u64).unwrap();
+        lab.write(volume, &[(1, 7)]);
+        let id = lab.snapshot(snapshot).unwrap();
+        let row = lab.store().catalog().view().unwrap().node(id).unwrap().unwrap();
+        let NodeState::Frozen { layer, .. } = row.state else { panic!("{row:?}") };
+        ready.push((row.created_ms, id, snapshot, lab.store().directory().layer(layer)));
+    }
+    // In the order in which they are sealed, whatever the clock has said.
+    ready.sort_unstable();
+    let damage = |(_, _, _, path): &(u64, Id, &str, PathBuf)| {
+        let whole = std::fs::read(path).unwrap();
+        let mut bytes = whole.clone();
+        bytes[..64 << 10].fill(0x55);
+        std::fs::write(path, bytes).unwrap();
+        (path.clone(), whole)
+    };
+    let damaged: Vec<_> = ready[..2].iter().map(damage).collect();
+    assert_eq!(seal().unwrap().as_deref(), Some(ready[2].2));
+    assert!(seal().unwrap_err().1.contains(damaged[0].0.to_str().unwrap()), "the first one is told");
+    damaged.iter().for_each(|(path, whole)| std::fs::write(path, whole).unwrap());
+    let sealed = [seal(), seal(), seal()].map(Result::unwrap);
+    assert_eq!(sealed.each_ref().map(Option::as_deref), [Some(ready[0].2), Some(ready[1].2), None]);
+    assert_eq!(lab.read("a@s")[1], 7);
+    assert_eq!(lab.check(), []);
+}
+
+#[test]
 fn runs_of_the_index_are_merged() {
     let mut lab = Lab::new();
     let names: Vec<String> = (0..20).map(|n| format!("v{n}@base")).collect();

@@ -138,8 +138,9 @@ impl Catalog {
         result
     }
 
-    /// Whether a commit has failed, so that nobody knows whether it was made.
-    pub(crate) fn is_unknown(&self) -> bool {
+    /// Whether a commit has failed, so that nobody knows whether it was made: nothing can be read or changed until the
+    /// store is opened again.
+    pub fn is_unknown(&self) -> bool {
         self.is_unknown.load(Ordering::Acquire)
     }
 

@@ -407,6 +407,20 @@ pub struct Accounted {
     pub stored_bytes: u64,
 }
 
+/// What a backup holds.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct BackedUp {
+    /// The directory of the copy.
+    pub path: PathBuf,
+    /// Files that were copied; the catalog is not one of them.
+    pub files: u64,
+    /// Bytes of these that were copied.
+    pub bytes: u64,
+    /// Volumes that may have been written since their newest snapshot: in the copy they are what that is.
+    pub without_heads: Vec<String>,
+}
+
 /// What was exported.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

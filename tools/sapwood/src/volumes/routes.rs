@@ -43,6 +43,7 @@ fn routes() -> Vec<Route<Service>> {
         long::<upkeep::CheckStore>(),
         long::<upkeep::ScrubStore>(),
         long::<upkeep::Account>(),
+        long::<upkeep::BackUp>(),
         long::<transfer::Import>(),
         quick::<look::ListEvents>(),
         quick::<look::ShowTree>(),

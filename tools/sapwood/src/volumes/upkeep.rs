@@ -1,16 +1,20 @@
-//! Operations on the store as a whole: sealing, collecting, checking, scrubbing, accounting.
+//! Operations on the store as a whole: sealing, collecting, checking, scrubbing, accounting, backing up.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 
+use sapwood_blockdev::engine::BlockingEngine;
 use sapwood_image::sealed::SealStats;
 use sapwood_image::sealed::collect::{Detail, Limits, Pace};
 use sapwood_store::{Scrubbed, SealedNode, Severity, SnapshotName};
 use serde::{Deserialize, Serialize};
 
-use super::answer::{Accounted, Checked, Collected, Problem, Range, Scrub, Sealed, SealedOne, Touched};
+use super::answer::{
+    Accounted, BackedUp, Checked, Collected, Problem, Range, Scrub, Sealed, SealedOne, Touched,
+};
 use super::operation::{Long, operation};
-use super::service::Service;
-use super::transfer::{report, workers};
+use super::service::{Service, system};
+use super::transfer::{check_absolute, report, workers};
 use crate::control::jobs::Job;
 use crate::control::wire::Failure;
 
@@ -53,10 +57,19 @@ pub struct ScrubStore {}
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct Account {}
 
+/// Copies the store to another directory, while it is used: the copy is a store with the same snapshots.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct BackUp {
+    /// The directory of the copy, an absolute path; it is empty or does not exist.
+    pub path: PathBuf,
+}
+
 operation!(Collect: Post "/v1/store/gc" -> Collected);
 operation!(CheckStore: Post "/v1/store/check" -> Checked);
 operation!(ScrubStore: Post "/v1/store/scrub" -> Scrub);
 operation!(Account: Post "/v1/store/account" -> Accounted);
+operation!(BackUp: Post "/v1/backup" -> BackedUp);
 operation!(SealAll: Post "/v1/store/seal" -> Sealed);
 operation!(SealSnapshot: Post "/v1/volumes/{volume}/snapshots/{snapshot}/seal" -> Sealed);
 
@@ -262,5 +275,23 @@ impl Long for Account {
 
     fn run(self, service: &Arc<Service>, job: &Arc<Job>) -> Result<Accounted, Failure> {
         account(service, pace(job))
+    }
+}
+
+impl Long for BackUp {
+    const KIND: &'static str = "backup";
+
+    fn about(&self) -> String {
+        "backup".to_owned()
+    }
+
+    fn run(self, service: &Arc<Service>, job: &Arc<Job>) -> Result<BackedUp, Failure> {
+        check_absolute(&self.path)?;
+        let (pace, to) = (pace(job), self.path.clone());
+        let engine = BlockingEngine::new().map_err(system)?;
+        let done = service.run(|store, io| async move { store.backup(&io, engine, &to, &pace).await })?;
+        service.note("backed-up", format!("the store is copied to {}", self.path.display()));
+        let sapwood_store::BackedUp { files, bytes, without_heads } = done;
+        Ok(BackedUp { path: self.path, files, bytes, without_heads })
     }
 }

@@ -148,6 +148,10 @@ fn whole(api: &mut Api<'_>) {
     api.job("/v1/store/gc", &[], &json!({ "live-percent": 90 }), Some("Collected"));
     assert_eq!(api.job("/v1/store/check", &[], &none, Some("Checked"))["problems"], json!([]));
     assert_eq!(api.job("/v1/store/scrub", &[], &none, Some("Scrub"))["sound"], true);
+    api.ask("post", "/v1/backup", &[], &none, 400);
+    let copy = api.place.path("copy");
+    let backup = api.job("/v1/backup", &[], &json!({ "path": copy }), Some("BackedUp"));
+    assert_eq!((&backup["path"], &backup["without-heads"]), (&json!(copy), &json!([])));
     assert_eq!(api.ask("get", "/v1/tree", &[], &none, 200)["nameless"], 1);
     assert_eq!(api.ask("get", VOLUMES, &[], &none, 200)["entries"].as_array().unwrap().len(), 2);
     let events = api.ask("get", "/v1/events", &[], &none, 200);

@@ -21,7 +21,7 @@ const WRITERS: [&str; 9] = [
     "boot --skip-probe IN",
 ];
 
-const COMMANDS: [&str; 40] = [
+const COMMANDS: [&str; 41] = [
     "create",
     "info",
     "map",
@@ -43,6 +43,7 @@ const COMMANDS: [&str; 40] = [
     "store check",
     "store scrub",
     "store account",
+    "store backup",
     "daemon",
     "list",
     "tree",
@@ -164,6 +165,7 @@ fn every_field_of_a_store_is_documented() {
         ("store gc", "vms"),
         ("store check", "vms"),
         ("store scrub", "vms"),
+        ("store backup", "--store vms copy"),
     ] {
         let answer = place.sapwood(&format!("{command} --output=json {rest}")).text();
         let text = match command {
@@ -301,6 +303,7 @@ fn quiet_commands_say_nothing() {
         "store check -q vms",
         "store scrub -q vms",
         "store account -q vms",
+        "store backup -q --store vms copy",
         "store set -q --quota 1G vms",
         "delete -q --with-snapshots vms:web",
     ] {

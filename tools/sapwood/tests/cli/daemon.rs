@@ -5,11 +5,11 @@
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
-use std::process::{Child, Stdio};
+use std::process::{self, Child, Stdio};
 use std::thread;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, prlimit};
 use sapwood_tests::frontend::{Command, Frontend, Options};
 use sapwood_tests::model::{Model, Run};
 
@@ -31,6 +31,10 @@ impl Daemon {
     fn start_with(place: &Place, arguments: &str, variables: &[(&str, &str)]) -> (Self, String) {
         let mut command = place.command(SAPWOOD, &format!("daemon {arguments}"));
         command.envs(variables.iter().copied());
+        Self::begin(command)
+    }
+
+    fn begin(mut command: process::Command) -> (Self, String) {
         let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
         let mut line = String::new();
         let stdout = child.stdout.take().expect("piped");
@@ -44,12 +48,18 @@ impl Daemon {
 
     /// Asks it to end, which it must do cleanly; its log.
     #[track_caller]
-    pub fn stops(mut self) -> String {
+    pub fn stops(self) -> String {
         kill_process(Pid::from_child(&self.0), Signal::TERM).expect("it runs");
+        self.ends(0)
+    }
+
+    /// Waits for its end, with this exit code; its log.
+    #[track_caller]
+    fn ends(mut self, code: i32) -> String {
         let mut notes = String::new();
         self.0.stderr.take().expect("piped").read_to_string(&mut notes).expect("text");
         let status = self.0.wait().expect("it ends");
-        assert_eq!(status.code(), Some(0), "{notes}");
+        assert_eq!(status.code(), Some(code), "{notes}");
         notes
     }
 
@@ -88,6 +98,29 @@ fn agrees(place: &Place, name: &str, model: &Model) {
     model.clone().verify(&mut frontend).unwrap_or_else(|error| panic!("{name}: {error}"));
     drop(frontend);
     about(place, &format!("detach {name}")).text();
+}
+
+#[test]
+fn it_ends_itself_when_the_catalog_cannot_be_written() {
+    let place = place();
+    about(&place, "create :web 8M").text();
+    // Writes beyond the limit are errors then, and no signals.
+    let mut command = place.command("sh", "-c");
+    command.arg(r#"trap '' XFSZ; exec "$0" daemon --store vms --no-background"#).arg(SAPWOOD);
+    let (daemon, _) = Daemon::begin(command);
+    about(&place, "attach :web").text();
+    let mut frontend = connect(&place, "vms/sockets/web.sock");
+    frontend.run(Command::Read(0, 4096)).expect("it reads");
+    let limit = Rlimit { current: Some(4096), ..getrlimit(Resource::Fsize) };
+    prlimit(Some(Pid::from_child(&daemon.0)), Resource::Fsize, limit).expect("it runs");
+    about(&place, "describe :web lost").fails(1, &[]);
+    let log = daemon.ends(1);
+    assert!(log.contains("a change of the catalog failed, and may have been made or not"), "{log}");
+    let (daemon, _) = Daemon::start(&place, "--store vms --no-background");
+    about(&place, "describe :web found").text();
+    assert!(about(&place, "show :web").text().contains("description: found"));
+    daemon.stops();
+    about(&place, "store check vms").text();
 }
 
 #[test]

@@ -134,6 +134,11 @@ const LIFE: &[(&str, i32, &str)] = &[
     ("store gc --live-percent 101 vms", 64, "101"),
     ("store check vms", 0, "No errors were found in the store\n"),
     ("store scrub vms", 0, "Everything is as it was written: "),
+    ("store backup --store vms copy", 0, "Backed up vms to copy: "),
+    ("store backup --store vms copy", 1, "copy: there is a store already"),
+    ("store backup --store vms .", 1, "the directory is not empty"),
+    ("show copy:aa@y", 0, "id: "),
+    ("export copy:disk@imported copied.sapwood", 0, "Exported disk@imported to copied.sapwood: "),
     ("delete --with-snapshots :back", 0, "Deleted back\n"),
     ("store seal :none@x", 1, "none: there is no such volume"),
     ("store set --quota 5G --reserve 1M --watermarks 80,95 vms", 0, "The limits are set\n"),
@@ -266,6 +271,50 @@ fn scrub_names_what_a_flipped_bit_touches() {
     assert!(log.contains("disk@imported cannot be read everywhere"), "{log}");
     place.damage(&name, 500_000, &whole[500_000..=500_000]);
     about(&place, "store scrub vms").text();
+}
+
+/// All snapshots of a store, with their ids, in JSON.
+fn snapshots_in(place: &Place, store: &str) -> Vec<Value> {
+    let tree = place.sapwood(&format!("tree --output=json {store}")).json();
+    let entries = tree["entries"].as_array().unwrap().iter().filter(|entry| entry["state"] != "volume");
+    entries.cloned().collect()
+}
+
+#[test]
+fn a_backup_is_a_store_with_the_same_snapshots() {
+    let place = place();
+    let imported = about(&place, "import --output=json -f raw disk.raw :disk").json();
+    about(&place, "snapshot :disk@later").text();
+    about(&place, "clone :disk@later other").text();
+    for is_served in [false, true] {
+        let daemon = is_served.then(|| Daemon::start(&place, "--store vms --no-background").0);
+        let (copy, file) = (format!("copy-{is_served}"), format!("{is_served}.sapwood"));
+        if is_served {
+            about(&place, "attach :other").text();
+        }
+        let answer = place.sapwood(&format!("store backup --output=json --store vms {copy}")).json();
+        assert_eq!(answer["path"], place.path(&copy).to_str().unwrap());
+        assert!(answer["bytes"].as_u64().unwrap() >= 20 << 10, "{answer}");
+        // To attach it has made it a layer of its own.
+        let without: &[&str] = if is_served { &["other"] } else { &[] };
+        assert_eq!(answer["without-heads"], json!(without));
+        assert_eq!(snapshots_in(&place, &copy).len(), 2);
+        assert_eq!(snapshots_in(&place, &copy), snapshots_in(&place, "vms"));
+        place.sapwood(&format!("store check {copy}")).text();
+        place.sapwood(&format!("store scrub {copy}")).text();
+        let log = daemon.map(Daemon::stops);
+        assert!(log.is_none_or(|log| log.contains("the store is copied to ")));
+        let exported = place.sapwood(&format!("export --output=json {copy}:disk@imported {file}")).json();
+        assert_eq!(exported["hash"], imported["hash"]);
+        // Elsewhere the archive is the disk.
+        let fresh = format!("fresh-{is_served}");
+        place.sapwood(&format!("store init {fresh}")).text();
+        place.sapwood(&format!("import {file} {fresh}:disk")).text();
+        let (daemon, _) = Daemon::start(&place, &format!("--store {fresh} --no-background"));
+        place.sapwood(&format!("attach {fresh}:disk@imported --socket socket")).text();
+        assert!(crate::daemon::contents(&place, "socket", 8 << 20) == place.bytes("disk.raw"));
+        daemon.stops();
+    }
 }
 
 #[test]

@@ -1,10 +1,14 @@
 //! `sapwood daemon`.
 
 use std::path::PathBuf;
+use std::sync::mpsc::{RecvTimeoutError, sync_channel};
+use std::thread;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
 use rustix::fs::Mode;
+use signal_hook::iterator::Signals;
 
 use super::super::serve::signals;
 use crate::cli::output;
@@ -13,12 +17,20 @@ use crate::volumes::address::default_store;
 use crate::volumes::daemon::{Daemon, Options, notify};
 use crate::volumes::look::ShowStore;
 use crate::volumes::operation::Quick;
+use crate::volumes::service::Service;
+
+/// How often it looks whether it has to end.
+const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+
+/// Why it ends by itself.
+const UNKNOWN: &str = "a change of the catalog failed, and may have been made or not";
 
 /// Serve a store: its volumes to virtual machines, and itself to the command line
 ///
 /// Prints one line when it is ready. While it runs, all commands about the store go to it. SIGTERM or SIGINT ends
 /// it: requests are drained, everything is made durable, and the exit code is 0. A second signal ends it at once
-/// (exit code 130); then, as after a crash, what was flushed is there.
+/// (exit code 130); then, as after a crash, what was flushed is there. It ends by itself, with exit code 1, when a change
+/// could not be written to the catalog: nothing can be done with the store then until it is opened again.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   sapwood daemon --store /srv/vms
@@ -59,11 +71,32 @@ impl DaemonCommand {
         let (store, socket) = (stat.path.display(), daemon.socket().display());
         output::print(&format!("Serving the store {store} ({volumes}) at {socket}\n"))?;
         notify("READY=1");
-        signals.forever().next();
+        let is_asked = until_the_end(&mut signals, daemon.service());
         log::info!("stopping: a second signal ends this at once");
         notify("STOPPING=1");
-        daemon.stop()?;
+        let stopped = daemon.stop();
+        anyhow::ensure!(is_asked, "{UNKNOWN}: start the daemon again, which finds out");
+        stopped?;
         log::info!("stopped: everything is durable");
         Ok(())
     }
+}
+
+/// Waits for a signal; false when there was none, and nothing can be done any more until the store is opened again.
+fn until_the_end(signals: &mut Signals, service: &Service) -> bool {
+    let (over, is_over) = sync_channel::<()>(0);
+    let waiting = signals.handle();
+    thread::scope(|scope| {
+        scope.spawn(move || {
+            while is_over.recv_timeout(LOOK_INTERVAL) == Err(RecvTimeoutError::Timeout) {
+                if service.store().catalog().is_unknown() {
+                    log::error!("{UNKNOWN}: the daemon ends");
+                    return waiting.close();
+                }
+            }
+        });
+        let signal = signals.forever().next();
+        drop(over);
+        signal.is_some()
+    })
 }

@@ -5,6 +5,7 @@
 
 mod account;
 pub mod attach;
+mod backup;
 mod check;
 pub mod clone;
 pub mod daemon;
@@ -62,6 +63,7 @@ enum Command {
     Check(check::CheckCommand),
     Scrub(scrub::ScrubCommand),
     Account(account::AccountCommand),
+    Backup(backup::BackupCommand),
 }
 
 impl Store {
@@ -76,6 +78,7 @@ impl Store {
             Command::Check(command) => command.run(host),
             Command::Scrub(command) => command.run(host),
             Command::Account(command) => command.run(host).map(|()| 0),
+            Command::Backup(command) => command.run(host).map(|()| 0),
         }
     }
 }
