@@ -82,6 +82,8 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         let options = OpenLayer { read_only: false, tuning };
         let layer =
             Layer::open_in_store(&self.storage, io, &attachment.path, &options, &self.resolver()).await?;
+        layer.set_space_gate(&self.gate);
+        self.set_gate()?;
         Ok(Volume::new(layer))
     }
 

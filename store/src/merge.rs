@@ -32,13 +32,14 @@ pub struct Upkeep {
 }
 
 impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
-    /// What is to be done now and then, and costs little when there is nothing to do: [`Store::sweep`] and
-    /// [`Store::merge_runs`].
+    /// What is to be done now and then, and costs little when there is nothing to do: [`Store::sweep`],
+    /// [`Store::merge_runs`], and a look at what guests may still write ([`SpaceSettings`](crate::rows::SpaceSettings)).
     ///
     /// # Errors
     /// What the storage says.
     pub async fn upkeep(&self, io: &Io<E>) -> Result<Upkeep> {
         let layers = self.sweep(io).await;
+        self.set_gate()?;
         let runs_merged = self.merge_runs(io).await?;
         Ok(Upkeep { layers, runs_merged })
     }

@@ -197,6 +197,15 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         Ok(self.room(&self.space_settings()?)?.left)
     }
 
+    /// Lets the layers of attached volumes grow for what guests write by what is left, until this is called the next time. Without
+    /// quota and reserve there is no limit.
+    pub(crate) fn set_gate(&self) -> Result<()> {
+        let settings = self.space_settings()?;
+        let is_limited = settings.quota.is_some() || settings.reserve.is_some();
+        self.gate.set(if is_limited { self.room(&settings)?.left } else { None });
+        Ok(())
+    }
+
     fn no_room(&self, room: &Room, settings: &SpaceSettings) -> StoreError {
         let mut text = format!("there is no room left: the store takes {} bytes", room.taken);
         if let Some(quota) = settings.quota {

@@ -7,7 +7,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
-use sapwood_image::layer::{Layer, OpenLayer, ResolveBase, SEGMENT_SIZE_DEFAULT, Tuning};
+use sapwood_image::layer::{Layer, OpenLayer, ResolveBase, SEGMENT_SIZE_DEFAULT, SpaceGate, Tuning};
 use sapwood_image::sealed::PACK_BYTES;
 
 use crate::catalog::rows::{NodeRow, SpaceSettings, VolumeRow};
@@ -82,6 +82,8 @@ pub struct Store<S: Storage, E: Engine<File = S::File>> {
     pub(crate) catalog: Arc<Catalog>,
     pub(crate) usage: Arc<Usage>,
     pub(crate) content: Content<E>,
+    /// What lets the layers of attached volumes grow.
+    pub(crate) gate: Arc<SpaceGate>,
     /// Held as long as the store is open; the last to go.
     _lock: S::File,
 }
@@ -118,6 +120,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             catalog,
             usage: Arc::default(),
             content,
+            gate: Arc::default(),
             _lock: lock,
         })
     }
@@ -170,7 +173,8 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             let text = "watermarks are shares from 1 to 100 percent, in rising order";
             return Err(StoreError::invalid(self.directory.root().display(), text));
         }
-        self.catalog.change(|change| change.put_space_settings(settings))
+        self.catalog.change(|change| change.put_space_settings(settings))?;
+        self.set_gate()
     }
 
     pub(crate) fn now_ms(&self) -> u64 {

@@ -7,14 +7,15 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use sapwood_blockdev::buffer::SharedBuf;
-use sapwood_blockdev::device::{self, Command};
+use sapwood_blockdev::device::{self, Command, DeviceError};
 use sapwood_blockdev::engine::BlockingEngine;
 use sapwood_blockdev::io::{Io, block_on};
 use sapwood_blockdev::storage::HostStorage;
 use sapwood_blockdev::units::GuestOffset;
-use sapwood_image::layer::{Layer, OpenLayer};
+use sapwood_image::layer::{Layer, OpenLayer, Tuning};
 use sapwood_image::sealed::collect::{Detail, Limits, Pace};
 use sapwood_image::sealed::{MemoryBlock, MemorySource, SealStats, Step, Workers};
+use sapwood_image::volume::Volume;
 use sapwood_store::catalog::{Child, Look};
 use sapwood_store::rows::{NodeState, SpaceSettings};
 use sapwood_store::{
@@ -714,6 +715,52 @@ fn a_store_without_room_refuses_what_takes_room_and_says_what_to_do() {
     assert!(text.contains("reserved"), "{text}");
     store.set_space_settings(&limits(None, Some(1), vec![])).unwrap();
     lab.snapshot("v@now").unwrap();
+}
+
+/// Writes blocks at random places of an open volume until one is refused, or so many were written: how many.
+fn fill(lab: &Lab, volume: &Arc<Volume<BlockingEngine>>, most: u32) -> u32 {
+    let mut queue = volume.queue_on(lab.io.clone());
+    for n in 0..most {
+        let buf = SharedBuf::heap(BLOCK);
+        buf.write_at(0, &block(n));
+        let at = GuestOffset(u64::from(n * 7919 % (64 << 8)) * BLOCK as u64);
+        if let Err(error) = device::run(&mut queue, at, BLOCK as u64, Command::Write(buf.into())) {
+            assert_eq!(error, DeviceError::NoSpace);
+            return n;
+        }
+    }
+    most
+}
+
+#[test]
+fn guests_write_as_far_as_the_room_goes_and_go_on_when_there_is_more() {
+    let lab = Lab::new();
+    let store = lab.store();
+    store.create("v", 64 << 20).unwrap();
+    let opened = lab.with(|store, io| async move {
+        let mut attachment = store.attach(&io, "v").await?;
+        let volume = store.open_volume(&io, &attachment, Tuning::default()).await?;
+        store.snapshot_volume(&io, &mut attachment, &volume, "s").await?;
+        Ok((attachment, volume))
+    });
+    let (attachment, volume) = opened.unwrap();
+    let quota = store.stat().unwrap().taken.total() + (2 << 20);
+    store.set_space_settings(&limits(Some(quota), None, vec![])).unwrap();
+    let written = fill(&lab, &volume, 5000);
+    assert!((100..600).contains(&written), "{written} blocks of 4 KiB were written into 2 MiB");
+    assert_eq!(fill(&lab, &volume, 1), 0, "it is full still");
+    let taken = store.stat().unwrap().taken.total();
+    // What is kept back for discards and checkpoints was there before.
+    assert!(taken <= quota + (512 << 10), "{taken} bytes with a quota of {quota}");
+    store.set_space_settings(&limits(Some(quota + (4 << 20)), None, vec![])).unwrap();
+    let more = fill(&lab, &volume, 5000);
+    assert!((400..1200).contains(&more), "{more} blocks were written into 4 MiB more");
+    store.set_space_settings(&limits(None, None, vec![])).unwrap();
+    assert_eq!(fill(&lab, &volume, 2000), 2000);
+    let io = lab.io.clone();
+    lab.run(async move { volume.close(&io).await }).unwrap();
+    store.detach(attachment, None).unwrap();
+    assert_eq!(lab.check(), []);
 }
 
 #[test]

@@ -22,6 +22,7 @@ use super::base::{Below, OpenBase, resolve, stored_path};
 use super::base_record::{BaseIdentity, BaseRecord, BaseRef};
 use super::create::make;
 use super::device::Layer;
+use super::gate::SpaceGate;
 use super::in_store::ResolveBase;
 use super::recover::Head;
 use super::tuning::{Tuning, breaks};
@@ -88,6 +89,8 @@ impl<E: Engine> Handover<E> {
     ) -> Self {
         let mut core = upper.core();
         core.write_cache = lower.core().write_cache;
+        let gate = lower.core().reserve.gate();
+        core.reserve.set_gate(gate);
         let held = !breaks!(core.tuning, FlushBeforeBaseSync);
         core.hold_syncs(held);
         drop(core);
@@ -211,6 +214,11 @@ impl<E: Engine> Layer<E> {
     /// How it was opened.
     pub(crate) fn tuning(&self) -> Tuning {
         self.core().tuning
+    }
+
+    /// Lets its file grow for guests' data only as far as `gate` does; a layer that takes over from it, too.
+    pub fn set_space_gate(&self, gate: &Arc<SpaceGate>) {
+        self.core().reserve.set_gate(Some(Arc::clone(gate)));
     }
 
     /// Whether it breaks a rule on purpose.

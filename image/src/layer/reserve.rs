@@ -6,8 +6,10 @@
 //! and then they can write again without anybody's help.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::core::Core;
+use super::gate::SpaceGate;
 use super::log::guest_blocks;
 use super::map::leaves_of;
 use sapwood_blockdev::Errno;
@@ -29,6 +31,8 @@ pub(super) struct Reserve {
     full: bool,
     /// Nor a segment for anything else: it is asked again when nothing can be written without.
     exhausted: bool,
+    /// What must let the file grow for guests' data.
+    gate: Option<Arc<SpaceGate>>,
 }
 
 /// Space being asked for.
@@ -42,6 +46,16 @@ struct Running {
 }
 
 impl Reserve {
+    /// Lets the file grow for guests' data only as far as `gate` does.
+    pub(super) fn set_gate(&mut self, gate: Option<Arc<SpaceGate>>) {
+        self.gate = gate;
+    }
+
+    /// What lets the file grow.
+    pub(super) fn gate(&self) -> Option<Arc<SpaceGate>> {
+        self.gate.clone()
+    }
+
     /// Whether guests' data has to be refused.
     pub(super) fn is_full(&self) -> bool {
         self.full
@@ -125,6 +139,12 @@ impl Core {
             ranges.extend(chosen.filter_map(|&segment| self.unreserved(segment)));
         }
         ranges.retain(|range| !range.is_empty());
+        let bytes = ranges.iter().map(|range| range.end - range.start).sum();
+        let is_gated = for_guests && !running.opening;
+        if is_gated && self.reserve.gate.as_ref().is_some_and(|gate| !gate.take(bytes)) {
+            self.give_up(running);
+            return None;
+        }
         self.reserve.running = Some(running);
         Some(ranges)
     }

@@ -33,6 +33,14 @@ impl Daemon {
     /// # Errors
     /// See [`Backend::start`].
     pub fn start(program: &Path, store: &Path) -> Result<Self> {
+        Self::start_with(program, store, &[])
+    }
+
+    /// The same with more arguments.
+    ///
+    /// # Errors
+    /// See [`Backend::start`].
+    pub fn start_with(program: &Path, store: &Path, more: &[&str]) -> Result<Self> {
         let sockets = tempfile::Builder::new().prefix("sapwood-").tempdir()?;
         let socket = sockets.path().join("daemon.sock");
         let arguments = [
@@ -45,6 +53,8 @@ impl Daemon {
             &text(sockets.path())?,
         ]
         .map(str::to_owned);
+        let arguments: Vec<String> =
+            arguments.into_iter().chain(more.iter().map(|more| (*more).to_owned())).collect();
         let backend = Backend::start_program(&text(program)?, &arguments, &socket)?;
         Ok(Self { program: program.to_owned(), store: store.to_owned(), backend, sockets })
     }

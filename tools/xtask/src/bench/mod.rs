@@ -11,6 +11,7 @@ mod disks;
 mod load;
 mod report;
 mod server;
+mod snapshots;
 mod svg;
 
 use std::fs;
@@ -36,6 +37,8 @@ const SETTLE: Duration = Duration::from_millis(100);
 
 /// What `--only` calls the comparison of stacks, which is made only when it is asked for.
 const DEPTH: &str = "depth";
+/// The same of a volume with a thousand snapshots.
+const SNAPSHOTS: &str = "snapshots";
 
 /// Options of the bench.
 #[derive(Args)]
@@ -44,7 +47,8 @@ pub struct Bench {
     #[arg(long, value_name = "SECONDS", default_value_t = 1.0)]
     seconds: f64,
     /// Run only the cases whose names begin so; may be given again. "map-cache" (parts of a large map in memory) and
-    /// "depth" (stacks of up to 1,000 images) take some minutes and are run only when they are named
+    /// "depth" (stacks of up to 1,000 images) and "snapshots" (a volume with 1,000 of them) take some minutes and are run only when they
+    /// are named
     #[arg(long, value_name = "NAME")]
     only: Vec<String>,
     /// Where the disks are made, for example /dev/shm; by default below target/
@@ -64,8 +68,11 @@ pub struct Bench {
 /// A program failed, or a server answered with an error.
 pub fn run(workspace: &Workspace, options: &Bench) -> Result<bool> {
     ensure!(options.seconds > 0.0 && options.seconds <= 60.0, "a turn takes up to 60 seconds");
-    let (long, only): (Vec<String>, _) =
-        options.only.iter().cloned().partition(|name| name == DEPTH || name == curve::NAME);
+    let (long, only): (Vec<String>, _) = options
+        .only
+        .iter()
+        .cloned()
+        .partition(|name| [DEPTH, SNAPSHOTS, curve::NAME].contains(&name.as_str()));
     let cases = if long.is_empty() || !only.is_empty() { select(&only)? } else { Vec::new() };
     if let Some(missing) =
         ["qemu-storage-daemon", "qemu-img"].into_iter().find(|p| process::find(p).is_none())
@@ -86,6 +93,9 @@ pub fn run(workspace: &Workspace, options: &Bench) -> Result<bool> {
     if long.iter().any(|name| name == DEPTH) {
         report.depth = depth::run(&bench.disks, &bench.program, bench.turn)?;
     }
+    if long.iter().any(|name| name == SNAPSHOTS) {
+        report.snapshots = snapshots::run(&bench.disks, &bench.program, bench.turn)?;
+    }
     if !cases.is_empty() {
         report::print_head();
     }
@@ -104,7 +114,8 @@ fn select(only: &[String]) -> Result<Vec<Case>> {
     let all = case::all();
     for name in only {
         if !all.iter().any(|case| case.name.starts_with(name.as_str())) {
-            let names: Vec<&str> = all.iter().map(|case| case.name).chain([curve::NAME, DEPTH]).collect();
+            let names: Vec<&str> =
+                all.iter().map(|case| case.name).chain([curve::NAME, DEPTH, SNAPSHOTS]).collect();
             bail!("no case begins with {name}; there are: {}", names.join(", "));
         }
     }

@@ -91,6 +91,8 @@ pub fn median(mut values: Vec<f64>) -> f64 {
 pub struct Report {
     /// Those of stacks.
     pub depth: Value,
+    /// What a volume with many snapshots costs.
+    pub snapshots: Value,
     cases: Vec<Value>,
 }
 
@@ -127,7 +129,7 @@ impl Report {
 
     /// Everything, for programs.
     pub fn json(&self, seconds: f64) -> String {
-        let all = json!({ "seconds_per_turn": seconds, "cases": self.cases, "depth": self.depth });
+        let all = json!({ "seconds_per_turn": seconds, "cases": self.cases, "depth": self.depth, "snapshots": self.snapshots });
         format!("{all:#}\n")
     }
 }

@@ -40,6 +40,16 @@ impl Server {
         Ok(Self { backend: Backend::start_program(&program, &arguments, socket)? })
     }
 
+    /// Serves a volume of a store.
+    ///
+    /// # Errors
+    /// It does not start or does not listen.
+    pub fn of_volume(sapwood: &Path, store: &Path, volume: &str, socket: &Path) -> Result<Self> {
+        let disk = format!("{}:{volume}", store.display());
+        let arguments = ["serve", &disk, "--socket", &socket.display().to_string()].map(str::to_owned);
+        Ok(Self { backend: Backend::start_program(&sapwood.display().to_string(), &arguments, socket)? })
+    }
+
     /// Serves the top of a stack, for reading.
     ///
     /// # Errors
