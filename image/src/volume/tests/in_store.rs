@@ -27,9 +27,12 @@ impl Drop for Kept {
     }
 }
 
+/// A layer's file, its id, and who reads it.
+type Entry = (PathBuf, LayerId, Arc<Kept>);
+
 /// What snapshots are, by their ids.
 #[derive(Default)]
-struct Catalog(Mutex<BTreeMap<[u8; 16], (PathBuf, LayerId, Arc<Kept>)>>);
+struct Catalog(Mutex<BTreeMap<[u8; 16], Entry>>);
 
 impl ResolveBase<BlockingEngine> for Catalog {
     fn resolve(&self, base: &StoreBase) -> Result<Resolved<BlockingEngine>, String> {

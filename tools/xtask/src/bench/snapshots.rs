@@ -46,8 +46,8 @@ pub fn run(disks: &Disks, sapwood: &Path, turn: Duration) -> Result<Value> {
     take_snapshots(sapwood, &store, &image)?;
     fs::remove_file(&image)?;
     println!(
-        "{:<10} {:>8} {:>12} {:>12}  {}",
-        "snapshots", "of it", "ready, ms", "memory, MiB", "reads per s, in turns with depth 0"
+        "{:<10} {:>8} {:>12} {:>12}  reads per s, in turns with depth 0",
+        "snapshots", "of it", "ready, ms", "memory, MiB"
     );
     let mut figures = Vec::new();
     for state in ["frozen", "sealed"] {
