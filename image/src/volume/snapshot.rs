@@ -59,10 +59,10 @@ impl<E: Engine> Volume<E> {
     }
 
     /// Opens what lies below the disk again, which is in a store, as the resolver says it is now
-    /// ([`Layer::reopen_base`]); before that, does what is left of the last snapshot.
+    /// ([`reopen_base`](crate::layer::Layer::reopen_base) of the layer); before that, does what is left of the last snapshot.
     ///
     /// # Errors
-    /// As of [`Layer::reopen_base`], and while a snapshot is taken: then to be tried again, or what was sealed stays
+    /// As of [`reopen_base`](crate::layer::Layer::reopen_base) of a layer, and while a snapshot is taken: then to be tried again, or what was sealed stays
     /// where it was as long as the disk is open. The disk goes on as it was.
     pub async fn reopen_base<S: Storage<File = E::File>>(
         &self,
