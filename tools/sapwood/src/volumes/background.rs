@@ -85,12 +85,14 @@ impl Signal {
         self.state().is_stopped
     }
 
-    /// Returns when it is to end, when it is woken if that counts, or after a time.
-    fn rest(&self, time: Duration, until_woken: bool) {
+    /// Returns when it is to end, when it is woken if that counts, or after a time; whether it was woken.
+    fn rest(&self, time: Duration, until_woken: bool) -> bool {
         let is_over = |asked: &Asked| asked.is_stopped || until_woken && asked.is_woken;
         let waited = self.changed.wait_timeout_while(self.state(), time, |asked| !is_over(asked));
         let (mut asked, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        let is_woken = until_woken && asked.is_woken;
         asked.is_woken &= !until_woken;
+        is_woken
     }
 }
 
@@ -127,28 +129,53 @@ fn run(service: &Arc<Service>) {
         Ok(workers) => Arc::new(workers),
         Err(error) => return service.warn("background", format!("nothing is sealed by itself: {error}")),
     };
-    let mut retry = RETRY_MIN;
+    let (mut retry, mut is_woken) = (Retry::default(), true);
     let (mut account, mut collection) = (Turn::new(ACCOUNT_INTERVAL), Turn::new(COLLECT_INTERVAL));
     let mut watermark = Watermark::default();
     while !service.background().is_stopped() {
-        match seal_one(service, &workers) {
-            Ok(true) => retry = RETRY_MIN,
-            Ok(false) => {
-                tidy(service);
-                let is_reached = watermark.look(service);
-                let (changes, removals) = service.changes();
-                collection.take(removals, is_reached, || {
-                    paced(service, |pace| collect(service, pace, Limits::default()).map(drop))
-                });
-                account
-                    .take(changes, false, || paced(service, |pace| upkeep::account(service, pace).map(drop)));
-                service.background().rest(LOOK_INTERVAL, true);
+        // Who wakes it has something new to seal.
+        if is_woken || retry.is_due() {
+            match seal_one(service, &workers) {
+                Ok(true) => {
+                    (retry, is_woken) = (Retry::default(), true);
+                    continue;
+                }
+                Ok(false) => retry = Retry::default(),
+                // That keeps nothing else from being done.
+                Err(error) => {
+                    service.warn("seal-failed", format!("sealing: {error}"));
+                    retry.failed();
+                }
             }
-            Err(error) => {
-                service.warn("seal-failed", format!("sealing: {error}"));
-                service.background().rest(retry, false);
-                retry = (retry * 2).min(RETRY_MAX);
-            }
+        }
+        tidy(service);
+        let is_reached = watermark.look(service);
+        let (changes, removals) = service.changes();
+        collection.take(removals, is_reached, || {
+            paced(service, |pace| collect(service, pace, Limits::default()).map(drop))
+        });
+        account.take(changes, false, || paced(service, |pace| upkeep::account(service, pace).map(drop)));
+        is_woken = service.background().rest(LOOK_INTERVAL, true);
+    }
+}
+
+/// When to try again what has failed.
+#[derive(Default)]
+struct Retry {
+    /// The time that was left to it last, and its end; none when nothing has failed.
+    failed: Option<(Duration, Instant)>,
+}
+
+impl Retry {
+    fn is_due(&self) -> bool {
+        self.failed.is_none_or(|(_, next)| Instant::now() >= next)
+    }
+
+    /// It has failed again; when it was tried before its time, that time stays.
+    fn failed(&mut self) {
+        if self.is_due() {
+            let rest = self.failed.map_or(RETRY_MIN, |(rest, _)| (rest * 2).min(RETRY_MAX));
+            self.failed = Some((rest, Instant::now() + rest));
         }
     }
 }
@@ -328,13 +355,29 @@ mod tests {
     }
 
     #[test]
+    fn what_failed_is_left_alone_for_a_time_that_doubles() {
+        let mut retry = Retry::default();
+        assert!(retry.is_due());
+        for rest in [10, 20, 40, 80, 160, 320, 600, 600] {
+            retry.failed();
+            assert!(!retry.is_due());
+            // A try before its time changes nothing.
+            retry.failed();
+            assert_eq!(retry.failed.unwrap().0, Duration::from_secs(rest));
+            retry.failed.as_mut().unwrap().1 = Instant::now();
+            assert!(retry.is_due());
+        }
+    }
+
+    #[test]
     fn a_signal_that_came_before_is_not_lost() {
         let signal = Signal::default();
         signal.wake();
-        signal.rest(Duration::MAX, true);
+        assert!(!signal.rest(Duration::ZERO, false), "that does not count");
+        assert!(signal.rest(Duration::MAX, true));
         signal.stop();
-        signal.rest(Duration::MAX, true);
-        signal.rest(Duration::MAX, false);
+        assert!(!signal.rest(Duration::MAX, true));
+        assert!(!signal.rest(Duration::MAX, false));
         assert!(signal.is_stopped());
     }
 }
