@@ -63,7 +63,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// any other time it leaves alone what is in use.
     ///
     /// # Errors
-    /// What the storage says, or a layer that cannot be opened.
+    /// What the storage says. A layer that cannot be closed is left as it is.
     pub async fn tidy(&self, io: &Io<E>) -> Result<Tidied> {
         let (nodes, layers) = self.prune_all()?;
         self.remove_layers(io, &layers).await;
@@ -83,6 +83,11 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             match self.settle(io, layer).await {
                 // A disk that is running lies over it, and will close it.
                 Err(StoreError { kind: StoreErrorKind::Locked { .. }, .. }) => continue,
+                Err(error) if !self.catalog.is_unknown() => {
+                    // It keeps nobody from the rest of the store.
+                    log::warn!("{error}: the snapshot stays unsettled, and cannot be sealed");
+                    continue;
+                }
                 settled => settled?,
             };
             self.settled(id)?;
