@@ -99,6 +99,17 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         })
     }
 
+    /// Notes the size of an attached volume's disk, once it has that: so that it is known after a crash, too.
+    ///
+    /// # Errors
+    /// What the catalog says.
+    pub fn resized(&self, volume: Id, size: u64) -> Result<()> {
+        self.catalog.change(|change| match change.volume(volume)? {
+            Some(row) if row.size != size => change.put_volume(volume, Some(&VolumeRow { size, ..row })),
+            _ => Ok(()),
+        })
+    }
+
     /// Makes the first layer of a volume that this thread has taken.
     async fn make_layer(&self, io: &Io<E>, volume: Id, row: &VolumeRow) -> Result<Id> {
         self.check_room(0)?;

@@ -64,7 +64,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         let _still = self.only_one("collection")?;
         let _unmerged = self.only_one("merge of the index")?;
         let moment = self.catalog.hold_still(|change| self.moment(change))?;
-        let target = directory::begin(&self.storage, to)?;
+        let (target, _lock) = directory::begin(&self.storage, to)?;
         let mut done = BackedUp::default();
         for (from, to) in self.files_of(&moment, &target)? {
             if pace.is_stopped() {

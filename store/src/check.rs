@@ -18,6 +18,7 @@ use crate::catalog::{Child, Look, View};
 use crate::collect::roots;
 use crate::error::Result;
 use crate::id::Id;
+use crate::scrub::layers_of;
 use crate::store::Store;
 
 /// How bad a problem is.
@@ -230,9 +231,16 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Compares the rows of the catalog with each other and with the files, without reading data. Nothing is changed.
     ///
     /// # Errors
-    /// What the catalog or the storage says; what is wrong with the store is no error.
+    /// A collection or a merge of the index is under way; what the catalog or the storage says; what is wrong with the store is no error.
     pub async fn check(&self, io: &Io<E>) -> Result<Vec<Problem>> {
-        let view = self.catalog.view()?;
+        // Packs go by collections alone, and runs by merges; layers that go meanwhile keep their files until then.
+        let _still = self.only_one("collection")?;
+        let _unmerged = self.only_one("merge of the index")?;
+        let (view, _held) = self.catalog.hold_still(|_| {
+            let view = self.catalog.view()?;
+            let held = layers_of(&view)?.into_iter().map(|(layer, _)| self.usage.keep_layer(layer));
+            Ok((view, held.collect::<Vec<_>>()))
+        })?;
         let mut check = Check {
             view: &view,
             nodes: view.nodes()?.into_iter().collect(),

@@ -159,6 +159,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// [`Store::scrub`] says what is damaged; [`Cancelled`](sapwood_image::ErrorKind::Cancelled); what the storage says.
     pub async fn collect(&self, io: &Io<E>, pace: &Arc<Pace>, limits: Limits) -> Result<Collected> {
         let _collecting = self.only_one("collection")?;
+        self.prune_unneeded(io).await?;
         self.take_out_unneeded()?;
         let mut finder = self.finder(io, pace)?;
         let limits = self.within_room(limits)?;

@@ -87,23 +87,30 @@ pub async fn init<S: Storage, E: Engine<File = S::File>, C: Engine<File = S::Fil
     options: &StoreOptions,
 ) -> Result<Id> {
     let store = random_id(storage, root)?;
-    let directory = begin(storage, root)?;
+    let (directory, _lock) = begin(storage, root)?;
     end(storage, io, engine, &directory, store, options, |_| Ok(())).await?;
     Ok(store)
 }
 
-/// The directories of a store that is to be made.
-pub(crate) fn begin<S: Storage>(storage: &S, root: &Path) -> Result<Directory> {
+/// The directories of a store that is to be made, and its lock: whoever makes it has it to the end.
+pub(crate) fn begin<S: Storage>(storage: &S, root: &Path) -> Result<(Directory, S::File)> {
     let directory = Directory::new(root);
     make_directory(storage, root)?;
     check_is_free(storage, &directory)?;
     for folder in [directory.layers(), directory.packs(), directory.index()] {
         make_directory(storage, &folder)?;
     }
-    Ok(directory)
+    let lock = match storage.open(&directory.lock(), OpenOptions::CREATE.buffered()) {
+        Err(error) if error.kind() == AlreadyExists => open_locked(storage, &directory.lock())?,
+        Err(error) => return Err(StoreError::io(&directory.lock(), "make", error)),
+        Ok(file) => locked(file)?,
+    };
+    // Somebody may have been faster.
+    check_is_free(storage, &directory)?;
+    Ok((directory, lock))
 }
 
-/// Makes a store of directories, with a catalog that `fill` fills.
+/// Makes a store of directories that [`begin`] has made, with a catalog that `fill` fills.
 pub(crate) async fn end<S: Storage, E: Engine<File = S::File>, C: Engine<File = S::File> + Send>(
     storage: &S,
     io: &Io<E>,
@@ -114,13 +121,6 @@ pub(crate) async fn end<S: Storage, E: Engine<File = S::File>, C: Engine<File = 
     fill: impl FnOnce(&mut Change) -> Result<()>,
 ) -> Result<()> {
     let root = directory.root();
-    let _lock = match storage.open(&directory.lock(), OpenOptions::CREATE.buffered()) {
-        Err(error) if error.kind() == AlreadyExists => open_locked(storage, &directory.lock())?,
-        Err(error) => return Err(StoreError::io(&directory.lock(), "make", error)),
-        Ok(file) => locked(file)?,
-    };
-    // Somebody may have been faster.
-    check_is_free(storage, directory)?;
     let (new, path) = (directory.catalog_new(), directory.catalog());
     remove(io, &new).await?;
     let file = storage.open(&new, OpenOptions::CREATE.buffered());

@@ -38,6 +38,9 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// # Errors
     /// What the storage says.
     pub async fn upkeep(&self, io: &Io<E>) -> Result<Upkeep> {
+        // Those whose last reader has ended.
+        self.prune_unneeded(io).await?;
+        self.note_settled(io).await?;
         let layers = self.sweep(io).await;
         self.set_gate()?;
         let runs_merged = self.merge_runs(io).await?;

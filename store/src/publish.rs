@@ -11,6 +11,7 @@ use std::sync::atomic::Ordering;
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
+use sapwood_image::ImageError;
 use sapwood_image::sealed::index::{RUN_ENTRIES_MAX, Run, WrittenRun, run_name, write_run};
 use sapwood_image::sealed::{Entry, PackKind as Kind, Written};
 
@@ -97,19 +98,29 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             sync_directory(io, &self.directory.packs()).await?;
         }
         let indexed: Vec<Indexed> = packs.iter().map(|pack| (pack.number, u64::from(pack.entries))).collect();
-        let made = self.write_runs(io, &indexed, &mut runs).await;
+        let made = self.write_runs(io, &indexed, false, &mut runs).await;
         if made.is_err() {
             self.remove_files(io, runs.written.iter().map(|run| run.path.clone())).await;
         }
         made.map(|()| runs)
     }
 
-    async fn write_runs(&self, io: &Io<E>, packs: &[Indexed], runs: &mut NewRuns<S::File>) -> Result<()> {
+    /// Makes runs of what packs hold; `tolerant`: without those that cannot be read.
+    async fn write_runs(
+        &self,
+        io: &Io<E>,
+        packs: &[Indexed],
+        tolerant: bool,
+        runs: &mut NewRuns<S::File>,
+    ) -> Result<()> {
         let folder = self.directory.index();
         let mut entries: Vec<Entry> = Vec::new();
         for (n, (number, _)) in packs.iter().enumerate() {
-            let opened = self.content.packs().pack(io, *number).await?;
-            entries.extend(opened.entries_in(io, 0..u32::MAX).await?);
+            match self.entries_of(io, *number).await {
+                Ok(found) => entries.extend(found),
+                Err(error) if tolerant => log::warn!("{error}: the index does without it"),
+                Err(error) => return Err(error.into()),
+            }
             let next = packs.get(n + 1).map_or(usize::MAX, |(_, entries)| *entries as usize);
             if entries.len().saturating_add(next) > RUN_ENTRIES_MAX {
                 let number = self.content.run_numbers.next()?;
@@ -124,7 +135,12 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         Ok(())
     }
 
-    /// Makes the index again from the packs, if a part of it could not be opened.
+    async fn entries_of(&self, io: &Io<E>, pack: u32) -> Result<Vec<Entry>, ImageError> {
+        self.content.packs().pack(io, pack).await?.entries_in(io, 0..u32::MAX).await
+    }
+
+    /// Makes the index again from the packs, if a part of it could not be opened. Packs whose lists cannot be
+    /// read are left out: what they hold is found by places that hold.
     pub(crate) async fn mend_index(&self, io: &Io<E>) -> Result<bool> {
         if !self.content.is_index_damaged.load(Ordering::Acquire) {
             return Ok(false);
@@ -135,11 +151,17 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             view.packs()?.into_iter().map(|(number, row)| (number, row.entries)).collect();
         drop(view);
         let mut runs = NewRuns { written: Vec::new(), open: Vec::new() };
-        self.write_runs(io, &packs, &mut runs).await?;
-        self.catalog.change(|change| {
-            old.iter().try_for_each(|number| change.put_index_run(*number, None))?;
-            change.put_runs(&runs.written)
-        })?;
+        let mut made = self.write_runs(io, &packs, true, &mut runs).await;
+        if made.is_ok() {
+            made = self.catalog.change(|change| {
+                old.iter().try_for_each(|number| change.put_index_run(*number, None))?;
+                change.put_runs(&runs.written)
+            });
+        }
+        if made.is_err() && !self.catalog.is_unknown() {
+            self.remove_files(io, runs.written.iter().map(|run| run.path.clone())).await;
+        }
+        made?;
         self.content.change_runs(&old, runs.open);
         self.content.is_index_damaged.store(false, Ordering::Release);
         let folder = self.directory.index();

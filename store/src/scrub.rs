@@ -95,8 +95,13 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         let _scrubbing = self.only_one("scrub")?;
         // A pack that goes while it is read would be damage.
         let _still = self.only_one("collection")?;
-        let view = self.catalog.view()?;
-        let layers = layers_of(&view)?;
+        // What is sealed or deleted meanwhile keeps its file until it was read.
+        let (view, layers, _held) = self.catalog.hold_still(|_| {
+            let view = self.catalog.view()?;
+            let layers = layers_of(&view)?;
+            let held: Vec<_> = layers.iter().map(|(layer, _)| self.usage.keep_layer(*layer)).collect();
+            Ok((view, layers, held))
+        })?;
         let mut at = ScrubProgress { of: self.bytes_to_scrub(&view, &layers)?, ..ScrubProgress::default() };
         let mut found = Scrubbed::default();
         self.scrub_index(io, &mut found).await?;
@@ -196,8 +201,8 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     }
 }
 
-/// All layers that the catalog names, and the sizes of their disks.
-fn layers_of(view: &View) -> Result<Vec<(Id, u64)>> {
+/// The layers that the catalog names, and the sizes of their disks.
+pub(crate) fn layers_of(view: &View) -> Result<Vec<(Id, u64)>> {
     let of_node = |(_, row): (Id, crate::rows::NodeRow)| match row.state {
         NodeState::Frozen { layer, .. } => Some((layer, row.size)),
         NodeState::Bare | NodeState::Sealed(_) => None,

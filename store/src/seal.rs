@@ -163,8 +163,13 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         let mut sealed = Vec::new();
         for id in line.into_iter().rev() {
             let text = "it is being sealed by somebody else: wait for the end of that".to_owned();
-            let node = self.seal_node(io, id, workers, watch).await?;
-            let node = node.ok_or_else(|| StoreError::new(name, StoreErrorKind::InUse(text)))?;
+            let Some(node) = self.seal_node(io, id, workers, watch).await? else {
+                // Somebody may just have finished it.
+                match self.catalog.view()?.node(id)?.map(|row| row.state) {
+                    Some(NodeState::Sealed(_)) => continue,
+                    _ => return Err(StoreError::new(name, StoreErrorKind::InUse(text))),
+                }
+            };
             let is_whole = node.is_whole;
             sealed.push(node);
             if !is_whole {
@@ -274,7 +279,11 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         watch: &mut impl Watch,
     ) -> Result<(Sealed, BoundedDedup)> {
         self.content.learn(io, &self.catalog).await?;
-        let mut refused = None;
+        if source.size() == 0 {
+            let text = "a disk of no bytes is none: nothing is imported";
+            return Err(StoreError::invalid(self.directory.root().display(), text));
+        }
+        let (mut refused, mut begun) = (None, Vec::new());
         let numbers = || {
             let number =
                 self.check_room(self.options.pack_bytes).and_then(|()| self.content.pack_numbers.next());
@@ -284,6 +293,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
                 ImageError::invalid(self.directory.root(), text)
             })?;
             job.pin.begin_pack(number);
+            begun.push(number);
             Ok(number)
         };
         let mut dedup = BoundedDedup::new(self.content.dedup(), job.pin);
@@ -301,7 +311,11 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         };
         let sealed = seal(sealing, source, numbers, watch).await;
         // Why there is no number the store says better.
-        let sealed = sealed.map_err(|error| refused.unwrap_or_else(|| error.into()))?;
+        let sealed = sealed.map_err(|error| {
+            // Their files are gone: nothing of them is kept open.
+            self.content.packs().withdraw(&begun);
+            refused.unwrap_or_else(|| error.into())
+        })?;
         Ok((sealed, dedup))
     }
 }

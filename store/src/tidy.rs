@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
+use sapwood_image::layer::glance;
 
 use crate::catalog::Look;
 use crate::catalog::rows::NodeState;
@@ -63,10 +64,9 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// any other time it leaves alone what is in use.
     ///
     /// # Errors
-    /// What the storage says, or a layer that cannot be opened.
+    /// What the storage says. A layer that cannot be closed is left as it is.
     pub async fn tidy(&self, io: &Io<E>) -> Result<Tidied> {
-        let (nodes, layers) = self.prune_all()?;
-        self.remove_layers(io, &layers).await;
+        let nodes = self.prune_unneeded(io).await?;
         let orphans = self.orphans()?;
         for orphan in &orphans {
             remove(io, &self.directory.layer(*orphan)).await?;
@@ -83,6 +83,11 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             match self.settle(io, layer).await {
                 // A disk that is running lies over it, and will close it.
                 Err(StoreError { kind: StoreErrorKind::Locked { .. }, .. }) => continue,
+                Err(error) if !self.catalog.is_unknown() => {
+                    // It keeps nobody from the rest of the store.
+                    log::warn!("{error}: the snapshot stays unsettled, and cannot be sealed");
+                    continue;
+                }
                 settled => settled?,
             };
             self.settled(id)?;
@@ -138,6 +143,26 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         let names = self.storage.list_directory(folder);
         let names = names.map_err(|error| StoreError::io(folder, "list", error))?;
         Ok(names.into_iter().filter_map(|name| name.into_string().ok()).collect())
+    }
+
+    /// Takes away all nodes that nothing needs, and their layers. How many.
+    pub(crate) async fn prune_unneeded(&self, io: &Io<E>) -> Result<usize> {
+        let (nodes, layers) = self.prune_all()?;
+        self.remove_layers(io, &layers).await;
+        Ok(nodes)
+    }
+
+    /// Notes of snapshots that their layers are closed, where somebody has closed them and could not note it.
+    pub(crate) async fn note_settled(&self, io: &Io<E>) -> Result<()> {
+        for (id, row) in self.catalog.view()?.nodes()? {
+            let NodeState::Frozen { layer, settled: false, .. } = row.state else { continue };
+            // One that is open is locked.
+            if glance(&self.storage, io, &self.directory.layer(layer)).await.is_ok_and(|layer| layer.is_clean)
+            {
+                self.settled(id)?;
+            }
+        }
+        Ok(())
     }
 
     /// Takes away all nodes that nothing needs: those whose last reader has ended after their last name

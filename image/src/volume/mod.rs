@@ -285,9 +285,9 @@ impl<E: Engine> Volume<E> {
         let mut left = Ok(());
         if let Some(handover) = handover {
             left = handover.sync(io).await;
-            if left.is_ok() {
-                left = handover.close(io).await;
-            }
+            // In any case: its background work ends by that.
+            let closed = handover.close(io).await;
+            left = left.and(closed);
         }
         let closed = layer.close(io).await;
         left.and(closed)
