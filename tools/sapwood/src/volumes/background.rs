@@ -6,7 +6,7 @@
 //! What fails is tried again after a time that doubles, up to [`RETRY_MAX`].
 //!
 //! **Accounts and collections** follow when there is nothing to seal: an account when anything has changed since the last one, a
-//! collection when anything was deleted or switched. Neither begins before [`SHARE`] times as long has passed as the last one took, and
+//! collection when anything was deleted or switched; each once for what was there when the daemon started. Neither begins before [`SHARE`] times as long has passed as the last one took, and
 //! [`ACCOUNT_INTERVAL`] or [`COLLECT_INTERVAL`]; a collection does not wait for that when a watermark is reached. While guests
 //! are busy they read and write [`BUSY_RATE`] bytes a second.
 //!
@@ -196,9 +196,9 @@ struct Turn {
 }
 
 impl Turn {
-    /// Nothing has changed before now.
+    /// Nobody knows what has changed before now.
     fn new(interval: Duration) -> Self {
-        Self { interval, seen: 0, next: Instant::now() + interval }
+        Self { interval, seen: u64::MAX, next: Instant::now() + interval }
     }
 
     /// Does the work if it is its turn, or if that does not matter.
@@ -346,12 +346,13 @@ mod tests {
             });
             done
         };
-        assert_eq!(take(&mut turn, 0, true), 0, "nothing has changed");
-        assert_eq!(take(&mut turn, 1, false), 0, "it is not its turn");
-        assert_eq!(take(&mut turn, 1, true), 1);
-        assert_eq!(take(&mut turn, 1, true), 1, "nothing has changed since");
-        assert_eq!(take(&mut turn, 7, true), 2);
-        assert_eq!(take(&mut turn, 7, true), 3, "it was not done");
+        assert_eq!(take(&mut turn, 0, false), 0, "it is not its turn");
+        assert_eq!(take(&mut turn, 0, true), 1, "for what there was before");
+        assert_eq!(take(&mut turn, 0, true), 1, "nothing has changed since");
+        assert_eq!(take(&mut turn, 1, false), 1, "it is not its turn");
+        assert_eq!(take(&mut turn, 1, true), 2);
+        assert_eq!(take(&mut turn, 7, true), 3);
+        assert_eq!(take(&mut turn, 7, true), 4, "it was not done");
     }
 
     #[test]
