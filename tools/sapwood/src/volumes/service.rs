@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use rustix::fs::Mode;
 use sapwood_blockdev::engine::BlockingEngine;
 use sapwood_blockdev::io::{Io, block_on};
 use sapwood_blockdev::storage::HostStorage;
@@ -48,6 +49,7 @@ impl Service {
     /// Opens the store in `root`, and takes away what a crash has left. With a folder for sockets, volumes
     /// can be attached.
     pub fn open(host: Host, root: &Path, sockets: Option<PathBuf>) -> Result<Arc<Self>, Failure> {
+        private();
         let engine = BlockingEngine::new().map_err(system)?;
         let (io, storage, owned) = (host.io()?, host.storage(), root.to_owned());
         let opening = {
@@ -252,6 +254,11 @@ fn not_found(name: &str, what: &str) -> Failure {
     }
     let text = format!("there is no such {what} in the store");
     StoreError::new(name, StoreErrorKind::NotFound(text)).into()
+}
+
+/// Makes all files that this process makes from now on those of its user alone, as disks are.
+pub fn private() {
+    rustix::process::umask(Mode::RWXG | Mode::RWXO);
 }
 
 /// What the system said.

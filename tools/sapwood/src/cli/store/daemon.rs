@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
-use rustix::fs::Mode;
 use signal_hook::iterator::Signals;
 
 use super::super::serve::signals;
@@ -17,7 +16,7 @@ use crate::volumes::address::default_store;
 use crate::volumes::daemon::{Daemon, Options, notify};
 use crate::volumes::look::ShowStore;
 use crate::volumes::operation::Quick;
-use crate::volumes::service::Service;
+use crate::volumes::service::{Service, private};
 
 /// How often it looks whether it has to end.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
@@ -59,7 +58,7 @@ impl DaemonCommand {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
         crate::abort_on_panic();
         // Before there are threads: the sockets, and all else we make, are this user's alone.
-        rustix::process::umask(Mode::RWXG | Mode::RWXO);
+        private();
         let mut signals = signals(true).context("cannot take signals")?;
         let store = default_store(self.store.as_deref())?;
         let options =

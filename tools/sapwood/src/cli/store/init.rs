@@ -9,6 +9,7 @@ use sapwood_store::directory::init;
 use super::Whole;
 use crate::cli::output;
 use crate::host::Host;
+use crate::volumes::service::private;
 
 /// Make a store
 ///
@@ -27,6 +28,7 @@ pub struct Init {
 
 impl Init {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
+        private();
         let (root, io, storage) = (self.whole.root()?, host.io()?, host.storage());
         let engine = BlockingEngine::new()?;
         let making = {
