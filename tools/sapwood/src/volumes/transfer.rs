@@ -1,5 +1,6 @@
 //! Operations on the contents of whole disks: importing, exporting, comparing.
 
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -16,6 +17,9 @@ use crate::control::wire::Failure;
 
 /// Threads that hash and compress, at most.
 const WORKERS_MAX: usize = 8;
+
+/// The first bytes of an archive (docs/format-sealed.md).
+const ARCHIVE_MAGIC: [u8; 8] = *b"SAPWARCH";
 
 /// The snapshot of an imported disk, unless another name is given.
 const SNAPSHOT: &str = "imported";
@@ -127,6 +131,13 @@ pub fn check_absolute(path: &Path) -> Result<(), Failure> {
     }
 }
 
+/// Whether a file says that it is an archive. One that cannot be read does not.
+fn begins_as_archive(path: &Path) -> bool {
+    let mut begin = [0; ARCHIVE_MAGIC.len()];
+    std::fs::File::open(path).and_then(|mut file| file.read_exact(&mut begin)).is_ok()
+        && begin == ARCHIVE_MAGIC
+}
+
 /// The archive at a path, if that is one. Where a format was given, it is none.
 fn archive(service: &Service, import: &Import) -> Result<Option<ArchiveInfo>, Failure> {
     if import.format.is_some() {
@@ -136,10 +147,10 @@ fn archive(service: &Service, import: &Import) -> Result<Option<ArchiveInfo>, Fa
     service.run(|_, io| async move {
         match Archive::open(&storage, &io, &path).await {
             Ok(archive) => Ok(Some(archive.info().clone())),
-            // It is something else.
+            // It is something else, unless it says that it is one: then it is damaged or cut off.
             Err(ImageError {
                 kind: ErrorKind::Corrupt { field: "archive header" | "archive", .. }, ..
-            }) => Ok(None),
+            }) if !begins_as_archive(&path) => Ok(None),
             Err(error) => Err(error),
         }
     })
