@@ -17,7 +17,6 @@ use crate::host::Host;
 use crate::volumes::access::Access;
 use crate::volumes::address::Address;
 use crate::volumes::live::ResizeVolume;
-use crate::volumes::look::ShowVolume;
 
 /// Change the size of a disk
 ///
@@ -98,9 +97,13 @@ impl Resize {
     ) -> anyhow::Result<(String, u64, u64)> {
         let access = Access::to(*host, &address.store)?;
         let volume = address.volume()?;
-        let old = access.ask(ShowVolume { volume: volume.clone() })?.virtual_size;
-        let size = self.new_size(&volume, old, size)?;
-        let resize = ResizeVolume { volume: volume.clone(), size, shrink: self.shrink };
+        // Whoever has it open knows its size.
+        let (size, difference) = match size {
+            NewSize::To(size) => (Some(size), None),
+            NewSize::Grow(more) => (None, Some(i64::try_from(more)?)),
+            NewSize::Shrink(less) => (None, Some(-i64::try_from(less)?)),
+        };
+        let resize = ResizeVolume { volume: volume.clone(), size, difference, shrink: self.shrink };
         let resized = access.run(resize, &progress::bar(0, self.quiet))?;
         Ok((volume, resized.old_size, resized.size))
     }

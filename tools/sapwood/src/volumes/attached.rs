@@ -191,14 +191,22 @@ impl Attached {
         self.held.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Changes the size of a volume's disk, and tells the guest.
-    pub fn resize(&self, service: &Service, size: u64) -> Result<(), Failure> {
+    /// Changes the size of a volume's disk to what `plan` makes of its old one, and tells the guest; the sizes before and
+    /// after, in bytes. The catalog has the new one when this returns.
+    pub fn resize(
+        &self,
+        service: &Service,
+        plan: impl FnOnce(u64) -> Result<u64, Failure>,
+    ) -> Result<(u64, u64), Failure> {
         let held = self.held();
         let Some(Held::Volume(running)) = &*held else { return Err(gone()) };
-        let volume = Arc::clone(&running.volume);
+        let (volume, old) = (Arc::clone(&running.volume), self.size());
+        let size = plan(old)?;
         service.run(|_, io| async move { volume.resize(&io, size).await })?;
         self.server.config_changed();
-        Ok(())
+        let size = self.size();
+        service.store().resized(self.id, size)?;
+        Ok((old, size))
     }
 
     /// Takes a snapshot of a volume while its guest writes; its id.
@@ -253,17 +261,16 @@ impl Attached {
     }
 }
 
-/// Changes the size of a volume that is not attached, if `check` has nothing against its old one; the sizes before
-/// and after, in bytes.
+/// Changes the size of a volume that is not attached to what `plan` makes of its old one; the sizes before and after,
+/// in bytes.
 pub fn resize_alone(
     service: &Service,
     name: &str,
-    size: u64,
-    check: impl FnOnce(u64) -> Result<(), Failure>,
+    plan: impl FnOnce(u64) -> Result<u64, Failure>,
 ) -> Result<(u64, u64), Failure> {
     let running = Running::open(service, name, Tuning::default())?;
     let (volume, old) = (Arc::clone(&running.volume), running.volume.geometry().size);
-    let resized = check(old).and_then(|()| {
+    let resized = plan(old).and_then(|size| {
         let volume = Arc::clone(&volume);
         service.run(|_, io| async move { volume.resize(&io, size).await })
     });

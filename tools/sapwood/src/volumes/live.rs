@@ -12,6 +12,7 @@ use super::answer::{Done, Made, Resized, Serving};
 use super::attached::{Attached, Serve, resize_alone};
 use super::operation::{Long, Quick, operation};
 use super::service::Service;
+use super::transfer::check_absolute;
 use crate::control::jobs::Job;
 use crate::control::wire::Failure;
 
@@ -82,8 +83,12 @@ pub struct TakeSnapshot {
 pub struct ResizeVolume {
     /// The volume.
     pub volume: String,
-    /// The new size in bytes.
-    pub size: u64,
+    /// The new size in bytes; either this or the difference is given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+    /// The difference to the size that the volume has then, in bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub difference: Option<i64>,
     /// Allow the disk to become smaller.
     #[serde(default)]
     pub shrink: bool,
@@ -103,7 +108,9 @@ fn socket(service: &Service, name: &str, given: Option<PathBuf>) -> Result<PathB
             "a volume is attached by the daemon of its store: start sapwood daemon, or use sapwood serve";
         Failure::new("no-daemon", format!("{name}: {text}"))
     })?;
-    Ok(given.unwrap_or_else(|| sockets.join(format!("{name}.sock"))))
+    let Some(socket) = given else { return Ok(sockets.join(format!("{name}.sock"))) };
+    check_absolute(&socket)?;
+    Ok(socket)
 }
 
 impl Quick for AttachVolume {
@@ -196,24 +203,32 @@ impl Long for ResizeVolume {
     }
 
     fn run(self, service: &Arc<Service>, _: &Arc<Job>) -> Result<Resized, Failure> {
-        let Self { volume, size, shrink } = self;
-        let id = service.volume(&volume)?;
-        let check = |old: u64| match size < old && !shrink {
-            true => {
-                let text = format!(
-                    "{volume}: shrinking from {old} to {size} bytes loses what lies past the new end"
-                );
-                Err(Failure::new("invalid", text))
-            }
-            false => Ok(()),
+        let id = service.volume(&self.volume)?;
+        let (old_size, size) = match service.attached(id) {
+            Some(attached) => attached.resize(service, |old| self.new_size(old))?,
+            None => resize_alone(service, &self.volume, |old| self.new_size(old))?,
         };
-        if let Some(attached) = service.attached(id) {
-            let old_size = attached.size();
-            check(old_size)?;
-            attached.resize(service, size)?;
-            return Ok(Resized { old_size, size: attached.size() });
-        }
-        let (old_size, size) = resize_alone(service, &volume, size, check)?;
         Ok(Resized { old_size, size })
+    }
+}
+
+impl ResizeVolume {
+    /// The size to change to from `old`.
+    fn new_size(&self, old: u64) -> Result<u64, Failure> {
+        let Self { volume, size, difference, shrink } = self;
+        let invalid = |text: String| Err(Failure::new("invalid", format!("{volume}: {text}")));
+        let new = match (*size, *difference) {
+            (Some(size), None) => Some(size),
+            (None, Some(difference)) => old.checked_add_signed(difference),
+            _ => return invalid("give either the new size or the difference".to_owned()),
+        };
+        match new {
+            None => invalid(format!("the disk has {old} bytes, which cannot be changed by so many")),
+            Some(new) if new < old && !shrink => invalid(format!(
+                "shrinking from {old} to {new} bytes loses what lies past the new end: shrink the file system inside \
+                 first, then pass --shrink"
+            )),
+            Some(new) => Ok(new),
+        }
     }
 }

@@ -90,11 +90,14 @@ fn volumes(api: &mut Api<'_>) {
     api.ask("post", &path("switch"), &["web"], &json!({ "to": "web@s" }), 200);
     api.ask("post", &path("rollback"), &["web"], &none, 200);
     let attach = json!({ "socket": api.place.path("socket"), "queues": 2 });
+    api.ask("post", &path("attach"), &["web"], &json!({ "socket": "socket" }), 422);
     api.ask("post", &path("attach"), &["web"], &attach, 200);
     api.ask("post", &path("attach"), &["web"], &attach, 409);
     api.ask("post", &path("attach"), &["none"], &json!({ "queues": "many" }), 400);
     assert_eq!(api.ask("get", VOLUME, &["web"], &none, 200)["attached"]["queues"], 2);
     api.job(&path("resize"), &["web"], &json!({ "size": 2 << 20 }), None);
+    let resized = api.job(&path("resize"), &["web"], &json!({ "difference": 1 << 20 }), None);
+    assert_eq!(resized["size"], 3 << 20);
     api.ask("post", &path("rollback"), &["web"], &none, 409);
     api.ask("post", &path("detach"), &["web"], &none, 200);
     api.ask("post", &path("detach"), &["web"], &none, 404);

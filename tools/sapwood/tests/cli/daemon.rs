@@ -249,6 +249,23 @@ fn what_was_flushed_survives_a_killed_daemon() {
 }
 
 #[test]
+fn a_new_size_survives_a_killed_daemon() {
+    let place = place();
+    about(&place, "create :web 8M").text();
+    let (daemon, _) = Daemon::start(&place, "--store vms --no-background");
+    about(&place, "attach :web --socket socket").text();
+    about(&place, "resize :web +4M").text();
+    about(&place, "resize :web +4M").text();
+    about(&place, "resize :web -- -1M").fails(1, &["web", "--shrink"]);
+    about(&place, "resize :web --shrink -- -17M").fails(1, &["16777216 bytes"]);
+    daemon.kill();
+    let listed = about(&place, "list --output=json vms").json();
+    assert_eq!(listed[0]["virtual-size"], 16 << 20);
+    let said = about(&place, "resize :web --shrink -- -15M").text();
+    assert!(said.ends_with("from 16 MiB (16777216 bytes) to 1 MiB (1048576 bytes)\n"), "{said}");
+}
+
+#[test]
 fn a_second_volume_does_not_get_a_socket_that_is_in_use() {
     let place = place();
     about(&place, "create :a 1M").text();
