@@ -214,14 +214,17 @@ impl Jobs {
         lock(&self.table).jobs.iter().find(|job| job.id == id).cloned()
     }
 
+    /// Cancels what runs, and starts nothing more.
+    pub fn stop(&self) {
+        let mut table = lock(&self.table);
+        table.closed = true;
+        table.jobs.iter().for_each(|job| job.cancel());
+    }
+
     /// Cancels what runs, waits for its end, and starts nothing more.
     pub fn close(&self) {
-        let threads = {
-            let mut table = lock(&self.table);
-            table.closed = true;
-            table.jobs.iter().for_each(|job| job.cancel());
-            std::mem::take(&mut table.threads)
-        };
+        self.stop();
+        let threads = std::mem::take(&mut lock(&self.table).threads);
         for thread in threads {
             if thread.join().is_err() {
                 log::error!("a job's thread panicked");
@@ -289,6 +292,9 @@ mod tests {
         assert_eq!(wait(&jobs, job).state, State::Cancelled);
         assert!(jobs.cancel(job + 1).is_none());
         let last = id(jobs.start("flatten", "disk", work));
+        jobs.stop();
+        assert!(matches!(jobs.start("flatten", "other", work), Err(Refused::Stopping)));
+        assert_eq!(wait(&jobs, last).state, State::Cancelled);
         jobs.close();
         assert_eq!(jobs.get(last).unwrap().state, State::Cancelled, "ended when this returns");
         assert!(matches!(jobs.start("flatten", "disk", work), Err(Refused::Stopping)));

@@ -1,7 +1,7 @@
 //! The daemon's process: the control socket, and the orderly end.
 //!
 //! Order at the start: the store is opened, so that nobody else has it; the control socket; only then is it
-//! said to be ready. At the end: nobody can ask any more, jobs end, everything is detached, the store is closed.
+//! said to be ready. At the end: jobs are cancelled, nobody can ask any more, jobs end, everything is detached, the store is closed.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -20,6 +20,7 @@ use super::attached::check_socket;
 use super::background::Background;
 use super::service::Service;
 use super::{CONNECTION_TIME_MAX, routes};
+use crate::control::http::HasJobs;
 use crate::control::listen::Listener;
 use crate::host::Host;
 
@@ -98,6 +99,9 @@ impl Daemon {
     pub fn stop(self) -> anyhow::Result<()> {
         let Self { service, listener, link, background, .. } = self;
         drop(link);
+        // First: the listener waits for what is being answered, which may wait for these.
+        service.background().stop();
+        service.jobs().stop();
         drop(listener);
         drop(background);
         Ok(service.close()?)
