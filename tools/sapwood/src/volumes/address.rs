@@ -58,6 +58,21 @@ impl Address {
         is_address.then(|| Self::parse(text, store)).transpose()
     }
 
+    /// The name in `text`, of which `store` is known already; another store is refused.
+    pub fn name_in(store: &Path, text: &OsStr) -> anyhow::Result<String> {
+        let (directory, name) = split(text);
+        if directory.is_some_and(|directory| !is_same(&directory, store)) {
+            let text = format!(
+                "{}: that is in another store than {}: both have to be in the same",
+                text.to_string_lossy(),
+                store.display()
+            );
+            return Err(Failure::new("invalid", text).into());
+        }
+        let name = name.to_str().context("a name in a store is UTF-8");
+        Ok(name.with_context(|| text.to_string_lossy().into_owned())?.to_owned())
+    }
+
     /// The volume's name, where a volume is wanted.
     pub fn volume(self) -> anyhow::Result<String> {
         match self.name {
@@ -73,6 +88,11 @@ impl Address {
     pub fn snapshot(self) -> anyhow::Result<SnapshotName> {
         Ok(self.name.to_string().parse::<SnapshotName>().map_err(Failure::from)?)
     }
+}
+
+/// Whether two paths are that of one directory.
+pub fn is_same(a: &Path, b: &Path) -> bool {
+    a == b || a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
 }
 
 /// The directory, where there is one, and the name.

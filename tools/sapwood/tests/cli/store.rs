@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // A test, though not in a `#[test]` function.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 
 use serde_json::{Value, json};
 
@@ -207,7 +208,9 @@ fn the_default_store_is_named_or_in_the_environment() {
     place.sapwood("list").fails(1, &["which store?", "SAPWOOD_STORE"]);
     place.sapwood("show web").fails(1, &["which store?"]);
     place.sapwood("show vms:").fails(1, &["must not be empty"]);
-    place.sapwood("list none:").fails(1, &["none", "there is no store here"]);
+    for line in ["list none:", "list none", "tree none"] {
+        place.sapwood(line).fails(1, &["none: there is no store here"]);
+    }
     for line in ["list", "list vms", "list vms:", "list --store vms", "show web", "show :web", "info :web"] {
         let mut command = place.command(crate::harness::SAPWOOD, line);
         let answer = Answer::of(command.env("SAPWOOD_STORE", "vms").output().unwrap());
@@ -220,6 +223,84 @@ fn the_default_store_is_named_or_in_the_environment() {
     place.sapwood("create a:b 1M").text();
     assert!(place.exists("a:b"));
     place.sapwood("create :c 1M").fails(1, &["which store?"]);
+}
+
+#[test]
+fn a_second_name_says_the_same_store_or_none() {
+    let place = place();
+    place.sapwood("store init -q other").text();
+    about(&place, "import -q -f raw disk.raw :web@1").text();
+    about(&place, "snapshot :web@2").text();
+    for second in ["@2", "web@2", ":web@2", "./:web@2", "vms/../vms:@2"] {
+        let second = second.replace("./:", "./vms:");
+        assert!(about(&place, &format!("diff :web@1 {second}")).text().contains("0 B"), "{second}");
+    }
+    about(&place, "switch :web ./vms:@1").text();
+    about(&place, "export -q :web@2 --since ./vms:web@1 web.sapwood").text();
+    about(&place, "rename :web@2 ./vms:web@two").text();
+    about(&place, "rename :web@two @three").text();
+    about(&place, "rename :web :www").text();
+    assert!(about(&place, "show :www@three").text().contains("www@three"));
+    for line in [
+        "diff :www@1 other:www@three",
+        "switch :www other:@1",
+        "export :www@three --since other:www@1 file",
+        "rename :www other:web",
+        "rename :www@1 other:www@one",
+    ] {
+        about(&place, line).fails(1, &["other:", "another store than vms"]);
+    }
+    assert!(!place.exists("file"));
+}
+
+#[test]
+fn an_archive_that_was_cut_off_is_no_raw_disk() {
+    let place = place();
+    about(&place, "import -q -f raw disk.raw :web@1").text();
+    about(&place, "export -q :web@1 web.sapwood").text();
+    let whole = place.bytes("web.sapwood");
+    let mut damaged = whole.clone();
+    damaged[100] ^= 1;
+    for (bytes, why) in [
+        (&whole[..whole.len() - 1000], "cut off"),
+        (&whole[..10], "cut off"),
+        (&damaged[..], "archive header"),
+    ] {
+        fs::write(place.path("cut.sapwood"), bytes).unwrap();
+        let answer = about(&place, "import cut.sapwood :cut");
+        assert!(!answer.stderr.contains("-f raw"), "{answer:?}");
+        answer.fails(1, &["cut.sapwood", why]);
+    }
+    fs::write(place.path("other"), vec![1; 8192]).unwrap();
+    about(&place, "import other :cut").fails(1, &["other", "-f raw"]);
+}
+
+#[test]
+fn the_files_of_a_store_are_private() {
+    let place = Place::new();
+    place.raw_disk("disk.raw");
+    let sapwood = |line: &str| {
+        let mut command = place.command("sh", "-c");
+        command.arg(format!("umask 022; exec \"$0\" {line}")).arg(crate::harness::SAPWOOD);
+        Answer::of(command.output().unwrap()).text()
+    };
+    sapwood("store init vms");
+    sapwood("import -f raw disk.raw vms:disk");
+    sapwood("create vms:web 1M");
+    sapwood("snapshot vms:web@1");
+    let mut folders = vec![place.path("vms")];
+    let mut count = 0;
+    while let Some(folder) = folders.pop() {
+        assert_eq!(folder.metadata().unwrap().permissions().mode() & 0o077, 0, "{}", folder.display());
+        for entry in fs::read_dir(&folder).unwrap() {
+            let path = entry.unwrap().path();
+            let metadata = path.metadata().unwrap();
+            assert_eq!(metadata.permissions().mode() & 0o077, 0, "{}", path.display());
+            count += 1;
+            folders.extend(metadata.is_dir().then_some(path));
+        }
+    }
+    assert!(count > 5, "{count}");
 }
 
 #[test]

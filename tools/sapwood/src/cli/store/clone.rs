@@ -9,7 +9,7 @@ use crate::cli::output;
 use crate::control::wire::Failure;
 use crate::host::Host;
 use crate::volumes::access::Access;
-use crate::volumes::address::Address;
+use crate::volumes::address::{Address, is_same};
 use crate::volumes::change::CloneSnapshot;
 
 /// Make new volumes over a snapshot
@@ -42,7 +42,7 @@ impl Clone {
         let (store, of) = (address.store.clone(), address.snapshot()?);
         let name = |text: &OsString| {
             let address = Address::parse(text, Some(&store))?;
-            if address.store != store {
+            if !is_same(&address.store, &store) {
                 let text =
                     format!("{}: a clone is made in the store of its snapshot", text.to_string_lossy());
                 return Err(Failure::new("invalid", text).into());

@@ -46,18 +46,18 @@ pub struct Diff {
 impl Diff {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
         let address = self.store.address(&self.from)?;
-        let access = Access::to(*host, &address.store)?;
+        let store = address.store.clone();
         let from = address.snapshot()?;
         let diff = match self.to.as_deref() {
             Some(to) => {
-                let to: SnapshotName = super::other_snapshot(&from.volume, to)?
+                let to: SnapshotName = super::other_snapshot(&store, &from.volume, to)?
                     .parse()
                     .map_err(crate::control::wire::Failure::from)?;
                 DiffSnapshot { volume: to.volume, snapshot: to.snapshot, from: Some(from.to_string()) }
             }
             None => DiffSnapshot { volume: from.volume, snapshot: from.snapshot, from: None },
         };
-        let found = access.ask(diff)?;
+        let found = Access::to(*host, &store)?.ask(diff)?;
         match self.output {
             Output::Human => output::print(&text(&found)),
             Output::Json => output::print_json(&found),

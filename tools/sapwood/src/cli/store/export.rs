@@ -51,13 +51,14 @@ pub struct Export {
 impl Export {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
         let address = self.store.address(&self.snapshot)?;
-        let access = Access::to(*host, &address.store)?;
+        let store = address.store.clone();
         let SnapshotName { volume, snapshot } = address.snapshot()?;
-        let since = self.since.as_deref().map(|since| super::other_snapshot(&volume, since)).transpose()?;
+        let since = self.since.as_deref();
+        let since = since.map(|since| super::other_snapshot(&store, &volume, since)).transpose()?;
         // The daemon has another folder.
         let path = std::path::absolute(&self.file).with_context(|| self.file.display().to_string())?;
         let export = transfer::Export { volume, snapshot, path, since };
-        let exported = access.run(export, &progress::bar(0, self.quiet))?;
+        let exported = Access::to(*host, &store)?.run(export, &progress::bar(0, self.quiet))?;
         match self.output {
             _ if self.quiet => Ok(()),
             Output::Human => output::print(&text(&self.file, &exported)),

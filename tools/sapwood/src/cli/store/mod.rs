@@ -28,9 +28,9 @@ pub mod switch;
 pub mod tree;
 
 use std::ffi::{OsStr, OsString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
 use clap::{Args, Subcommand};
 use sapwood_store::Name;
 use sapwood_store::directory::Directory;
@@ -170,16 +170,19 @@ impl Scope {
         {
             return whole(Path::new(root));
         }
+        if !what.as_bytes().contains(&b':') && default_store(self.store.given()).is_err() {
+            let text = format!("{}: there is no store here", what.to_string_lossy());
+            return Err(Failure::new("not-found", text).into());
+        }
         let address = self.store.address(what)?;
         Ok((Access::to(*host, &address.store)?, Some(address.name)))
     }
 }
 
-/// The name of another snapshot, where that of one is known: `@NAME` is one of the same volume.
-pub fn other_snapshot(volume: &str, text: &OsStr) -> anyhow::Result<String> {
-    let text =
-        text.to_str().with_context(|| format!("{}: a name in a store is UTF-8", text.to_string_lossy()))?;
-    Ok(if text.starts_with('@') { format!("{volume}{text}") } else { text.to_owned() })
+/// The name of another snapshot of the same store, where that of one is known: `@NAME` is one of the same volume.
+pub fn other_snapshot(store: &Path, volume: &str, text: &OsStr) -> anyhow::Result<String> {
+    let name = Address::name_in(store, text)?;
+    Ok(if name.starts_with('@') { format!("{volume}{name}") } else { name })
 }
 
 /// Says that a name is one of a volume.

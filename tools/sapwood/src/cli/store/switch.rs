@@ -7,6 +7,7 @@ use clap::Args;
 use super::DefaultStore;
 use crate::cli::output;
 use crate::host::Host;
+use crate::volumes::access::Access;
 use crate::volumes::change;
 
 /// Let a volume go on from a snapshot, of itself or of another volume
@@ -64,9 +65,11 @@ pub struct Rollback {
 
 impl Switch {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
-        let (access, volume) = self.store.volume(host, &self.volume)?;
-        let to = super::other_snapshot(&volume, &self.to)?;
-        let switched = access.ask(change::Switch { volume: volume.clone(), to, discard: self.discard })?;
+        let address = self.store.address(&self.volume)?;
+        let (store, volume) = (address.store.clone(), address.volume()?);
+        let to = super::other_snapshot(&store, &volume, &self.to)?;
+        let switch = change::Switch { volume: volume.clone(), to, discard: self.discard };
+        let switched = Access::to(*host, &store)?.ask(switch)?;
         say(self.quiet, &volume, &switched.to)
     }
 }
