@@ -6,7 +6,8 @@
 //! What fails is tried again after a time that doubles, up to [`RETRY_MAX`].
 //!
 //! **Accounts and collections** follow when there is nothing to seal: an account when anything has changed since the last one, a
-//! collection when anything was deleted or switched; each once for what was there when the daemon started. Neither begins before [`SHARE`] times as long has passed as the last one took, and
+//! collection when anything was deleted or switched; each once for what was there when the daemon
+//! started. Neither begins before [`SHARE`] times as long has passed as the last one took, and
 //! [`ACCOUNT_INTERVAL`] or [`COLLECT_INTERVAL`]; a collection does not wait for that when a watermark is reached. While guests
 //! are busy they read and write [`BUSY_RATE`] bytes a second.
 //!
