@@ -4,8 +4,9 @@ use std::future::Future;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::task::Waker;
+use std::thread::{self, JoinHandle};
 
 use anyhow::Context;
 use clap::ValueEnum;
@@ -80,6 +81,28 @@ impl Host {
     {
         let io = self.io()?;
         Ok(block_on(&io, task(io.clone()))?)
+    }
+
+    /// Starts a thread for a disk's work in the background, with a reactor of its own: `work` ends when the disk is closed.
+    pub fn maintain<F>(
+        self,
+        work: impl FnOnce(Io<HostEngine>) -> F + Send + 'static,
+    ) -> anyhow::Result<JoinHandle<()>>
+    where
+        F: Future<Output = ()> + 'static,
+    {
+        let (ready, is_ready) = mpsc::sync_channel(1);
+        let thread = thread::Builder::new().name("maintenance".into()).spawn(move || {
+            let io = match self.io() {
+                Ok(io) => io,
+                // The receiver waits.
+                Err(error) => return drop(ready.send(Err(error))),
+            };
+            drop(ready.send(Ok(())));
+            block_on(&io, work(io.clone()));
+        })?;
+        is_ready.recv().context("the maintenance thread ended")??;
+        Ok(thread)
     }
 
     /// Opens a disk for a copy or comparison.

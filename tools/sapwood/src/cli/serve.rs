@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::thread::{self, JoinHandle};
 
 use anyhow::{Context, bail};
 use clap::Args;
@@ -118,7 +117,12 @@ impl Serve {
         let opened = block_on(&io, opening);
         let disk = if self.child_of.is_some() { opened.map_err(with_options)? } else { opened? };
         log_map(&disk);
-        let maintenance = if self.readonly { None } else { Some(maintain(host, &disk)?) };
+        let maintenance = if self.readonly {
+            None
+        } else {
+            let disk = Arc::clone(&disk);
+            Some(host.maintain(|io| async move { disk.maintain(io).await })?)
+        };
         let served = self.serve(*host, &disk, &mut signals);
         let closing = {
             let (disk, io) = (Arc::clone(&disk), io.clone());
@@ -246,21 +250,4 @@ async fn open(
     let committed = layer::commit(storage, io, path, false, Tuning::default(), &mut |_, _| {}).await?;
     log::info!("{}: it is merged into {}", path.display(), committed.base.display());
     Disk::open(storage, io, path, options).await
-}
-
-/// Starts the thread that does the disk's work in the background, until the disk is closed.
-fn maintain(host: &Host, disk: &Arc<Disk<HostEngine>>) -> anyhow::Result<JoinHandle<()>> {
-    let (host, disk) = (*host, Arc::clone(disk));
-    let (ready, is_ready) = std::sync::mpsc::sync_channel(1);
-    let thread = thread::Builder::new().name("maintenance".into()).spawn(move || {
-        let io = match host.io() {
-            Ok(io) => io,
-            // The receiver waits.
-            Err(error) => return drop(ready.send(Err(error))),
-        };
-        drop(ready.send(Ok(())));
-        block_on(&io, disk.maintain(io.clone()));
-    })?;
-    is_ready.recv().context("the maintenance thread ended")??;
-    Ok(thread)
 }

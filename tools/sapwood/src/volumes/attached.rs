@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 
 use sapwood_blockdev::device::{BlockDevice, Geometry};
 use sapwood_blockdev::io::block_on;
@@ -20,7 +20,7 @@ use super::answer::Serving;
 use super::counted::Counted;
 use super::service::{Service, system};
 use crate::control::wire::Failure;
-use crate::host::{Host, HostEngine};
+use crate::host::HostEngine;
 
 /// Longest path of a unix socket in bytes.
 const SOCKET_PATH_MAX: usize = 107;
@@ -89,11 +89,12 @@ impl Running {
             let volume = store.open_volume(&io, &attachment, tuning).await?;
             Ok::<_, Failure>((attachment, volume))
         })?;
-        match maintain(service.host(), Arc::clone(&volume)) {
+        let maintained = Arc::clone(&volume);
+        match service.host().maintain(|io| maintained.maintain(io)) {
             Ok(maintenance) => Ok(Self { attachment, volume, maintenance }),
             Err(error) => {
                 let closed = close(service, &volume);
-                Err(closed.err().unwrap_or(error))
+                Err(closed.err().unwrap_or_else(|| system(error)))
             }
         }
     }
@@ -300,21 +301,4 @@ pub fn check_socket(path: &Path) -> Result<(), Failure> {
 fn close(service: &Service, volume: &Arc<Volume<HostEngine>>) -> Result<(), Failure> {
     let volume = Arc::clone(volume);
     service.run(|_, io| async move { volume.close(&io).await })
-}
-
-/// Starts the thread that does a volume's work in the background, until it is closed.
-fn maintain(host: Host, volume: Arc<Volume<HostEngine>>) -> Result<JoinHandle<()>, Failure> {
-    let (ready, is_ready) = std::sync::mpsc::sync_channel(1);
-    let thread = thread::Builder::new().name("maintenance".into()).spawn(move || {
-        let io = match host.io() {
-            Ok(io) => io,
-            // The receiver waits.
-            Err(error) => return drop(ready.send(Err(error))),
-        };
-        drop(ready.send(Ok(())));
-        block_on(&io, volume.maintain(io.clone()));
-    });
-    let thread = thread.map_err(system)?;
-    is_ready.recv().map_err(system)??;
-    Ok(thread)
 }

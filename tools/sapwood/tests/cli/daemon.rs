@@ -2,10 +2,10 @@
 
 #![allow(clippy::unwrap_used)] // A test, though not in a `#[test]` function.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::Read;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixDatagram;
-use std::process::{self, Child, Stdio};
+use std::process::{self, Child};
 use std::thread;
 use std::time::Duration;
 
@@ -14,6 +14,7 @@ use sapwood_tests::frontend::{Command, Frontend, Options};
 use sapwood_tests::model::{Model, Run};
 
 use crate::harness::{Place, SAPWOOD};
+use crate::serve::ready;
 use crate::store::{about, place};
 
 const SIZE: u64 = 8 << 20;
@@ -34,15 +35,8 @@ impl Daemon {
         Self::begin(command)
     }
 
-    fn begin(mut command: process::Command) -> (Self, String) {
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
-        let mut line = String::new();
-        let stdout = child.stdout.take().expect("piped");
-        BufReader::new(stdout).read_line(&mut line).expect("a line");
-        if line.is_empty() {
-            let output = child.wait_with_output().expect("it ends");
-            panic!("not ready: {}", String::from_utf8_lossy(&output.stderr));
-        }
+    fn begin(command: process::Command) -> (Self, String) {
+        let (child, line) = ready(command);
         (Self(child), line)
     }
 

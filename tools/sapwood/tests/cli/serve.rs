@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
-use std::process::{Child, Stdio};
+use std::process::{self, Child, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process};
 use sapwood_tests::frontend::{Command, Frontend, Options};
@@ -11,6 +11,19 @@ use sapwood_tests::sim::rng::Rng;
 use sapwood_tests::synthetic::{self, Synthetic};
 
 use crate::harness::{Place, SAPWOOD};
+
+/// Starts a program that goes on, and waits for the line that says that it is ready.
+pub fn ready(mut command: process::Command) -> (Child, String) {
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
+    let mut line = String::new();
+    let stdout = child.stdout.take().expect("piped");
+    BufReader::new(stdout).read_line(&mut line).expect("a line");
+    if line.is_empty() {
+        let output = child.wait_with_output().expect("it ends");
+        panic!("not ready: {}", String::from_utf8_lossy(&output.stderr));
+    }
+    (child, line)
+}
 
 /// A running server; killed when the test is over.
 pub struct Server(Child);
@@ -23,15 +36,7 @@ impl Server {
 
     /// The same at another socket.
     pub fn start_at(place: &Place, arguments: &str, socket: &str) -> (Self, String) {
-        let mut command = place.command(SAPWOOD, &format!("serve {arguments} --socket {socket}"));
-        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
-        let mut line = String::new();
-        let stdout = child.stdout.take().expect("piped");
-        BufReader::new(stdout).read_line(&mut line).expect("a line");
-        if line.is_empty() {
-            let output = child.wait_with_output().expect("it ends");
-            panic!("not ready: {}", String::from_utf8_lossy(&output.stderr));
-        }
+        let (child, line) = ready(place.command(SAPWOOD, &format!("serve {arguments} --socket {socket}")));
         (Self(child), line)
     }
 

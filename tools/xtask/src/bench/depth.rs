@@ -26,7 +26,7 @@ const BYTES: u64 = 256 << 20;
 const BLOCKS_EACH: u64 = 16;
 const BLOCK: u64 = 4096;
 const COMMAND_LIMIT: Duration = Duration::from_secs(120);
-const READS: Load = Load {
+pub(super) const READS: Load = Load {
     writes: false,
     order: Order::Random,
     bytes: BLOCK as usize,

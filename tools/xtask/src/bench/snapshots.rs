@@ -11,8 +11,9 @@ use anyhow::{Result, ensure};
 use sapwood_tests::guest::Daemon;
 use serde_json::{Value, json};
 
+use super::depth::READS;
 use super::disks::{self, Disks};
-use super::load::{Client, Load, Order};
+use super::load::{Client, Load};
 use super::server::Server;
 use crate::process;
 
@@ -21,18 +22,9 @@ const SNAPSHOTS: usize = 1000;
 const BYTES: u64 = 256 << 20;
 /// Blocks of 4 KiB that are written between two snapshots.
 const BLOCKS_EACH: u64 = 16;
-const BLOCK: u64 = 4096;
 /// Turns of each, one after the other.
 const TURNS: usize = 5;
 const COMMAND_LIMIT: Duration = Duration::from_secs(600);
-const READS: Load = Load {
-    writes: false,
-    order: Order::Random,
-    bytes: BLOCK as usize,
-    depth: 32,
-    flush_every: None,
-    operations_max: u64::MAX,
-};
 const WRITES: Load = Load { writes: true, depth: 16, operations_max: BLOCKS_EACH, ..READS };
 
 /// Measures, prints, and returns all figures.

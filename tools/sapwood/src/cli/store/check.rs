@@ -2,16 +2,13 @@
 
 use clap::Args;
 
-use super::Whole;
 use super::stat::EXIT_WATERMARK;
+use super::{EXIT_DAMAGED, Whole};
 use crate::cli::output::{self, Output};
 use crate::cli::progress;
 use crate::host::Host;
 use crate::volumes::answer::Checked;
 use crate::volumes::upkeep::CheckStore;
-
-/// Exit code: something is missing or wrong.
-const EXIT_DAMAGED: u8 = 2;
 
 /// Check that a store's catalog agrees with itself and with the files, without reading data
 ///

@@ -40,6 +40,9 @@ use crate::host::Host;
 use crate::volumes::access::Access;
 use crate::volumes::address::{Address, default_store};
 
+/// Exit code: something in the store is missing, wrong or damaged.
+const EXIT_DAMAGED: u8 = 2;
+
 /// Make stores, and look after them
 ///
 /// A store is a directory that holds volumes, which are disks by name, and the trees of their snapshots. A volume

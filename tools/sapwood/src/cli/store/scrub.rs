@@ -2,15 +2,12 @@
 
 use clap::Args;
 
-use super::Whole;
+use super::{EXIT_DAMAGED, Whole};
 use crate::cli::output::{self, Output};
 use crate::cli::{progress, size};
 use crate::host::Host;
 use crate::volumes::answer::Scrub;
 use crate::volumes::upkeep::ScrubStore;
-
-/// Exit code: something is damaged.
-const EXIT_DAMAGED: u8 = 2;
 
 /// Read everything that a store has written, and compare it with its checksums
 ///
