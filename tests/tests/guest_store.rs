@@ -4,14 +4,19 @@
 //! It boots guests for minutes, so that a plain `cargo test` leaves it out: `cargo xtask test --only guests` runs it.
 #![allow(clippy::unwrap_used)]
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use sapwood_tests::guest::{Assets, Daemon, Guest, GuestReport, GuestSpec, sapwood_program};
+use sapwood_tests::guest::{Assets, Daemon, Disk, Guest, GuestReport, GuestSpec, sapwood_program};
+use serde_json::Value;
 
 /// How long a guest may take until its writer is at work.
 const READY_LIMIT: Duration = Duration::from_secs(240);
 const SNAPSHOTS: usize = 20;
+/// Blocks that a guest writes while its daemon is killed now and then: after each of so many.
+const BLOCKS: usize = 200;
+const EACH: usize = 40;
 /// Snapshots that one guest looks at: a disk for each.
 const AT_ONCE: usize = 10;
 
@@ -49,12 +54,42 @@ for disk in /dev/vd[b-z]; do
 done
 "#;
 
+/// Fills the disk, waits until another one grows, and writes blocks here and there, one after the other, each durable
+/// before it is named.
+const WRITE_BLOCKS: &str = r#"
+dd if=/dev/urandom of=/dev/vdb bs=1M count=64 oflag=direct conv=fsync status=none
+mark full
+while [ "$(cat /sys/block/vdc/size)" = 2048 ]; do sleep 0.1; done
+n=0
+while [ $n -lt BLOCKS ]; do
+    n=$((n + 1))
+    block=$((n * 9973 % 16384))
+    dd if=/dev/urandom of=/dev/vdb bs=4k count=1 seek=$block oflag=direct conv=fdatasync,notrunc status=none
+    value block $block
+    if [ $((n % EACH)) = 0 ]; then mark written-$n; fi
+done
+"#;
+
 fn guest(daemon: &Daemon, assets: &Assets, root: &str, volumes: &[String], script: &str) -> Result<Guest> {
     let mut disks = vec![daemon.attach(root, 2)?];
     for volume in volumes {
         disks.push(daemon.attach(volume, 1)?);
     }
     Guest::boot(&GuestSpec::new(disks, script), assets)
+}
+
+/// Blocks of 4 KiB in which two snapshots of the volume `data` differ.
+fn diff(daemon: &Daemon, from: &str, to: &str) -> Result<BTreeSet<u64>> {
+    let found: Value =
+        serde_json::from_str(&daemon.sapwood(&["diff", "--output=json", &format!("data{from}"), to])?)?;
+    let mut blocks = BTreeSet::new();
+    for extent in found["extents"].as_array().context("extents")? {
+        let (start, length) =
+            (extent["start"].as_u64().context("start")?, extent["length"].as_u64().context("length")?);
+        ensure!(start % 4096 == 0 && length % 4096 == 0, "an extent of whole blocks: {extent}");
+        blocks.extend(start / 4096..(start + length) / 4096);
+    }
+    Ok(blocks)
 }
 
 fn detach(daemon: &Daemon, volumes: &[String]) -> Result<()> {
@@ -114,5 +149,63 @@ fn every_snapshot_of_a_guest_that_writes_mounts_and_is_clean() -> Result<()> {
     daemon.stop()?;
     let daemon = Daemon::start(&program, &store)?;
     daemon.sapwood(&["store", "check", &store.display().to_string()])?;
+    daemon.stop()
+}
+
+#[test]
+#[ignore = "boots guests: cargo xtask test --only guests"]
+fn a_diff_is_what_a_guest_has_written_after_kills_too() -> Result<()> {
+    let (assets, program) = (Assets::locate()?, sapwood_program()?);
+    let folder = tempfile::tempdir()?;
+    let store = folder.path().join("store");
+    Daemon::init(&program, &store)?;
+    let mut daemon = Daemon::start(&program, &store)?;
+    let image = assets.root_image.display().to_string();
+    daemon.sapwood(&["import", "-q", "-f", "raw", &image, "debian"])?;
+    daemon.sapwood(&["clone", "debian@imported", "root"])?;
+    daemon.sapwood(&["create", ":data", "64M"])?;
+    daemon.sapwood(&["create", ":go", "1M"])?;
+
+    let volumes = [("root", 2), ("data", 1), ("go", 1)];
+    let attach = |daemon: &Daemon| -> Result<Vec<Disk>> {
+        volumes.iter().map(|(volume, queues)| Ok(daemon.attach(volume, *queues)?.reconnecting())).collect()
+    };
+    let script = WRITE_BLOCKS.replace("BLOCKS", &BLOCKS.to_string()).replace("EACH", &EACH.to_string());
+    let writing = Guest::boot(&GuestSpec::new(attach(&daemon)?, script), &assets)?;
+    writing.wait_for("full", READY_LIMIT)?;
+    daemon.sapwood(&["snapshot", "data@before"])?;
+    // The sign for the guest.
+    daemon.sapwood(&["resize", ":go", "2M"])?;
+
+    let mut taken = Vec::new();
+    for written in (EACH..BLOCKS).step_by(EACH) {
+        writing.wait_for(&format!("written-{written}"), READY_LIMIT)?;
+        let before = writing.so_far().values("block").len();
+        daemon.sapwood(&["snapshot", &format!("data@s{written}")])?;
+        let after = writing.so_far().values("block").len();
+        taken.push((format!("@s{written}"), before..=after + 1));
+        daemon = daemon.kill_and_restart()?;
+        attach(&daemon)?;
+    }
+    let report = writing.succeed()?;
+    let blocks: Vec<u64> =
+        report.values("block").into_iter().map(|block| Ok(block.parse()?)).collect::<Result<_>>()?;
+    ensure!(blocks.len() == BLOCKS, "{} of {BLOCKS} blocks", blocks.len());
+    daemon.sapwood(&["snapshot", "data@after"])?;
+    taken.push(("@after".to_owned(), BLOCKS..=BLOCKS));
+
+    let (mut last, mut known) = ("@before".to_owned(), 0);
+    for (snapshot, range) in taken {
+        // Where the snapshot cut: after all that was named before it was asked for, and before what came after it was there.
+        let found = diff(&daemon, &last, &snapshot)?;
+        let cut = known + found.len();
+        let written: BTreeSet<u64> = blocks.get(known..cut).context("blocks")?.iter().copied().collect();
+        ensure!(found == written && range.contains(&cut), "{snapshot}: {known}..{cut}, {range:?}: {found:?}");
+        (last, known) = (snapshot, cut);
+    }
+    let all: BTreeSet<u64> = blocks.into_iter().collect();
+    ensure!(diff(&daemon, "@before", "@after")? == all, "frozen");
+    daemon.sapwood(&["store", "seal", "-q", &store.display().to_string()])?;
+    ensure!(diff(&daemon, "@before", "@after")? == all, "sealed");
     daemon.stop()
 }

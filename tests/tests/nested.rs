@@ -32,9 +32,15 @@ ln -s /dev/vdc /tmp/guest/root/root.raw
 if ! test -c /dev/kvm; then echo "KVM does not start here"; exit 1; fi
 value program $($SAPWOOD_BIN --version)
 value up $(cut -d' ' -f1 /proc/uptime)
+mount -t tracefs tracefs /sys/kernel/tracing
+echo 1 >/sys/kernel/tracing/events/kvm/enable
+# Until a guest's processor cannot go on (SVM_EXIT_SHUTDOWN).
+echo 'traceoff if exit_reason == 0x7f' >/sys/kernel/tracing/events/kvm/kvm_exit/trigger
 {
     status=0
     /run/sapwood/tests --ignored --test-threads=1 --nocapture INNER_TESTS 2>&1 || status=$?
+    # What KVM did before a guest crashed.
+    if [ $(cat /sys/kernel/tracing/tracing_on) = 0 ]; then tail -n 400 /sys/kernel/tracing/trace; fi
     echo $status >/tmp/status
 } | sed -u 's/^/| /'
 exit $(cat /tmp/status)

@@ -42,6 +42,10 @@ impl Daemon {
     /// See [`Backend::start`].
     pub fn start_with(program: &Path, store: &Path, more: &[&str]) -> Result<Self> {
         let sockets = tempfile::Builder::new().prefix("sapwood-").tempdir()?;
+        Self::start_at(program, store, sockets, more)
+    }
+
+    fn start_at(program: &Path, store: &Path, sockets: TempDir, more: &[&str]) -> Result<Self> {
         let socket = sockets.path().join("daemon.sock");
         let arguments = [
             "daemon",
@@ -85,12 +89,13 @@ impl Daemon {
         self.backend.stop()
     }
 
-    /// Ends it with SIGKILL.
+    /// Ends it with SIGKILL, and starts another one, whose sockets have the same paths.
     ///
     /// # Errors
-    /// It had ended before.
-    pub fn kill(self) -> Result<()> {
-        self.backend.kill()
+    /// It had ended before; see [`Backend::start`].
+    pub fn kill_and_restart(self) -> Result<Self> {
+        self.backend.kill()?;
+        Self::start_at(&self.program, &self.store, self.sockets, &[])
     }
 }
 
