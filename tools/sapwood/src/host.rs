@@ -10,10 +10,22 @@ use std::thread::{self, JoinHandle};
 
 use anyhow::Context;
 use clap::ValueEnum;
+use rustix::process::{Resource, getrlimit};
 use sapwood_blockdev::engine::{BlockingEngine, Completion, Engine, Op, Time, UringEngine, WatchFd};
 use sapwood_blockdev::io::{Io, block_on};
 use sapwood_blockdev::storage::{HostFile, HostStorage};
+use sapwood_image::layer::Tuning;
 use sapwood_image::{ImageError, OpenDisk, Side};
+
+/// Disks that a process can serve before their files of layers below reach its limit of open files.
+const DISKS: u64 = 512;
+
+/// How a disk is opened to be served. A read of a layer whose file is closed takes three times as long, so as many are open as the
+/// process may have, for each of [`DISKS`].
+pub fn serving() -> Tuning {
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX) / DISKS;
+    Tuning { files_max: files.clamp(128, 1024) as usize, ..Tuning::default() }
+}
 
 /// A way to move bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

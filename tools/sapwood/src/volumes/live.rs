@@ -15,6 +15,7 @@ use super::service::Service;
 use super::transfer::check_absolute;
 use crate::control::jobs::Job;
 use crate::control::wire::Failure;
+use crate::host::serving;
 
 /// Serves a volume at a socket of its own.
 #[derive(Debug, Serialize, Deserialize)]
@@ -115,7 +116,7 @@ fn socket(service: &Service, name: &str, given: Option<PathBuf>) -> Result<PathB
 
 impl Quick for AttachVolume {
     fn run(self, service: &Arc<Service>) -> Result<Serving, Failure> {
-        let mut tuning = Tuning::default();
+        let mut tuning = serving();
         tuning.map_cache_bytes = self.map_cache.unwrap_or(tuning.map_cache_bytes);
         let socket = socket(service, &self.volume, self.socket)?;
         let serve = Serve { socket, queues: self.queues.unwrap_or(1), tuning };
