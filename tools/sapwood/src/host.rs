@@ -17,13 +17,10 @@ use sapwood_blockdev::storage::{HostFile, HostStorage};
 use sapwood_image::layer::Tuning;
 use sapwood_image::{ImageError, OpenDisk, Side};
 
-/// Disks that a process can serve before their files of layers below reach its limit of open files.
-const DISKS: u64 = 512;
-
-/// How a disk is opened to be served. A read of a layer whose file is closed takes three times as long, so as many are open as the
-/// process may have, for each of [`DISKS`].
-pub fn serving() -> Tuning {
-    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX) / DISKS;
+/// How one of so many disks is opened that this process may have to serve. A read of a layer whose file is closed has to open it
+/// first, so as many stay open as the limit of open files allows all of them.
+pub fn serving(disks: u64) -> Tuning {
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX) / disks;
     Tuning { files_max: files.clamp(128, 1024) as usize, ..Tuning::default() }
 }
 

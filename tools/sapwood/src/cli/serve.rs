@@ -29,6 +29,8 @@ use crate::volumes::access::Access;
 use crate::volumes::address::Address;
 use crate::volumes::attached::{self, Attached};
 
+/// Of its open files a server's disk has one part in so many for layers below; the others are for queues and packs.
+const SHARE: u64 = 16;
 /// Exit code when a second signal comes before everything is durable.
 pub const EXIT_INTERRUPTED: i32 = 130;
 
@@ -185,7 +187,7 @@ impl Serve {
             map_cache_bytes: self.map_cache.0,
             space_percent: self.space_percent,
             space_slack: self.space_slack.as_ref().map(|slack| slack.0),
-            ..serving()
+            ..serving(SHARE)
         }
     }
 
