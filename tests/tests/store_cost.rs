@@ -3,18 +3,22 @@
 #![allow(missing_docs, clippy::unwrap_used)]
 
 use std::path::Path;
-use std::process::Command;
+use std::process;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use sapwood_blockdev::buffer::SharedBuf;
+use sapwood_blockdev::device::{BlockDevice, Command, DeviceQueue, Request, drain};
 use sapwood_blockdev::engine::BlockingEngine;
 use sapwood_blockdev::io::{Io, block_on};
 use sapwood_blockdev::storage::HostStorage;
-use sapwood_image::layer::{Layer, OpenLayer};
+use sapwood_blockdev::units::{BLOCK_SIZE, GuestOffset};
+use sapwood_image::layer::{Layer, OpenLayer, Tuning};
+use sapwood_image::volume::Volume;
 use sapwood_store::catalog::Look;
 use sapwood_store::rows::VolumeRow;
 use sapwood_store::{Id, SnapshotName, Store, StoreOptions, directory};
-use sapwood_tests::counting::{Counters, CountingEngine, Counts};
+use sapwood_tests::counting::{Counters, CountingEngine, CountingStorage, Counts};
 use sapwood_tests::synthetic::{self, Synthetic};
 
 type Engine = CountingEngine<BlockingEngine>;
@@ -77,14 +81,7 @@ impl Lab {
         let (store, io) = (Arc::clone(&self.store), self.io.clone());
         let (before, start) = (self.counters.now(), Instant::now());
         block_on(&self.io, async move { action(store, io).await }).unwrap();
-        let (after, took) = (self.counters.now(), start.elapsed());
-        let counts = Counts {
-            writes: after.writes - before.writes,
-            written_bytes: after.written_bytes - before.written_bytes,
-            reads: after.reads - before.reads,
-            read_bytes: after.read_bytes - before.read_bytes,
-        };
-        (counts, took)
+        (self.counters.now() - before, start.elapsed())
     }
 }
 
@@ -133,6 +130,53 @@ fn what_is_done_with_snapshots_does_not_depend_on_the_size_of_the_disk() {
     }
 }
 
+/// Writes one block, as a guest does.
+fn write(volume: &Arc<Volume<Engine>>, block: u64) {
+    let mut queue = volume.queue(engine(&Arc::default()));
+    let command = Command::Write(SharedBuf::heap(BLOCK_SIZE as usize).into());
+    queue.submit(Request { tag: 0, offset: GuestOffset(block * BLOCK_SIZE), len: BLOCK_SIZE, command });
+    let mut done = Vec::new();
+    drain(&mut queue, &mut done);
+    assert!(done.len() == 1 && done[0].result.is_ok());
+}
+
+/// What each of so many snapshots of an attached volume costs, with a write before each; without the catalog.
+fn costs_of_live_snapshots(count: u64) -> Vec<Counts> {
+    let folder = tempfile::tempdir().unwrap();
+    let root = folder.path().join("store");
+    let counters = Arc::<Counters>::default();
+    let io = Io::new(engine(&counters));
+    let (inner, storage) = (io.clone(), CountingStorage(Arc::clone(&counters)));
+    block_on(&io, async move {
+        let (io, options, catalog) = (inner, StoreOptions::default(), || engine(&Arc::default()));
+        directory::init(&storage, &io, catalog(), &root, &options).await.unwrap();
+        let store = Store::open(&storage, &io, catalog(), &root, options).await.unwrap();
+        store.create("v", 1 << 30).unwrap();
+        let mut attachment = store.attach(&io, "v").await.unwrap();
+        let volume = store.open_volume(&io, &attachment, Tuning::default()).await.unwrap();
+        let mut costs = Vec::new();
+        for n in 0..count {
+            write(&volume, n * 77);
+            let before = counters.now();
+            store.snapshot_volume(&io, &mut attachment, &volume, &format!("s{n}")).await.unwrap();
+            costs.push(counters.now() - before);
+            assert_eq!(volume.layer().info().depth as u64, n + 1);
+        }
+        volume.close(&io).await.unwrap();
+        store.detach(attachment, None).unwrap();
+        costs
+    })
+}
+
+#[test]
+fn a_live_snapshot_opens_and_reads_the_same_at_any_depth() {
+    let costs = costs_of_live_snapshots(201);
+    let [shallow, deep] = [5, 200].map(|n| (costs[n].opens, costs[n].reads, costs[n].read_bytes));
+    println!("{:?} after 5, {:?} after 200", costs[5], costs[200]);
+    assert_eq!(shallow, deep, "opens, reads, bytes read");
+    assert!(shallow.0 <= 6 && shallow.1 <= 12, "{shallow:?}");
+}
+
 #[test]
 #[ignore = "prints times: of qcow2's internal snapshots, for docs/performance.md"]
 fn the_same_with_qcow2() {
@@ -141,12 +185,12 @@ fn the_same_with_qcow2() {
         let image = folder.path().join("disk.qcow2");
         let qemu_img = |arguments: &[&str]| {
             let start = Instant::now();
-            let status = Command::new("qemu-img").args(arguments).arg(&image).status().unwrap();
+            let status = process::Command::new("qemu-img").args(arguments).arg(&image).status().unwrap();
             assert!(status.success(), "{arguments:?}");
             start.elapsed()
         };
         let start = Instant::now();
-        let made = Command::new("qemu-img")
+        let made = process::Command::new("qemu-img")
             .args(["create", "-q", "-f", "qcow2", "-o", "preallocation=metadata"])
             .arg(&image)
             .arg(size.to_string())

@@ -130,7 +130,7 @@ pub fn run(config: Config, stop: BorrowedFd<'_>) -> Result<Ending, Error> {
 
 /// Allows as many open files as the system lets this process have: the usual limit of 1024 is there for programs that call
 /// select(2), and eight disks with 64 queues need more.
-fn allow_descriptors() {
+pub fn allow_descriptors() {
     let limit = getrlimit(Resource::Nofile);
     let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     if let Err(error) = raised {

@@ -23,9 +23,9 @@ pub(crate) type Page = Arc<AlignedBuf>;
 /// A decompressed cluster.
 pub(crate) type Cluster = Arc<[u8]>;
 
-/// Pages by the number of their image in the chain and their own in the file.
+/// Pages by the number of their image in the chain, from the bottom up, and their own in the file.
 pub(crate) type TableCache = Cache<(usize, u64), Page>;
-/// Clusters by the number of their image in the chain and the offset of their compressed bytes.
+/// Clusters by the number of their image in the chain, from the bottom up, and the offset of their compressed bytes.
 pub(crate) type ClusterCache = Cache<(usize, u64), Cluster, ByLength>;
 
 /// Weighs clusters by their length.

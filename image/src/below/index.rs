@@ -7,7 +7,7 @@ use crate::layer::frozen::{FrozenRun, Holds};
 /// A stretch of blocks that one layer answers for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Run {
-    /// The first block, and in the lowest 16 bits the number of the layer in the chain.
+    /// The first block, and in the lowest 16 bits the number of the layer, from the top of the index.
     at: u64,
     /// Where in its file the first block lies; 0: they are zeroes.
     place: u32,
@@ -123,6 +123,12 @@ impl Builder {
             layers *= 2;
         }
         self.lists.push((layers, list));
+    }
+
+    /// Adds what lies below everything else, `above` layers down; nothing can be added after it.
+    pub(super) fn add_index(&mut self, above: u16, below: &Index) {
+        let runs = below.runs.iter().map(|run| Run { at: run.at + u64::from(above), ..*run });
+        self.lists.push((1, runs.collect()));
     }
 
     /// Merges all that was added, so that [`len_max`](Self::len_max) is as small as it can be.

@@ -65,8 +65,8 @@ impl<E: Engine> Chain<E> {
             });
             let next = Extent { start: at, len: found.len, kind, depth, offset, file };
             at += found.len;
-            match self.links.get(found.link) {
-                Some(Link::Raw { file, .. }) if kind == ExtentKind::Data => {
+            match &*self.links[found.link] {
+                Link::Raw { file, .. } if kind == ExtentKind::Data => {
                     for extent in raw::map::extents(file, next.range())? {
                         Extent::push_to(extents, Extent { depth, ..extent });
                     }
@@ -79,7 +79,7 @@ impl<E: Engine> Chain<E> {
 
     /// The path of the file in which a link has its data.
     fn data_path(&self, link: usize) -> &Path {
-        match &self.links[link] {
+        match &*self.links[link] {
             Link::Qcow2(image) => image.data().0.path(),
             link => link.path(),
         }

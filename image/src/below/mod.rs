@@ -21,6 +21,8 @@
 //! The files of layers are open as far as a bound allows, and are opened again when they are needed
 //! (`pool`); one that is not what it was is an error then. Raw and qcow2 images stay open.
 //!
+//! A layer that is put on a chain that is open makes another chain, which shares all else with that one (`extend`).
+//!
 //! No link ends a chain's answer but by its size: what a link lacks at its end reads as zeroes above,
 //! whatever lies below it. `limits` says for each link how far it is seen.
 //!
@@ -31,6 +33,7 @@
 
 pub(crate) mod cache;
 mod disk;
+mod extend;
 mod index;
 mod map;
 mod open;
@@ -59,7 +62,7 @@ use sapwood_blockdev::storage::{FileIdentity, StorageFile};
 use crate::error::ImageError;
 use crate::layer::frozen::Seal;
 use crate::layer::in_store::Kept;
-use crate::layer::{Tuning, check_size};
+use crate::layer::{LayerId, Tuning, check_size};
 use crate::qcow2::image::Image;
 use crate::raw::check_growth;
 use crate::sealed::Snapshot;
@@ -78,16 +81,17 @@ type Reopen<F> = Box<dyn Fn(&Path) -> Result<F, ImageError> + Send + Sync>;
 /// See the module's documentation. Made by [`Chain::open`] and [`Chain::open_sealed`].
 pub struct Chain<E: Engine> {
     /// From the top down; never empty.
-    links: Vec<Link<E>>,
+    links: Vec<Arc<Link<E>>>,
     /// How many bytes of the disk can be seen of each link: the smallest size down to it.
     limits: Vec<u64>,
     stages: Vec<Stage>,
-    pool: Pool<E>,
+    /// Shared with the chain of which this one is an extension, as the caches are.
+    pool: Arc<Pool<E>>,
     reopen: Reopen<E::File>,
     /// How a layer whose map is asked is opened.
     paged_tuning: Tuning,
-    tables: TableCache,
-    clusters: ClusterCache,
+    tables: Arc<TableCache>,
+    clusters: Arc<ClusterCache>,
     decompressing: Permits,
     /// Damage found while reading has been logged; a guest must not be able to fill the log.
     complained: AtomicBool,
@@ -95,8 +99,8 @@ pub struct Chain<E: Engine> {
 
 /// Who is asked for a block.
 enum Stage {
-    /// Layers from link `first` on, all at once.
-    Index { first: usize, index: Index },
+    /// Layers from link `first` on, all at once; the index counts them from there.
+    Index { first: usize, index: Arc<Index> },
     /// One link.
     Link(usize),
 }
@@ -141,6 +145,12 @@ pub(crate) struct LayerLink {
     _kept: Option<Kept>,
 }
 
+impl LayerLink {
+    fn id(&self) -> &LayerId {
+        &self.seal.id
+    }
+}
+
 impl<E: Engine> Link<E> {
     fn path(&self) -> &Path {
         match self {
@@ -172,6 +182,11 @@ impl<E: Engine> Chain<E> {
         self.links[0].path()
     }
 
+    /// Of a link, how many there are from it down: it stays the same when something is put on the chain.
+    fn height(&self, link: usize) -> usize {
+        self.links.len() - link
+    }
+
     /// Images in it.
     pub fn depth(&self) -> usize {
         self.links.len()
@@ -179,8 +194,12 @@ impl<E: Engine> Chain<E> {
 
     /// Memory that the indexes over layers take, in bytes.
     pub fn index_bytes(&self) -> usize {
+        self.index_runs() * index::RUN_BYTES
+    }
+
+    fn index_runs(&self) -> usize {
         let indexes = self.stages.iter().map(|stage| match stage {
-            Stage::Index { index, .. } => index.len() * index::RUN_BYTES,
+            Stage::Index { index, .. } => index.len(),
             Stage::Link(_) => 0,
         });
         indexes.sum()
@@ -188,7 +207,7 @@ impl<E: Engine> Chain<E> {
 
     /// Refuses a size that the image at the top, which is to be written, cannot be given.
     pub(crate) fn check_growth(&self, size: u64) -> Result<(), ImageError> {
-        match &self.links[0] {
+        match &*self.links[0] {
             Link::Layer(layer) => check_size(&layer.path, size.max(layer.size), layer.segment_blocks),
             Link::Raw { file, size: old, .. } if *old < size => check_growth(file, size),
             _ => Ok(()),
@@ -197,7 +216,7 @@ impl<E: Engine> Chain<E> {
 
     /// Raw and qcow2 files, from the top down, and what makes them recognisable.
     pub fn files(&self) -> Vec<(PathBuf, FileIdentity)> {
-        let files = self.links.iter().flat_map(|link| match link {
+        let files = self.links.iter().flat_map(|link| match &**link {
             Link::Raw { file, identity, .. } => vec![(file.path().to_owned(), *identity)],
             Link::Qcow2(image) => {
                 let data = image.external_data().map(|(file, identity)| (file.path().to_owned(), *identity));

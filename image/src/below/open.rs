@@ -103,7 +103,7 @@ impl<E: Engine> Chain<E> {
     ) -> Result<Self, ImageError> {
         let first =
             NextLink { path: path.to_owned(), format, options: options.clone(), named: None, resolved: None };
-        Ok(Self::open_below(storage, io, first, None, &Tuning::default(), None).await?.0)
+        Ok(Self::open_below(storage, io, first, None, &Tuning::default(), None, None).await?.0)
     }
 
     /// Opens a snapshot of a store for reading, with all that lies below it.
@@ -119,11 +119,12 @@ impl<E: Engine> Chain<E> {
         let resolved = resolver.resolve(base);
         let resolved = resolved.map_err(|text| ImageError::new(base.to_string(), ErrorKind::Base(text)))?;
         let first = NextLink::snapshot(resolved);
-        Ok(Self::open_below(storage, io, first, None, &Tuning::default(), Some(resolver)).await?.0)
+        Ok(Self::open_below(storage, io, first, None, &Tuning::default(), Some(resolver), None).await?.0)
     }
 
     /// As [`Chain::open`], of what lies below a layer whose id is `above`. By what the image at the top
-    /// is recognised is the answer, too.
+    /// is recognised is the answer, too. `known` is what that image, if it is a layer, has below it, and is open: then the
+    /// image is put on it, where that can be.
     pub(crate) async fn open_below<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
@@ -131,6 +132,7 @@ impl<E: Engine> Chain<E> {
         above: Option<LayerId>,
         tuning: &Tuning,
         resolver: Option<&dyn ResolveBase<E>>,
+        known: Option<&Self>,
     ) -> Result<(Self, BaseIdentity), ImageError> {
         let above = above.or(first.named.as_ref().map(|named| named.id));
         let top = first.named.clone();
@@ -153,6 +155,10 @@ impl<E: Engine> Chain<E> {
                 }
                 Err(error) => return Err(error),
             };
+            if let Some(known) = known.filter(|known| is_first && opener.fits_on(known, found.next.as_ref()))
+            {
+                return Ok((opener.finish_on(known), found.identity));
+            }
             next = found.next;
             identity.get_or_insert(found.identity);
         }
@@ -171,22 +177,22 @@ struct Found<E: Engine> {
 }
 
 /// A chain that is being opened.
-struct Opener<'a, S: Storage, E: Engine<File = S::File>> {
+pub(super) struct Opener<'a, S: Storage, E: Engine<File = S::File>> {
     storage: &'a S,
     io: &'a Io<E>,
     tuning: Tuning,
     resolver: Option<&'a dyn ResolveBase<E>>,
-    links: Vec<Link<E>>,
-    limits: Vec<u64>,
-    stages: Vec<Stage>,
+    pub(super) links: Vec<Arc<Link<E>>>,
+    pub(super) limits: Vec<u64>,
+    pub(super) stages: Vec<Stage>,
     /// The index over the layers since the last other stage, and the first of them.
-    index: Builder,
+    pub(super) index: Builder,
     index_first: usize,
     /// Runs in the indexes that are complete.
     runs: usize,
-    pool: Pool<E>,
+    pub(super) pool: Arc<Pool<E>>,
     /// The layers of the chain, and the one above it.
-    layers: HashSet<LayerId>,
+    pub(super) layers: HashSet<LayerId>,
 }
 
 impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
@@ -202,7 +208,7 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
             index: Builder::default(),
             index_first: 0,
             runs: 0,
-            pool: Pool::new(tuning.files_max, PAGED_MAX),
+            pool: Arc::new(Pool::new(tuning.files_max, PAGED_MAX)),
             layers: above.into_iter().collect(),
         }
     }
@@ -257,7 +263,7 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
     fn push(&mut self, link: Link<E>) {
         let above = self.limits.last().copied().unwrap_or(u64::MAX);
         self.limits.push(link.size().min(above));
-        self.links.push(link);
+        self.links.push(Arc::new(link));
     }
 
     fn push_stage(&mut self, link: Link<E>) {
@@ -267,19 +273,23 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
         self.index_first = self.links.len();
     }
 
-    fn finish_index(&mut self) {
+    pub(super) fn finish_index(&mut self) {
         let index = std::mem::take(&mut self.index).finish();
         self.runs += index.len();
         if index.len() > 0 {
-            self.stages.push(Stage::Index { first: self.index_first, index });
+            self.stages.push(Stage::Index { first: self.index_first, index: Arc::new(index) });
         }
+    }
+
+    /// Runs that all indexes together may have.
+    pub(super) fn runs_max(&self) -> usize {
+        self.tuning.index_bytes as usize / RUN_BYTES
     }
 
     /// Runs that the index may still take.
     fn room(&mut self) -> usize {
-        let all = self.tuning.index_bytes as usize / RUN_BYTES;
         // Half of what is free, since each may split another.
-        all.saturating_sub(self.runs + self.index.len_max()) / 2
+        self.runs_max().saturating_sub(self.runs + self.index.len_max()) / 2
     }
 
     async fn open_layer(
@@ -296,7 +306,6 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
         if !self.layers.insert(record.layer_id) {
             return Err(ImageError::new(path, ErrorKind::Base("its bases form a loop".to_owned())));
         }
-        let number = self.links.len();
         let above = self.limits.last().copied().unwrap_or(u64::MAX);
         let size = identity.size();
         let runs = self.scan(&layer, blocks_of(size.min(above))).await?;
@@ -310,11 +319,11 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
         }));
         match runs {
             Some(runs) => {
-                self.index.add(number as u16, &runs);
+                self.index.add((self.links.len() - self.index_first) as u16, &runs);
                 // Before the other one is closed, so that the lock is never given up.
                 if self.pool.has_place() {
                     let file = open_file(self.storage, path, OpenOptions::READ, Lock::Shared)?;
-                    self.pool.keep(number, &Opened::File(file));
+                    self.pool.keep(&record.layer_id, &Opened::File(file));
                 }
                 self.push(link);
             }
@@ -407,7 +416,7 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
         Ok(())
     }
 
-    fn finish(mut self) -> Chain<E> {
+    pub(super) fn finish(mut self) -> Chain<E> {
         self.finish_index();
         let storage = self.storage.clone();
         let reopen = move |path: &Path| open_file(&storage, path, OpenOptions::READ, Lock::Shared);
@@ -421,8 +430,8 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Opener<'a, S, E> {
                 map_cache_bytes: self.tuning.index_bytes / PAGED_MAX as u64,
                 ..self.tuning
             },
-            tables: cache::tables(),
-            clusters: cache::clusters(),
+            tables: Arc::new(cache::tables()),
+            clusters: Arc::new(cache::clusters()),
             decompressing: Permits::new(DECOMPRESSING_MAX),
             complained: AtomicBool::new(false),
         }

@@ -187,7 +187,7 @@ impl<E: Engine> Chain<E> {
             }
             position.len = position.len.min(limit - at);
             let found = match stage {
-                Stage::Index { index, .. } => self.find_in_index(index, &mut position),
+                Stage::Index { first, index } => self.find_in_index(*first, index, &mut position),
                 Stage::Link(link) => self.find_in(*link, &mut position, held)?,
             };
             if let Some(found) = found {
@@ -205,7 +205,7 @@ impl<E: Engine> Chain<E> {
         Found { link, mapping: Mapping::Unallocated, len: position.len, stage: position.stage }
     }
 
-    fn find_in_index(&self, index: &Index, position: &mut Position) -> Option<Found> {
+    fn find_in_index(&self, first: usize, index: &Index, position: &mut Position) -> Option<Found> {
         let Position { at, stage, .. } = *position;
         let inside = at % BLOCK_SIZE;
         let bytes = |blocks: u64| blocks.saturating_mul(BLOCK_SIZE).saturating_sub(inside);
@@ -216,6 +216,7 @@ impl<E: Engine> Chain<E> {
             }
             Answer::Layer { link, holds, blocks } => {
                 position.len = position.len.min(bytes(blocks));
+                let link = first + link;
                 let limit = self.limits[link];
                 if at >= limit {
                     return Some(self.nothing(position));
@@ -230,18 +231,19 @@ impl<E: Engine> Chain<E> {
     fn find_in(&self, link: usize, position: &mut Position, held: &Held<E>) -> Result<Option<Found>, Stop> {
         let Position { at, stage, len } = *position;
         let miss = |part| Stop::Miss(Miss { position: Position { at, stage, len }, link, part });
-        let (mapping, known) = match &self.links[link] {
+        let (mapping, known) = match &*self.links[link] {
             Link::Raw { .. } => (Mapping::Data(at), len),
             Link::Qcow2(image) => {
-                let page = |page| held.page((link, page)).or_else(|| self.tables.get(&(link, page)));
+                let page =
+                    |page| held.page((link, page)).or_else(|| self.tables.get(&(self.height(link), page)));
                 image.find(at, at + len, page).map_err(|stop| match stop {
                     image::Stop::Miss(page) => miss(Part::Page(page)),
                     image::Stop::Flaw(flaw) => Stop::Damage(flaw.of(image.path())),
                 })?
             }
-            Link::Layer(_) => {
+            Link::Layer(layer) => {
                 let blocks = at / BLOCK_SIZE..(at + len).div_ceil(BLOCK_SIZE);
-                let opened = held.opened(link).or_else(|| self.pool.get(link));
+                let opened = held.opened(link).or_else(|| self.pool.get(layer.id()));
                 let Some(Opened::Layer(layer)) = opened else { return Err(miss(Part::File)) };
                 let Some(run) = layer.first_run(blocks.clone()) else {
                     return Err(miss(Part::Nodes(blocks.start..blocks.start + 1)));
@@ -276,14 +278,14 @@ impl<E: Engine> Chain<E> {
             }
             Mapping::Sealed => return Ok(Source::Sealed(SealedPart { link, start: range.start })),
         };
-        let (file, len) = match &self.links[link] {
+        let (file, len) = match &*self.links[link] {
             Link::Raw { file, identity, .. } => (file.clone(), identity.size),
             Link::Qcow2(image) => {
                 let (file, len) = image.data();
                 (file.clone(), len)
             }
-            Link::Layer(_) => {
-                let Some(opened) = held.opened(link).or_else(|| self.pool.get(link)) else {
+            Link::Layer(layer) => {
+                let Some(opened) = held.opened(link).or_else(|| self.pool.get(layer.id())) else {
                     let position =
                         Position { at: range.start, stage: found.stage, len: range.end - range.start };
                     return Err(Stop::Miss(Miss { position, link, part: Part::File }));
@@ -302,8 +304,8 @@ impl<E: Engine> Chain<E> {
     }
 
     fn cluster_size(&self, link: usize) -> Option<u64> {
-        match self.links.get(link) {
-            Some(Link::Qcow2(image)) => Some(image.cluster_size()),
+        match &**self.links.get(link)? {
+            Link::Qcow2(image) => Some(image.cluster_size()),
             _ => None,
         }
     }
@@ -323,24 +325,24 @@ impl<E: Engine> Chain<E> {
             *held = Held::default();
         }
         held.position = position;
-        match (part, &self.links[link]) {
+        match (part, &*self.links[link]) {
             (Part::Page(page), Link::Qcow2(image)) => {
-                let loaded = self.load_page(io, (link, page), image.file.clone()).await?;
+                let loaded = self.load_page(io, (self.height(link), page), image.file.clone()).await?;
                 held.pages.push(((link, page), loaded));
             }
             (Part::File, Link::Layer(layer)) => {
                 // Given back first, since others may wait for it, too.
                 (held.opened, held.permit) = (None, None);
                 let permit = self.pool.permit().await;
-                let opened = match self.pool.get(link) {
+                let opened = match self.pool.get(layer.id()) {
                     Some(opened) => opened,
                     None => self.open_again(io, layer).await.map_err(|error| self.complain(&error))?,
                 };
-                held.permit = (!self.pool.keep(link, &opened)).then_some(permit);
+                held.permit = (!self.pool.keep(layer.id(), &opened)).then_some(permit);
                 held.opened = Some((link, opened));
             }
-            (Part::Nodes(blocks), _) => {
-                let opened = held.opened(link).or_else(|| self.pool.get(link));
+            (Part::Nodes(blocks), Link::Layer(layer)) => {
+                let opened = held.opened(link).or_else(|| self.pool.get(layer.id()));
                 let Some(Opened::Layer(layer)) = opened else { return Ok(()) };
                 let pins = layer.pin(io, &blocks).await.map_err(|error| {
                     self.complain(&error);
@@ -368,27 +370,27 @@ impl<E: Engine> Chain<E> {
         brought.await
     }
 
-    /// Opens the file of a layer again, which must be what it was.
     /// Keeps the image at the top open until the answer is dropped, for whoever is going to write it.
     pub(crate) async fn hold_top(&self, io: &Io<E>) -> Result<Opened<E>, ImageError> {
         let refuse =
             |detail: &str| Err(ImageError::new(self.path(), ErrorKind::Unsupported(detail.to_owned())));
-        let link = match &self.links[0] {
+        let link = match &*self.links[0] {
             Link::Raw { file, .. } => return Ok(Opened::File(file.clone())),
             Link::Qcow2(_) => return refuse("qcow2 images are read, not written"),
             Link::Sealed(_) => return refuse("a sealed snapshot never changes"),
             Link::Layer(link) => link,
         };
-        if let Some(opened) = self.pool.get(0) {
+        if let Some(opened) = self.pool.get(link.id()) {
             return Ok(opened);
         }
         let opened = self.open_again(io, link).await?;
-        match self.pool.keep(0, &opened) {
+        match self.pool.keep(link.id(), &opened) {
             true => Ok(opened),
             false => refuse("too many files of the chain are open"),
         }
     }
 
+    /// Opens the file of a layer again, which must be what it was.
     async fn open_again(&self, io: &Io<E>, link: &LayerLink) -> Result<Opened<E>, ImageError> {
         let file = (self.reopen)(&link.path)?;
         Layer::check_seal(io, &link.path, file.clone(), &link.seal).await?;

@@ -1,9 +1,10 @@
-//! The files of frozen layers that are open: not more than a bound, whatever the length of the chain.
+//! The files of frozen layers that are open: not more than a bound, whatever the length of the chain. A chain and its extensions
+//! share them, so they go by the layers' ids.
 //!
 //! A file that no read needs at the moment may be closed for another one. Whoever opens one holds a
 //! permit until it has been read or has found a place here; so the bound holds with those, too.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::future::poll_fn;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
@@ -11,7 +12,7 @@ use std::task::{Poll, Waker};
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::storage::StorageFile;
 
-use crate::layer::Layer;
+use crate::layer::{Layer, LayerId};
 
 /// Files that are being opened or read without a place in the pool, at most.
 const PASSING_MAX: usize = 8;
@@ -58,11 +59,15 @@ struct Entry<E: Engine> {
     used: u64,
 }
 
+impl<E: Engine> Entry<E> {
+    /// Whether its map is asked.
+    fn is_layer(&self) -> bool {
+        matches!(self.opened, Opened::Layer(_))
+    }
+}
+
 struct State<E: Engine> {
-    /// By the number of the link.
-    entries: Vec<Option<Entry<E>>>,
-    /// Links that have an entry.
-    open: Vec<usize>,
+    entries: HashMap<LayerId, Entry<E>>,
     now: u64,
 }
 
@@ -79,7 +84,7 @@ impl<E: Engine> Pool<E> {
     /// their own. There is always one to pass by.
     pub(super) fn new(files_max: usize, layers_max: usize) -> Self {
         let passing = PASSING_MAX.min(files_max.div_ceil(2)).max(1);
-        let state = State { entries: Vec::new(), open: Vec::new(), now: 0 };
+        let state = State { entries: HashMap::new(), now: 0 };
         let files_max = files_max.saturating_sub(passing);
         let layers_max = layers_max.min(files_max);
         Self { state: Mutex::new(state), files_max, layers_max, passing: Permits::new(passing) }
@@ -89,12 +94,12 @@ impl<E: Engine> Pool<E> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// An open link.
-    pub(super) fn get(&self, link: usize) -> Option<Opened<E>> {
+    /// A layer that is open.
+    pub(super) fn get(&self, layer: &LayerId) -> Option<Opened<E>> {
         let mut state = self.state();
         state.now += 1;
         let now = state.now;
-        let entry = state.entries.get_mut(link)?.as_mut()?;
+        let entry = state.entries.get_mut(layer)?;
         entry.used = now;
         Some(entry.opened.clone())
     }
@@ -106,53 +111,40 @@ impl<E: Engine> Pool<E> {
 
     /// Whether there is a place without closing anything.
     pub(super) fn has_place(&self) -> bool {
-        self.state().open.len() < self.files_max
+        self.state().entries.len() < self.files_max
     }
 
-    /// Keeps a link open if there is a place, or one that can be had by closing another; says whether
+    /// Keeps a layer open if there is a place, or one that can be had by closing another; says whether
     /// there was one.
-    pub(super) fn keep(&self, link: usize, opened: &Opened<E>) -> bool {
+    pub(super) fn keep(&self, layer: &LayerId, opened: &Opened<E>) -> bool {
         // Closed after the lock was given up.
         let _closed;
         let mut state = self.state();
-        let is_layer = matches!(opened, Opened::Layer(_));
-        let layers = state.open.iter().filter(|link| state.is_layer(**link)).count();
-        let is_full = state.open.len() >= self.files_max;
-        let no_layer = is_layer && layers >= self.layers_max;
+        let is_full = state.entries.len() >= self.files_max;
+        let layers = || state.entries.values().filter(|entry| entry.is_layer()).count();
+        let no_layer = matches!(opened, Opened::Layer(_)) && layers() >= self.layers_max;
         if is_full || no_layer {
             _closed = state.take_idle(no_layer);
             if _closed.is_none() {
                 return false;
             }
         }
-        if state.entries.len() <= link {
-            state.entries.resize_with(link + 1, || None);
-        }
         state.now += 1;
         let entry = Entry { opened: opened.clone(), used: state.now };
-        if state.entries[link].replace(entry).is_none() {
-            state.open.push(link);
-        }
+        state.entries.insert(*layer, entry);
         true
     }
 }
 
 impl<E: Engine> State<E> {
-    fn is_layer(&self, link: usize) -> bool {
-        let entry = self.entries.get(link).and_then(Option::as_ref);
-        entry.is_some_and(|entry| matches!(entry.opened, Opened::Layer(_)))
-    }
-
-    /// Takes out the link that was not used for the longest time and is not used now; a layer if it has
+    /// Takes out the one that was not used for the longest time and is not used now; a layer if it has
     /// to be one.
     fn take_idle(&mut self, layer: bool) -> Option<Entry<E>> {
-        let free = self.open.iter().enumerate().filter_map(|(i, &link)| {
-            let entry = self.entries[link].as_ref()?;
-            let fits = !layer || matches!(entry.opened, Opened::Layer(_));
-            (fits && !entry.opened.is_used()).then_some((entry.used, i))
-        });
-        let link = self.open.swap_remove(free.min()?.1);
-        self.entries[link].take()
+        let free =
+            self.entries.iter().filter(|(_, entry)| (!layer || entry.is_layer()) && !entry.opened.is_used());
+        let (id, _) = free.min_by_key(|(_, entry)| entry.used)?;
+        let id = *id;
+        self.entries.remove(&id)
     }
 }
 
@@ -206,27 +198,26 @@ mod tests {
         // Two of three are for those who pass by.
         let pool: Pool<BlockingEngine> = Pool::new(3, 8);
         assert!(pool.has_place());
-        assert!(pool.keep(0, &Opened::File(file("a"))));
+        assert!(pool.keep(&[0; 16], &Opened::File(file("a"))));
         assert!(!pool.has_place());
-        let used = pool.get(0).unwrap();
-        assert!(!pool.keep(7, &Opened::File(file("b"))));
-        assert!(pool.get(0).is_some() && pool.get(7).is_none());
+        let used = pool.get(&[0; 16]).unwrap();
+        assert!(!pool.keep(&[7; 16], &Opened::File(file("b"))));
+        assert!(pool.get(&[0; 16]).is_some() && pool.get(&[7; 16]).is_none());
         drop(used);
-        assert!(pool.keep(7, &Opened::File(file("c"))));
-        assert!(pool.get(0).is_none() && pool.get(7).is_some());
+        assert!(pool.keep(&[7; 16], &Opened::File(file("c"))));
+        assert!(pool.get(&[0; 16]).is_none() && pool.get(&[7; 16]).is_some());
     }
 
     #[test]
     fn what_was_not_used_for_the_longest_time_is_closed() {
         let folder = tempfile::tempdir().unwrap();
-        let file = |name: usize| {
-            HostStorage.open(&folder.path().join(name.to_string()), OpenOptions::CREATE).unwrap()
-        };
+        let file =
+            |name: u8| HostStorage.open(&folder.path().join(name.to_string()), OpenOptions::CREATE).unwrap();
         let pool: Pool<BlockingEngine> = Pool::new(6, 8);
-        (0..3).for_each(|link| assert!(pool.keep(link, &Opened::File(file(link)))));
-        drop(pool.get(0));
-        assert!(pool.keep(3, &Opened::File(file(3))));
-        let open: Vec<usize> = (0..4).filter(|link| pool.get(*link).is_some()).collect();
+        (0..3).for_each(|n| assert!(pool.keep(&[n; 16], &Opened::File(file(n)))));
+        drop(pool.get(&[0; 16]));
+        assert!(pool.keep(&[3; 16], &Opened::File(file(3))));
+        let open: Vec<u8> = (0..4).filter(|n| pool.get(&[*n; 16]).is_some()).collect();
         assert_eq!(open, [0, 2, 3]);
     }
 }

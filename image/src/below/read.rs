@@ -102,7 +102,7 @@ impl<E: Engine> Chain<E> {
 
     /// Bytes that decompressing a part takes while it is under way.
     pub(crate) fn cost(&self, part: Compressed) -> usize {
-        match self.links.get(part.link) {
+        match self.links.get(part.link).map(|link| &**link) {
             Some(Link::Qcow2(image)) => part.len as usize + 2 * image.cluster_size() as usize,
             _ => 0,
         }
@@ -110,13 +110,15 @@ impl<E: Engine> Chain<E> {
 
     /// The cluster that holds a part.
     async fn cluster(&self, io: &Io<E>, part: Compressed) -> Result<Cluster, DeviceError> {
-        let Some(Link::Qcow2(image)) = self.links.get(part.link) else { return Err(DeviceError::Corrupt) };
+        let Some(Link::Qcow2(image)) = self.links.get(part.link).map(|link| &**link) else {
+            return Err(DeviceError::Corrupt);
+        };
         if part.offset >= image.identity.size {
             let detail = "it lies outside of the file";
             let error = ImageError::corrupt(image.path(), "compressed cluster", part.offset, detail);
             return Err(self.complain(&error));
         }
-        let key = (part.link, part.offset);
+        let key = (self.height(part.link), part.offset);
         let brought = self.clusters.get_or_insert_async(&key, async {
             let (bytes, range) = read_aligned(io, &image.file, part.offset, part.len as usize, true).await?;
             let cluster = decompress(image.compression(), &bytes[range], image.cluster_size() as usize);

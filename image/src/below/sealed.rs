@@ -34,16 +34,16 @@ impl<E: Engine> Chain<E> {
         let link = Link::sealed(packs, root)?;
         Ok(Self {
             limits: vec![link.size()],
-            links: vec![link],
+            links: vec![Arc::new(link)],
             stages: vec![Stage::Link(0)],
             // There are no layers whose files could be opened.
-            pool: Pool::new(0, 0),
+            pool: Arc::new(Pool::new(0, 0)),
             reopen: Box::new(|path| {
                 Err(ImageError::new(path, ErrorKind::Base("it is no layer of this chain".to_owned())))
             }),
             paged_tuning: Tuning::default(),
-            tables: cache::tables(),
-            clusters: cache::clusters(),
+            tables: Arc::new(cache::tables()),
+            clusters: Arc::new(cache::clusters()),
             decompressing: Permits::new(DECOMPRESSING_MAX),
             complained: AtomicBool::new(false),
         })
@@ -51,7 +51,7 @@ impl<E: Engine> Chain<E> {
 
     /// The root of the sealed snapshot that is at the top, if there is one.
     pub(crate) fn sealed_root(&self) -> Option<Root> {
-        match &self.links[0] {
+        match &*self.links[0] {
             Link::Sealed(snapshot) => Some(snapshot.root()),
             _ => None,
         }
@@ -64,7 +64,7 @@ impl<E: Engine> Chain<E> {
         part: SealedPart,
         memory: Memory,
     ) -> Result<(), DeviceError> {
-        let Some(Link::Sealed(snapshot)) = self.links.get(part.link) else {
+        let Some(Link::Sealed(snapshot)) = self.links.get(part.link).map(|link| &**link) else {
             return Err(DeviceError::Corrupt);
         };
         let read = snapshot.read(io, part.start, memory, &self.decompressing).await;
@@ -73,7 +73,7 @@ impl<E: Engine> Chain<E> {
 
     /// Fills `memory` with a part of a sealed snapshot, if all of that is in memory: says whether it was.
     pub(crate) fn read_cached(&self, part: SealedPart, memory: &mut Memory) -> bool {
-        match self.links.get(part.link) {
+        match self.links.get(part.link).map(|link| &**link) {
             Some(Link::Sealed(snapshot)) => snapshot.read_cached(part.start, memory),
             _ => false,
         }

@@ -154,10 +154,11 @@ impl<E: Engine> Below<E> {
         tuning: &Tuning,
         resolver: Option<&dyn ResolveBase<E>>,
     ) -> Result<Self, ImageError> {
-        Ok(Self::open_found(storage, io, layer, record, tuning, resolver).await?.0)
+        Ok(Self::open_found(storage, io, layer, record, tuning, resolver, None).await?.0)
     }
 
-    /// As [`Below::open`]; by what the base is recognised now is the answer, too.
+    /// As [`Below::open`]; by what the base is recognised now is the answer, too. `known` is what lies below the base, if
+    /// that is open.
     pub(super) async fn open_found<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
@@ -165,10 +166,11 @@ impl<E: Engine> Below<E> {
         record: BaseRecord,
         tuning: &Tuning,
         resolver: Option<&dyn ResolveBase<E>>,
+        known: Option<&Chain<E>>,
     ) -> Result<(Self, Option<BaseIdentity>), ImageError> {
         let Some(named) = Named::of(layer, &record)? else { return Ok((Self::over(record, None), None)) };
         let first = NextLink::named(named, resolver)?;
-        let (chain, found) = Chain::open_below(storage, io, first, None, tuning, resolver).await?;
+        let (chain, found) = Chain::open_below(storage, io, first, None, tuning, resolver, known).await?;
         Ok((Self::over(record, Some(Arc::new(chain))), Some(found)))
     }
 
@@ -190,7 +192,7 @@ impl<E: Engine> Below<E> {
     }
 
     /// Opens a base that the layer at `layer` is to have, and says how to record it. `above` is that
-    /// layer's id, if it has one yet.
+    /// layer's id, if it has one yet; `known` is what lies below the base, if that is open.
     pub(super) async fn open_base<S: Storage<File = E::File>>(
         storage: &S,
         io: &Io<E>,
@@ -198,6 +200,7 @@ impl<E: Engine> Below<E> {
         spec: &BaseSpec,
         above: Option<LayerId>,
         tuning: &Tuning,
+        known: Option<&Chain<E>>,
     ) -> Result<(Arc<Chain<E>>, BaseRef), ImageError> {
         let stored = stored_path(layer, &spec.path)?;
         let path = resolve(layer, stored);
@@ -209,7 +212,7 @@ impl<E: Engine> Below<E> {
             named: None,
             resolved: None,
         };
-        let (chain, identity) = Chain::open_below(storage, io, first, above, tuning, None).await?;
+        let (chain, identity) = Chain::open_below(storage, io, first, above, tuning, None, known).await?;
         if identity.size() > SIZE_MAX {
             return Err(ImageError::invalid(path, "a base has at most 64 TiB"));
         }

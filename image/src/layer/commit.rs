@@ -252,7 +252,7 @@ impl<E: Engine> Layer<E> {
     ) -> Result<(), ImageError> {
         let spec = BaseSpec::new(&base.path, base.identity.format());
         let (above, tuning) = (self.header().layer_id, self.core().tuning);
-        let opened = Below::<E>::open_base(storage, io, self.path(), &spec, Some(above), &tuning);
+        let opened = Below::<E>::open_base(storage, io, self.path(), &spec, Some(above), &tuning, None);
         let found = opened.await?.1.identity;
         match (&base.identity, &found) {
             (
@@ -390,7 +390,7 @@ impl<E: Engine> Driver<E> {
         let layer = &self.layer;
         let spec = BaseSpec::new(&base.path, base.identity.format());
         let (above, tuning) = (layer.header().layer_id, layer.core().tuning);
-        let opened = Below::open_base(storage, &self.io, layer.path(), &spec, Some(above), &tuning);
+        let opened = Below::open_base(storage, &self.io, layer.path(), &spec, Some(above), &tuning, None);
         let (chain, named) = opened.await?;
         let blocks = 0..layer.geometry().size.div_ceil(BLOCK_SIZE);
         let emptied = self.set_uniform(blocks, Entry::ABSENT).await;

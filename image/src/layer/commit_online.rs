@@ -182,7 +182,7 @@ impl<S: Storage, E: Engine<File = S::File>> Online<'_, S, E> {
         let above = Some(layer.header().layer_id);
         let spec = BaseSpec::new(&self.named.path, self.named.identity.format());
         let (chain, BaseRef { identity: found, .. }) =
-            Below::open_base(self.storage, io, layer.path(), &spec, above, &tuning).await?;
+            Below::open_base(self.storage, io, layer.path(), &spec, above, &tuning, None).await?;
         if found != left? {
             let detail = format!("its base {} was changed by somebody else", self.path.display());
             return Err(ImageError::new(layer.path(), ErrorKind::Base(detail)));

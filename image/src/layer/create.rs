@@ -36,7 +36,9 @@ pub async fn create<S: Storage, E: Engine<File = S::File>>(
     options: &CreateLayer,
 ) -> Result<(), ImageError> {
     let base = match &options.base {
-        Some(spec) => Some(Below::<E>::open_base(storage, io, path, spec, None, &Tuning::default()).await?.1),
+        Some(spec) => {
+            Some(Below::<E>::open_base(storage, io, path, spec, None, &Tuning::default(), None).await?.1)
+        }
         None => None,
     };
     make(storage, io, path, options, base).await

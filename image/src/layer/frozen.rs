@@ -63,7 +63,7 @@ impl Holds {
 /// By what a frozen layer is recognised when its file is opened again.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Seal {
-    id: LayerId,
+    pub(crate) id: LayerId,
     slot: Slot,
 }
 

@@ -7,8 +7,8 @@
 //! 1. The lower layer is synced. Before that nothing of the upper one is reported as durable; when it
 //!    fails, the upper one latches.
 //! 2. The lower layer is closed as any layer is, while it is read.
-//! 3. It is opened for reading as a part of the chain below the upper one, whose base record then says by
-//!    what it is recognised. Until then that says no more than its id, and that it was open. In a store the
+//! 3. It is opened for reading and put on the chain below it, which is open ([`crate::below`]): so this costs the same at any depth.
+//!    The upper one's base record then says by what it is recognised. Until then that says no more than its id, and that it was open. In a store the
 //!    record says the same for ever: which snapshot lies below. What that is the store's resolver knows.
 //!
 //! After a crash the next opening of the upper layer for writing does what is left ([`close_base`],
@@ -166,8 +166,9 @@ impl<E: Engine> Handover<E> {
         let record = upper.below().record.clone();
         let Some(base) = record.base else { return Ok(()) };
         let (spec, tuning) = (BaseSpec::new(&base.path, Format::Layer), upper.core().tuning);
-        let above = Some(upper.header().layer_id);
-        let opened = Below::open_base(storage, io, upper.path(), &spec, above, &tuning);
+        let (above, lower) = (Some(upper.header().layer_id), self.lower.below());
+        let known = lower.chain.as_deref();
+        let opened = Below::open_base(storage, io, upper.path(), &spec, above, &tuning, known);
         let (chain, named) = opened.await?;
         self.check_unchanged(&named.identity)?;
         upper.on_driver(io, async |driver| driver.switch_base(Some(chain), Some(named), false).await).await
@@ -181,8 +182,9 @@ impl<E: Engine> Handover<E> {
         resolver: &dyn ResolveBase<E>,
     ) -> Result<(), ImageError> {
         let upper = &self.upper;
-        let old = upper.below();
-        let (below, found) = upper.resolved_below(storage, io, &old.record, resolver).await?;
+        let (old, lower) = (upper.below(), self.lower.below());
+        let known = lower.chain.as_deref();
+        let (below, found) = upper.resolved_below(storage, io, &old.record, resolver, known).await?;
         match found {
             Some(BaseIdentity::Layer { id, .. }) if id != self.lower.header().layer_id => {
                 let path = self.lower.path().display();

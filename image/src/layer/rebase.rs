@@ -157,7 +157,7 @@ impl<E: Engine> Layer<E> {
     ) -> Result<(Option<Arc<Chain<E>>>, Option<BaseRef>), ImageError> {
         let Some(spec) = base else { return Ok((None, None)) };
         let (above, tuning) = (self.header().layer_id, self.core().tuning);
-        let opened = Below::open_base(storage, io, self.path(), spec, Some(above), &tuning);
+        let opened = Below::open_base(storage, io, self.path(), spec, Some(above), &tuning, None);
         let (chain, named) = opened.await?;
         Ok((Some(chain), Some(named)))
     }

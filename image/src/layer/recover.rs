@@ -76,7 +76,7 @@ impl<E: Engine> Layer<E> {
         let (below, base) = match bases {
             OpenBase::Nothing => (Below::over(record, None), None),
             OpenBase::UnlessInStore if in_store => (Below::over(record, None), None),
-            _ => Below::open_found(storage, io, path, record, &options.tuning, resolver).await?,
+            _ => Below::open_found(storage, io, path, record, &options.tuning, resolver, None).await?,
         };
         let (layer, interrupted) = Self::open_over(io, path, options, head, below, false).await?;
         if breaks!(options.tuning, RecoveryWithoutSync) {

@@ -10,6 +10,7 @@ use super::base::Below;
 use super::base_record::{BaseIdentity, BaseRecord};
 use super::device::Layer;
 use super::in_store::ResolveBase;
+use crate::below::Chain;
 use crate::error::{ErrorKind, ImageError};
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
@@ -39,7 +40,7 @@ impl<E: Engine> Layer<E> {
                 let detail = "a snapshot of it is taken: wait for the end of that".to_owned();
                 return Err(ImageError::new(self.path(), ErrorKind::Unfinished(detail)));
             }
-            let (new, _) = self.resolved_below(storage, io, &old.record, &**resolver).await?;
+            let (new, _) = self.resolved_below(storage, io, &old.record, &**resolver, None).await?;
             // Whatever lies below by now, if it is not what was looked at, is newer than what was found.
             if self.replace_below(&old, Arc::new(new)) {
                 return Ok(());
@@ -47,15 +48,17 @@ impl<E: Engine> Layer<E> {
         }
     }
 
-    /// What `record` names, as the resolver says it is now; and by what that is recognised.
+    /// What `record` names, as the resolver says it is now; and by what that is recognised. `known` is what lies below that, if
+    /// it is open.
     pub(super) async fn resolved_below<S: Storage<File = E::File>>(
         &self,
         storage: &S,
         io: &Io<E>,
         record: &BaseRecord,
         resolver: &dyn ResolveBase<E>,
+        known: Option<&Chain<E>>,
     ) -> Result<(Below<E>, Option<BaseIdentity>), ImageError> {
         let tuning = self.core().tuning;
-        Below::open_found(storage, io, self.path(), record.clone(), &tuning, Some(resolver)).await
+        Below::open_found(storage, io, self.path(), record.clone(), &tuning, Some(resolver), known).await
     }
 }

@@ -17,7 +17,7 @@ use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE};
 
-/// Bytes read ahead along each lane of the log.
+/// Bytes read ahead along each lane of the log, once it is known to go on.
 const WINDOW_BYTES: u64 = 1 << 20;
 
 /// A record that is believed.
@@ -38,6 +38,8 @@ pub(super) struct Replay<'a, E: Engine> {
     disk_end_max: u64,
     /// After the last record that was believed.
     pub(super) position: LogPosition,
+    /// Bytes that are read at least: mostly the log has ended, and there is nothing to read.
+    ahead: u64,
     /// What was read ahead along each lane.
     windows: [Window; LANES],
 }
@@ -59,7 +61,7 @@ impl<'a, E: Engine> Replay<'a, E> {
         let segments_max = Segments::count_max(header.segment_blocks);
         let disk_end_max = size_max(header.segment_blocks);
         let windows = std::array::from_fn(|_| Window { bytes: AlignedBuf::zeroed(0), at: 0 });
-        Self { reader, header, tuning, segments_max, disk_end_max, position, windows }
+        Self { reader, header, tuning, segments_max, disk_end_max, position, ahead: 0, windows }
     }
 
     /// The next record, or `None` at the end of the log.
@@ -71,6 +73,7 @@ impl<'a, E: Engine> Replay<'a, E> {
             if block < self.header.segment_blocks
                 && let Some(found) = self.try_at(number, segment, block).await?
             {
+                self.ahead = WINDOW_BYTES;
                 self.position.advance(&found.end);
                 self.position.follow(&found.runs);
                 return Ok(Some(found));
@@ -162,7 +165,7 @@ impl<'a, E: Engine> Replay<'a, E> {
         assert!(len <= u64::from(DATA_BLOCKS_MAX) * BLOCK_SIZE);
         let window = &mut self.windows[number];
         if offset < window.at || offset + len > window.at + window.bytes.len() as u64 {
-            window.bytes = self.reader.read(offset, WINDOW_BYTES).await?;
+            window.bytes = self.reader.read(offset, len.max(self.ahead)).await?;
             window.at = offset;
         }
         let start = (offset - window.at) as usize;

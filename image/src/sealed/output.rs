@@ -8,6 +8,7 @@ use super::place::Place;
 use super::record::NewRecord;
 use super::writer::{PackWriter, Written, pack_name};
 use crate::error::ImageError;
+use futures_util::future::join_all;
 use sapwood_blockdev::engine::{Engine, Op};
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
@@ -61,8 +62,10 @@ where
 
     /// Finishes the open packs: all packs, whole and synced. Their names are durable when the directory has been synced.
     pub(super) async fn finish(&mut self) -> Result<Vec<Written>, ImageError> {
-        for pack in [self.data.take(), self.nodes.take()].into_iter().flatten() {
-            self.finished.push(pack.finish().await?);
+        // At once: each waits for a sync.
+        let open = [self.data.take(), self.nodes.take()].into_iter().flatten();
+        for pack in join_all(open.map(PackWriter::finish)).await {
+            self.finished.push(pack?);
         }
         Ok(std::mem::take(&mut self.finished))
     }

@@ -1,22 +1,28 @@
-//! Counts instead of times: what an engine is asked to do, and what a thread allocates. Counts are
+//! Counts instead of times: what an engine is asked to do, which files are opened, and what a thread allocates. Counts are
 //! the same on a busy machine.
 
 pub mod allocator;
 
+use std::ffi::OsString;
+use std::io;
+use std::ops::Sub;
 use std::os::fd::OwnedFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::Waker;
 
 use sapwood_blockdev::engine::{Completion, Engine, Op, Time, WatchFd};
+use sapwood_blockdev::storage::{HostFile, HostStorage, OpenOptions, Storage};
 
-/// What engines that share these were asked to do.
+/// What engines and storages that share these were asked to do.
 #[derive(Debug, Default)]
 pub struct Counters {
     writes: AtomicU64,
     written_bytes: AtomicU64,
     reads: AtomicU64,
     read_bytes: AtomicU64,
+    opens: AtomicU64,
 }
 
 /// The values of [`Counters`] at a moment.
@@ -30,6 +36,22 @@ pub struct Counts {
     pub reads: u64,
     /// Bytes of them.
     pub read_bytes: u64,
+    /// Files that were opened or made.
+    pub opens: u64,
+}
+
+impl Sub for Counts {
+    type Output = Self;
+
+    fn sub(self, before: Self) -> Self {
+        Self {
+            writes: self.writes - before.writes,
+            written_bytes: self.written_bytes - before.written_bytes,
+            reads: self.reads - before.reads,
+            read_bytes: self.read_bytes - before.read_bytes,
+            opens: self.opens - before.opens,
+        }
+    }
 }
 
 impl Counters {
@@ -40,6 +62,7 @@ impl Counters {
             written_bytes: self.written_bytes.load(Ordering::Relaxed),
             reads: self.reads.load(Ordering::Relaxed),
             read_bytes: self.read_bytes.load(Ordering::Relaxed),
+            opens: self.opens.load(Ordering::Relaxed),
         }
     }
 
@@ -105,5 +128,30 @@ impl<E: Engine> Engine for CountingEngine<E> {
 impl<E: WatchFd> WatchFd for CountingEngine<E> {
     fn watch(&mut self, fd: Option<Arc<OwnedFd>>) {
         self.inner.watch(fd);
+    }
+}
+
+/// The host's files, counting how often one is opened.
+#[derive(Clone, Debug)]
+pub struct CountingStorage(pub Arc<Counters>);
+
+impl Storage for CountingStorage {
+    type File = HostFile;
+
+    fn open(&self, path: &Path, options: OpenOptions) -> io::Result<HostFile> {
+        self.0.opens.fetch_add(1, Ordering::Relaxed);
+        HostStorage.open(path, options)
+    }
+
+    fn random(&self, bytes: &mut [u8]) -> io::Result<()> {
+        HostStorage.random(bytes)
+    }
+
+    fn create_directory(&self, path: &Path) -> io::Result<()> {
+        HostStorage.create_directory(path)
+    }
+
+    fn list_directory(&self, path: &Path) -> io::Result<Vec<OsString>> {
+        HostStorage.list_directory(path)
     }
 }

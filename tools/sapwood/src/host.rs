@@ -10,10 +10,19 @@ use std::thread::{self, JoinHandle};
 
 use anyhow::Context;
 use clap::ValueEnum;
+use rustix::process::{Resource, getrlimit};
 use sapwood_blockdev::engine::{BlockingEngine, Completion, Engine, Op, Time, UringEngine, WatchFd};
 use sapwood_blockdev::io::{Io, block_on};
 use sapwood_blockdev::storage::{HostFile, HostStorage};
+use sapwood_image::layer::Tuning;
 use sapwood_image::{ImageError, OpenDisk, Side};
+
+/// How one of so many disks is opened that this process may have to serve. A read of a layer whose file is closed has to open it
+/// first, so as many stay open as the limit of open files allows all of them.
+pub fn serving(disks: u64) -> Tuning {
+    let files = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX) / disks;
+    Tuning { files_max: files.clamp(128, 1024) as usize, ..Tuning::default() }
+}
 
 /// A way to move bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -14,6 +14,7 @@ use sapwood_blockdev::storage::HostStorage;
 use sapwood_image::layer::{self, Tuning};
 use sapwood_image::{Disk, ErrorKind, Format, ImageError, OpenDisk};
 use sapwood_vhost::{Options, Server};
+use sapwood_vmm::run::allow_descriptors;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
@@ -23,11 +24,13 @@ use super::store::DefaultStore;
 use super::{output, size};
 use crate::boot::{CHILD_OF, end_with, remove_folder_of, with_options};
 use crate::control::{Control, Served};
-use crate::host::{Host, HostEngine};
+use crate::host::{Host, HostEngine, serving};
 use crate::volumes::access::Access;
 use crate::volumes::address::Address;
 use crate::volumes::attached::{self, Attached};
 
+/// Of its open files a server's disk has one part in so many for layers below; the others are for queues and packs.
+const SHARE: u64 = 16;
 /// Exit code when a second signal comes before everything is durable.
 pub const EXIT_INTERRUPTED: i32 = 130;
 
@@ -102,6 +105,7 @@ impl Serve {
             end_with(parent, Signal::TERM)?;
         }
         crate::abort_on_panic();
+        allow_descriptors();
         // Before there are threads: the socket, and all else we make, is this user's alone.
         rustix::process::umask(Mode::RWXG | Mode::RWXO);
         let mut signals = signals(self.child_of.is_none()).context("cannot take signals")?;
@@ -183,7 +187,7 @@ impl Serve {
             map_cache_bytes: self.map_cache.0,
             space_percent: self.space_percent,
             space_slack: self.space_slack.as_ref().map(|slack| slack.0),
-            ..Tuning::default()
+            ..serving(SHARE)
         }
     }
 

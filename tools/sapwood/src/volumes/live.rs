@@ -15,6 +15,7 @@ use super::service::Service;
 use super::transfer::check_absolute;
 use crate::control::jobs::Job;
 use crate::control::wire::Failure;
+use crate::host::serving;
 
 /// Serves a volume at a socket of its own.
 #[derive(Debug, Serialize, Deserialize)]
@@ -101,6 +102,9 @@ operation!(DetachVolume: Post "/v1/volumes/{volume}/detach" -> Done);
 operation!(TakeSnapshot: Post "/v1/volumes/{volume}/snapshots" -> Made);
 operation!(ResizeVolume: Post "/v1/volumes/{volume}/resize" -> Resized);
 
+/// Disks that a daemon can serve before their files of layers below reach its limit of open files.
+const DISKS: u64 = 512;
+
 /// The path of the socket of what is called `name`, unless another is given.
 fn socket(service: &Service, name: &str, given: Option<PathBuf>) -> Result<PathBuf, Failure> {
     let sockets = service.sockets().ok_or_else(|| {
@@ -115,7 +119,7 @@ fn socket(service: &Service, name: &str, given: Option<PathBuf>) -> Result<PathB
 
 impl Quick for AttachVolume {
     fn run(self, service: &Arc<Service>) -> Result<Serving, Failure> {
-        let mut tuning = Tuning::default();
+        let mut tuning = serving(DISKS);
         tuning.map_cache_bytes = self.map_cache.unwrap_or(tuning.map_cache_bytes);
         let socket = socket(service, &self.volume, self.socket)?;
         let serve = Serve { socket, queues: self.queues.unwrap_or(1), tuning };

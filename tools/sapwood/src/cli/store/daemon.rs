@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
+use sapwood_vmm::run::allow_descriptors;
 use signal_hook::iterator::Signals;
 
 use super::super::serve::signals;
@@ -57,6 +58,7 @@ pub struct DaemonCommand {
 impl DaemonCommand {
     pub fn run(self, host: &Host) -> anyhow::Result<()> {
         crate::abort_on_panic();
+        allow_descriptors();
         // Before there are threads: the sockets, and all else we make, are this user's alone.
         private();
         let mut signals = signals(true).context("cannot take signals")?;
