@@ -151,8 +151,12 @@ impl Serve {
             bail!("{}: the daemon of the store has it: use sapwood attach", self.path.display());
         };
         let volume = address.volume()?;
-        let serve =
-            attached::Serve { socket: self.socket.clone(), queues: self.queues, tuning: self.tuning() };
+        let serve = attached::Serve {
+            socket: self.socket.clone(),
+            queues: self.queues,
+            serial: volume.clone(),
+            tuning: self.tuning(),
+        };
         let attached = Attached::volume(&service, &volume, serve)?;
         service.add(&attached);
         output::print(&self.ready_line("volume", attached.size(), false))?;

@@ -18,6 +18,7 @@ use sapwood_vhost::{Options, Server};
 
 use super::answer::Serving;
 use super::counted::Counted;
+use super::memory::Record;
 use super::service::{Service, system};
 use crate::control::wire::Failure;
 use crate::host::HostEngine;
@@ -32,6 +33,8 @@ pub struct Serve {
     pub socket: PathBuf,
     /// Virtqueues, each with a thread.
     pub queues: u16,
+    /// What guests see as the disk's serial number.
+    pub serial: String,
     /// Bounds of a volume's memory, space and background work.
     pub tuning: Tuning,
 }
@@ -113,11 +116,12 @@ impl Running {
 }
 
 /// Starts a server of `device`.
-fn start<D>(service: &Service, device: &Arc<D>, name: &str, serve: &Serve) -> Result<Server, Failure>
+fn start<D>(service: &Service, device: &Arc<D>, serve: &Serve) -> Result<Server, Failure>
 where
     D: BlockDevice<Engine = HostEngine>,
 {
-    let options = Options { queues: serve.queues, serial: name.to_owned(), ..Options::new(&serve.socket) };
+    let options =
+        Options { queues: serve.queues, serial: serve.serial.clone(), ..Options::new(&serve.socket) };
     let host = service.host();
     Ok(Server::start(Arc::clone(device), options, move || host.engine())?)
 }
@@ -128,7 +132,7 @@ impl Attached {
         check_socket(&serve.socket)?;
         let running = Running::open(service, name, serve.tuning)?;
         let counted = Counted::new(Arc::clone(&running.volume));
-        match start(service, &counted, name, &serve) {
+        match start(service, &counted, &serve) {
             Ok(server) => Ok(Arc::new(Self {
                 id: running.attachment.volume,
                 serve,
@@ -152,7 +156,7 @@ impl Attached {
             Ok::<_, Failure>((disk, reader))
         })?;
         let counted = Counted::new(Arc::clone(&disk));
-        let server = start(service, &counted, &name.to_string(), &serve)?;
+        let server = start(service, &counted, &serve)?;
         Ok(Arc::new(Self {
             id: reader.id,
             serve,
@@ -165,6 +169,11 @@ impl Attached {
     /// The id of what is attached.
     pub fn id(&self) -> Id {
         self.id
+    }
+
+    /// What is written down of it.
+    pub fn record(&self) -> Record {
+        Record::new(self.id, &self.serve)
     }
 
     /// How it is served now.

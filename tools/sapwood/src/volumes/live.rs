@@ -1,5 +1,6 @@
 //! Operations on volumes that guests may be using: attaching, detaching, snapshots, changes of size.
 
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -118,7 +119,8 @@ impl Quick for AttachVolume {
         let mut tuning = Tuning::default();
         tuning.map_cache_bytes = self.map_cache.unwrap_or(tuning.map_cache_bytes);
         let socket = socket(service, &self.volume, self.socket)?;
-        let serve = Serve { socket, queues: self.queues.unwrap_or(1), tuning };
+        let serial = self.volume.clone();
+        let serve = Serve { socket, queues: self.queues.unwrap_or(1), serial, tuning };
         served(service, &self.volume, Attached::volume(service, &self.volume, serve)?)
     }
 }
@@ -130,34 +132,59 @@ impl Quick for AttachSnapshot {
         let socket = socket(service, &shown, self.socket)?;
         let id = service.snapshot(&name)?;
         if service.attached(id).is_some() {
-            return Err(attached_already(&shown));
+            return Err(attached_already(shown));
         }
-        let serve = Serve { socket, queues: self.queues.unwrap_or(1), tuning: Tuning::default() };
+        let (queues, serial) = (self.queues.unwrap_or(1), shown.clone());
+        let serve = Serve { socket, queues, serial, tuning: Tuning::default() };
         served(service, &shown, Attached::snapshot(service, &name, serve)?)
     }
 }
 
-fn attached_already(name: &str) -> Failure {
+fn attached_already(name: impl Display) -> Failure {
     Failure::new("in-use", format!("{name}: it is attached already"))
 }
 
-/// Enters what was attached.
+/// Enters what was attached, unless somebody was faster.
+pub fn enter(service: &Service, attached: &Arc<Attached>, name: impl Display) -> Result<(), Failure> {
+    if service.add(attached) {
+        return Ok(());
+    }
+    attached.detach(service)?;
+    Err(attached_already(name))
+}
+
+/// Enters what was attached, and writes it down.
 fn served(service: &Service, name: &str, attached: Arc<Attached>) -> Result<Serving, Failure> {
     let serving = attached.serving();
-    if !service.add(&attached) {
-        attached.detach(service)?;
-        return Err(attached_already(name));
+    enter(service, &attached, name)?;
+    forget(service, attached.id());
+    if let Err(error) = service.remember() {
+        // Nobody uses it yet, and nobody is to rely on it.
+        if let Some(attached) = service.remove(attached.id()) {
+            attached.detach(service)?;
+        }
+        return Err(error);
     }
     service.note("attached", format!("{name} is attached at {}", serving.socket.display()));
     Ok(serving)
 }
 
-/// Ends the serving of what has this id.
+/// Forgets what could not be attached again; whether there was such a thing.
+fn forget(service: &Service, id: Id) -> bool {
+    service.memory().is_some_and(|memory| memory.forget(id))
+}
+
+/// Ends the serving of what has this id, and forgets it.
 fn detach(service: &Service, id: Id, name: &str) -> Result<Done, Failure> {
     let attached = service.remove(id);
-    let attached =
-        attached.ok_or_else(|| Failure::new("not-found", format!("{name}: it is not attached")))?;
-    attached.detach(service)?;
+    if !forget(service, id) && attached.is_none() {
+        return Err(Failure::new("not-found", format!("{name}: it is not attached")));
+    }
+    let remembered = service.remember();
+    if let Some(attached) = attached {
+        attached.detach(service)?;
+    }
+    remembered?;
     service.changed();
     service.note("detached", format!("{name} is detached"));
     Ok(Done {})

@@ -18,6 +18,7 @@ use serde_json::Value;
 use super::attached::Attached;
 use super::background::Signal;
 use super::events::Log;
+use super::memory::Memory;
 use super::operation::Long;
 use crate::control::http::HasJobs;
 use crate::control::jobs::{Jobs, Refused};
@@ -37,6 +38,8 @@ pub struct Service {
     /// Where the sockets of what is attached are by default; none where nothing can be attached.
     sockets: Option<PathBuf>,
     attached: Mutex<BTreeMap<Id, Arc<Attached>>>,
+    /// Where it is written down what is attached.
+    memory: Option<Memory>,
     jobs: Jobs,
     events: Log,
     background: Signal,
@@ -58,11 +61,13 @@ impl Service {
         };
         let store = block_on(&io, opening)?;
         let jobs = if sockets.is_some() { Jobs::new(JOBS_MAX) } else { Jobs::unlogged(JOBS_MAX) };
+        let memory = sockets.as_deref().map(|sockets| Memory::new(sockets, store.id()));
         let service = Arc::new(Self {
             host,
             store: Arc::new(store),
             sockets,
             attached: Mutex::default(),
+            memory,
             jobs,
             events: Log::default(),
             background: Signal::default(),
@@ -168,6 +173,17 @@ impl Service {
         self.table().remove(&id)
     }
 
+    /// Where it is written down what is attached; none where nothing can be.
+    pub fn memory(&self) -> Option<&Memory> {
+        self.memory.as_ref()
+    }
+
+    /// Writes down what is attached now, for the next daemon.
+    pub fn remember(&self) -> Result<(), Failure> {
+        let Some(memory) = &self.memory else { return Ok(()) };
+        memory.save(|| self.table().values().map(|attached| attached.record()).collect())
+    }
+
     /// The id of a volume.
     pub fn volume(&self, name: &str) -> Result<Id, Failure> {
         let id = self.store.catalog().view()?.volume_named(name)?;
@@ -227,7 +243,7 @@ impl Service {
         self.all_attached().iter().map(|attached| attached.requests()).sum()
     }
 
-    /// Ends jobs, and detaches everything: what guests wrote is durable then.
+    /// Ends jobs, and detaches everything: what guests wrote is durable then. The next daemon attaches it again.
     pub fn close(&self) -> Result<(), Failure> {
         self.jobs.close();
         let mut result = Ok(());
