@@ -9,8 +9,8 @@ use sapwood_store::catalog::Look;
 use sapwood_store::{Id, SnapshotName};
 use serde::{Deserialize, Serialize};
 
-use super::answer::{Done, Made, Resized, Serving};
-use super::attached::{Attached, Serve, resize_alone};
+use super::answer::{Data, Done, Made, Resized, Serving};
+use super::attached::{Attached, Serve, read_alone, resize_alone};
 use super::operation::{Long, Quick, operation};
 use super::service::Service;
 use super::transfer::check_absolute;
@@ -95,12 +95,28 @@ pub struct ResizeVolume {
     pub shrink: bool,
 }
 
+/// Reads bytes of a volume as its guest does, whether it is attached or nobody has it.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct ReadVolume {
+    /// The volume.
+    pub volume: String,
+    /// Where to begin, in bytes: a multiple of 512.
+    pub start: u64,
+    /// How many bytes: a multiple of 512, at most 1 MiB.
+    pub length: u64,
+}
+
+/// Bytes that are read at once, at most.
+pub const READ_BYTES_MAX: u64 = 1 << 20;
+
 operation!(AttachVolume: Post "/v1/volumes/{volume}/attach" -> Serving);
 operation!(AttachSnapshot: Post "/v1/volumes/{volume}/snapshots/{snapshot}/attach" -> Serving);
 operation!(DetachSnapshot: Post "/v1/volumes/{volume}/snapshots/{snapshot}/detach" -> Done);
 operation!(DetachVolume: Post "/v1/volumes/{volume}/detach" -> Done);
 operation!(TakeSnapshot: Post "/v1/volumes/{volume}/snapshots" -> Made);
 operation!(ResizeVolume: Post "/v1/volumes/{volume}/resize" -> Resized);
+operation!(ReadVolume: Post "/v1/volumes/{volume}/read" -> Data);
 
 /// The path of the socket of what is called `name`, unless another is given.
 fn socket(service: &Service, name: &str, given: Option<PathBuf>) -> Result<PathBuf, Failure> {
@@ -219,6 +235,21 @@ impl Quick for TakeSnapshot {
         service.changed();
         service.background().wake();
         Ok(Made { name: shown, id, virtual_size })
+    }
+}
+
+impl Quick for ReadVolume {
+    fn run(self, service: &Arc<Service>) -> Result<Data, Failure> {
+        let Self { volume, start, length } = self;
+        if length > READ_BYTES_MAX {
+            let text = format!("{volume}: at most {READ_BYTES_MAX} bytes are read at once");
+            return Err(Failure::new("invalid", text));
+        }
+        let bytes = match service.attached(service.volume(&volume)?) {
+            Some(attached) => attached.read(service, start, length)?,
+            None => read_alone(service, &volume, start, length)?,
+        };
+        Ok(Data::from(&*bytes))
     }
 }
 

@@ -4,10 +4,14 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::thread;
+use std::time::Duration;
 
+use sapwood_tests::frontend::Command;
 use sapwood_tests::model::{Model, Run};
 use serde_json::{Value, json};
 
+use crate::control::ask_at;
 use crate::daemon::{Daemon, connect};
 use crate::harness::Place;
 use crate::store::{about, place};
@@ -153,5 +157,69 @@ fn a_file_that_makes_no_sense_does_not_stop_the_daemon() {
     fs::write(&file, format!("{start_of}[{entry},{entry}]}}")).unwrap();
     let (daemon, _) = Daemon::start(&place, &start);
     assert_eq!(served(&place, ":web")["queues"], 1);
+    daemon.stops();
+}
+
+/// A volume with data in its layer, and a snapshot of the same, in a store with a daemon.
+fn with_data() -> (Place, Daemon) {
+    const STEP: usize = 64 << 10;
+    let place = place();
+    let (daemon, _) = Daemon::start(&place, START);
+    about(&place, "create :web 64M").text();
+    about(&place, "attach :web --socket socket").text();
+    let mut frontend = connect(&place, "socket");
+    let mut write = |round: u8| {
+        for n in 0..256 {
+            let data: Vec<u8> = (0..STEP).map(|i| ((i / 4096) as u8 ^ n as u8 ^ round) | 128).collect();
+            frontend.run(Command::Write(n * STEP as u64, &data)).unwrap();
+        }
+    };
+    write(1);
+    about(&place, "snapshot :web@s").text();
+    write(2);
+    drop(frontend);
+    about(&place, "detach :web").text();
+    (place, daemon)
+}
+
+fn api(place: &Place, method: &str, path: &str) -> Value {
+    ask_at(place, "vms/daemon.sock", method, path, "").1
+}
+
+/// Waits for the end of a job.
+fn end_of(place: &Place, job: &Value) -> Value {
+    for _ in 0..6000 {
+        let job = api(place, "GET", &format!("/v1/jobs/{}", job["id"]));
+        if job["state"] != "running" {
+            return job;
+        }
+        thread::sleep(Duration::from_millis(5));
+    }
+    panic!("it does not end: {job}");
+}
+
+#[test]
+fn jobs_say_how_far_they_are_and_end_when_told() {
+    let (place, daemon) = with_data();
+    let job = end_of(&place, &api(&place, "POST", "/v1/store/scrub"));
+    assert_eq!((&job["result"]["layers"], &job["done-bytes"]), (&json!(2), &job["total-bytes"]), "{job}");
+    let diff = "/v1/volumes/web/snapshots/s/diff";
+    let job = end_of(&place, &api(&place, "POST", diff));
+    assert_eq!(job["result"]["bytes"], 16 << 20, "{job}");
+    assert!(job["done-bytes"] == 64 << 20, "{job}");
+    let job = api(&place, "POST", diff);
+    api(&place, "DELETE", &format!("/v1/jobs/{}", job["id"]));
+    assert_eq!(end_of(&place, &job)["state"], "cancelled");
+    let copy = json!({ "path": place.path("copy") }).to_string();
+    let (_, job) = ask_at(&place, "vms/daemon.sock", "POST", "/v1/backup", &copy);
+    let job = end_of(&place, &job);
+    assert_eq!(job["done-bytes"], job["total-bytes"], "{job}");
+    assert!(job["total-bytes"].as_u64().unwrap() > 16 << 20, "{job}");
+    about(&place, "store seal vms").text();
+    for path in ["/v1/store/account", "/v1/store/gc"] {
+        let job = end_of(&place, &api(&place, "POST", path));
+        assert!(job["done-bytes"].as_u64().unwrap() > 4096, "{job}");
+        assert_eq!(job["total-bytes"], 0, "nobody knows");
+    }
     daemon.stops();
 }
