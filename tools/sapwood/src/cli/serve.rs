@@ -162,7 +162,11 @@ impl Serve {
         output::print(&self.ready_line("volume", attached.size(), false))?;
         signals.forever().next();
         log::info!("stopping: a second signal ends this at once");
-        service.close()?;
+        let closed = service.close();
+        if self.child_of.is_some() {
+            remove_folder_of(&self.socket);
+        }
+        closed?;
         log::info!("stopped: everything is durable");
         Ok(())
     }
