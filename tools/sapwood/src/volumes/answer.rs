@@ -169,31 +169,6 @@ pub struct Switched {
     pub to: String,
 }
 
-/// Bytes of a volume.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct Data {
-    /// Two hexadecimal digits for each.
-    pub data: String,
-}
-
-impl From<&[u8]> for Data {
-    fn from(bytes: &[u8]) -> Self {
-        const DIGITS: &[u8; 16] = b"0123456789abcdef";
-        let digits = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
-        Self { data: digits.map(|digit| char::from(DIGITS[usize::from(digit)])).collect() }
-    }
-}
-
-impl Data {
-    /// The bytes; none when they make no sense.
-    pub fn bytes(&self) -> Option<Vec<u8>> {
-        let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
-        let pairs = self.data.as_bytes().chunks(2);
-        pairs.map(|pair| Some(digit(pair[0])? << 4 | digit(*pair.get(1)?)?)).collect()
-    }
-}
-
 /// A change of size.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

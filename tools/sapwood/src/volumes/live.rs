@@ -9,7 +9,7 @@ use sapwood_store::catalog::Look;
 use sapwood_store::{Id, SnapshotName};
 use serde::{Deserialize, Serialize};
 
-use super::answer::{Data, Done, Made, Resized, Serving};
+use super::answer::{Done, Made, Resized, Serving};
 use super::attached::{Attached, Serve, read_alone, resize_alone};
 use super::operation::{Long, Quick, operation};
 use super::service::Service;
@@ -105,6 +105,31 @@ pub struct ReadVolume {
     pub start: u64,
     /// How many bytes: a multiple of 512, at most 1 MiB.
     pub length: u64,
+}
+
+/// Bytes of a volume.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Data {
+    /// Two hexadecimal digits for each.
+    pub data: String,
+}
+
+impl From<&[u8]> for Data {
+    fn from(bytes: &[u8]) -> Self {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let digits = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+        Self { data: digits.map(|digit| char::from(DIGITS[usize::from(digit)])).collect() }
+    }
+}
+
+impl Data {
+    /// The bytes; none when they make no sense.
+    pub fn bytes(&self) -> Option<Vec<u8>> {
+        let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
+        let pairs = self.data.as_bytes().chunks(2);
+        pairs.map(|pair| Some(digit(pair[0])? << 4 | digit(*pair.get(1)?)?)).collect()
+    }
 }
 
 /// Bytes that are read at once, at most.

@@ -30,7 +30,7 @@ const UNKNOWN: &str = "a change of the catalog failed, and may have been made or
 /// ready. While it runs, all commands about the store go to it. SIGTERM or SIGINT ends
 /// it: requests are drained, everything is made durable, and the exit code is 0. A second signal ends it at once
 /// (exit code 130); then, as after a crash, what was flushed is there. It ends by itself, with exit code 1, when a change
-/// could not be written to the catalog: nothing can be done with the store then until it is opened again.
+/// could not be written to the catalog, or its file failed otherwise: nothing can be done with the store then until it is opened again.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   sapwood daemon --store /srv/vms
