@@ -10,7 +10,7 @@ use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
 use sapwood_image::Disk;
-use sapwood_image::layer::{CreateInStore, Layer, OpenLayer, StoreBase, Tuning, create_in_store};
+use sapwood_image::layer::{CreateInStore, OpenLayer, StoreBase, Tuning, create_in_store};
 use sapwood_image::sealed::{Child, Root};
 use sapwood_image::volume::Volume;
 
@@ -80,8 +80,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         tuning: Tuning,
     ) -> Result<Arc<Volume<E>>> {
         let options = OpenLayer { read_only: false, tuning };
-        let layer =
-            Layer::open_in_store(&self.storage, io, &attachment.path, &options, &self.resolver()).await?;
+        let layer = self.open_to_write(io, attachment.layer, &options).await?;
         layer.set_space_gate(&self.gate);
         self.set_gate()?;
         Ok(Volume::new(layer))

@@ -66,11 +66,11 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         let moment = self.catalog.hold_still(|change| self.moment(change))?;
         let (target, _lock) = directory::begin(&self.storage, to)?;
         let mut done = BackedUp::default();
-        for (from, to) in self.files_of(&moment, &target)? {
-            if pace.is_stopped() {
-                return Err(ImageError::new(to, ErrorKind::Cancelled).into());
-            }
-            done.bytes += self.copy_file(io, &from, &to).await?;
+        let files = self.files_of(&moment, &target)?;
+        let sizes = files.iter().map(|(from, _)| self.allocated(from));
+        pace.expect(sizes.sum::<Result<u64>>()?);
+        for (from, to) in files {
+            done.bytes += self.copy_file(io, &from, &to, pace).await?;
             done.files += 1;
         }
         for folder in [target.layers(), target.packs(), target.index()] {
@@ -121,7 +121,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     }
 
     /// Copies a file that nobody writes, without its holes; durable but for its name. How many bytes.
-    async fn copy_file(&self, io: &Io<E>, from: &Path, to: &Path) -> Result<u64> {
+    async fn copy_file(&self, io: &Io<E>, from: &Path, to: &Path, pace: &Pace) -> Result<u64> {
         let source = self.storage.open(from, OpenOptions::READ.buffered());
         let source = source.map_err(|error| StoreError::io(from, "open", error))?;
         let size = source.size().map_err(|error| StoreError::io(from, "measure", error))?;
@@ -137,7 +137,11 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             let Some(data) = data else { break };
             at = data.start;
             while at < data.end {
+                if pace.is_stopped() {
+                    return Err(ImageError::new(to, ErrorKind::Cancelled).into());
+                }
                 let len = COPY_BYTES.min(data.end - at);
+                pace.spend(io, len).await;
                 self.copy_piece(io, (&source, &target), at, len as usize).await?;
                 at += len;
                 copied += len;

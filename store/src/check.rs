@@ -276,6 +276,8 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
 
     async fn check_layers(&self, io: &Io<E>, check: &mut Check<'_>) {
         for Named { layer, by, size, parent } in check.layers() {
+            // Somebody is about to open it: then it is there.
+            let Some(_examined) = self.usage.examine(layer) else { continue };
             let path = self.directory.layer(layer);
             let opened = Layer::open_alone(&self.storage, io, &path, self.options.tuning).await;
             let info = match opened {

@@ -64,32 +64,37 @@ impl NotesChange {
                 notes.labels.remove(key).ok_or_else(|| format!("it has no label {key}"))?;
             }
         }
-        match notes.labels.len() > LABELS_MAX {
-            true => Err(format!("there are at most {LABELS_MAX} labels")),
-            false => Ok(()),
-        }
+        Ok(())
+    }
+}
+
+/// Notes with all changes made.
+fn changed(notes: &Notes, changes: &[NotesChange]) -> Result<Notes, String> {
+    let mut notes = notes.clone();
+    changes.iter().try_for_each(|change| change.apply(&mut notes))?;
+    match notes.labels.len() > LABELS_MAX {
+        true => Err(format!("there are at most {LABELS_MAX} labels")),
+        false => Ok(notes),
     }
 }
 
 impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
-    /// Changes what is said of a volume or snapshot.
+    /// Changes what is said of a volume or snapshot: makes all changes, or none.
     ///
     /// # Errors
     /// There is none of that name, it would be too long or too much, what the catalog says.
-    pub fn note(&self, name: &Name, note: &NotesChange) -> Result<()> {
+    pub fn note(&self, name: &Name, changes: &[NotesChange]) -> Result<()> {
         let refuse = |text: String| StoreError::invalid(name, text);
-        note.check().map_err(refuse)?;
+        changes.iter().try_for_each(NotesChange::check).map_err(refuse)?;
         self.catalog.change(|change| match name {
             Name::Volume(name) => {
                 let (id, row) = volume(change, name)?;
-                let mut notes = row.notes.clone();
-                note.apply(&mut notes).map_err(refuse)?;
+                let notes = changed(&row.notes, changes).map_err(refuse)?;
                 change.put_volume(id, Some(&VolumeRow { notes, ..row }))
             }
             Name::Snapshot(name) => {
                 let (id, row) = snapshot(change, name)?;
-                let mut notes = row.notes.clone();
-                note.apply(&mut notes).map_err(refuse)?;
+                let notes = changed(&row.notes, changes).map_err(refuse)?;
                 change.put_node(id, Some(&NodeRow { notes, ..row }))
             }
         })

@@ -6,16 +6,19 @@
 //! that lies over it and does not cover it (`touch`).
 
 use std::collections::BTreeMap;
+use std::future::{Future, poll_fn};
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::task::Poll;
 
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
 use sapwood_blockdev::units::BLOCK_SIZE;
-use sapwood_image::layer::check;
+use sapwood_image::layer::{CheckReport, check};
 use sapwood_image::sealed::Root;
 use sapwood_image::sealed::collect::{Bad, Findings, Lost, Pace, Scrub};
 use sapwood_image::{ErrorKind, ImageError};
@@ -57,7 +60,7 @@ pub struct Scrubbed {
     pub packs: Findings,
     /// Layers that were checked.
     pub layers: u64,
-    /// Layers of volumes that are attached: they were not read.
+    /// Layers of volumes that are attached, or were while they were read: not all of them was read.
     pub in_use: Vec<PathBuf>,
     /// Layers in which something is wrong.
     pub damaged_layers: Vec<DamagedLayer>,
@@ -175,12 +178,25 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         Ok(lost)
     }
 
+    /// Checks a layer. As soon as somebody waits to write it, that is given up.
+    async fn check_unless_wanted(&self, io: &Io<E>, id: Id, path: &Path) -> Result<CheckReport, ImageError> {
+        let given_up = || Err(ImageError::new(path, ErrorKind::Cancelled));
+        let Some(_examined) = self.usage.examine(id) else { return given_up() };
+        // It ends, and its lock of the file with it, before others are told.
+        let mut checking = pin!(check(&self.storage, io, path));
+        poll_fn(|cx| match self.usage.is_wanted(id) {
+            true => Poll::Ready(given_up()),
+            false => checking.as_mut().poll(cx),
+        })
+        .await
+    }
+
     /// Checks a layer of a disk of `size` bytes: what of it is damaged, if anything.
     async fn scrub_layer(&self, io: &Io<E>, id: Id, size: u64, found: &mut Scrubbed) -> Result<Option<Own>> {
         let path = self.directory.layer(id);
-        let report = match check(&self.storage, io, &path).await {
+        let report = match self.check_unless_wanted(io, id, &path).await {
             Ok(report) => report,
-            Err(ImageError { kind: ErrorKind::Locked { .. }, .. }) => {
+            Err(ImageError { kind: ErrorKind::Locked { .. } | ErrorKind::Cancelled, .. }) => {
                 found.in_use.push(path);
                 return Ok(None);
             }

@@ -176,7 +176,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Refuses what takes room, when `needed` bytes are more than the quota and the reserve leave.
     ///
     /// # Errors
-    /// There is no room: the error says how much is taken, and what to do; what the catalog or the storage says.
+    /// There is no room: the error says how much is needed, left and taken, and what to do; what the catalog or the storage says.
     pub fn check_room(&self, needed: u64) -> Result<()> {
         let settings = self.space_settings()?;
         if settings.quota.is_none() && settings.reserve.is_none() {
@@ -184,7 +184,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         }
         let room = self.room(&settings)?;
         match room.left {
-            Some(left) if left < needed.max(1) => Err(self.no_room(&room, &settings)),
+            Some(left) if left < needed.max(1) => Err(self.no_room(&room, needed, &settings)),
             _ => Ok(()),
         }
     }
@@ -206,8 +206,13 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         Ok(())
     }
 
-    fn no_room(&self, room: &Room, settings: &SpaceSettings) -> StoreError {
-        let mut text = format!("there is no room left: the store takes {} bytes", room.taken);
+    fn no_room(&self, room: &Room, needed: u64, settings: &SpaceSettings) -> StoreError {
+        let left = room.left.unwrap_or_default();
+        let mut text = match needed {
+            0 => "there is no room left".to_owned(),
+            _ => format!("there is no room for {needed} bytes, {left} are left"),
+        };
+        text += &format!(": the store takes {} bytes", room.taken);
         if let Some(quota) = settings.quota {
             text += &format!(" of its quota of {quota}");
         }

@@ -2,13 +2,14 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
 use sapwood_image::layer::{Layer, OpenLayer, ResolveBase, SEGMENT_SIZE_DEFAULT, SpaceGate, Tuning};
 use sapwood_image::sealed::PACK_BYTES;
+use sapwood_image::{ErrorKind, ImageError};
 
 use crate::catalog::rows::{NodeRow, SpaceSettings, VolumeRow};
 use crate::catalog::{Catalog, Look};
@@ -21,6 +22,11 @@ use crate::mutation::Mutation;
 use crate::name::SnapshotName;
 use crate::resolve::Resolver;
 use crate::usage::Usage;
+
+/// How often it is looked whether others have let go of a layer.
+const EXAMINED_PAUSE: Duration = Duration::from_millis(2);
+/// How often after they have: what they had begun to read may keep its file locked a little longer.
+const EXAMINED_TRIES: usize = 100;
 
 /// How a store is used.
 #[derive(Clone, Debug)]
@@ -166,11 +172,15 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Sets the limits of space.
     ///
     /// # Errors
-    /// Watermarks that are not shares in rising order; what the catalog says.
+    /// Watermarks that are not shares in rising order; a quota of nothing; what the catalog says.
     pub fn set_space_settings(&self, settings: &SpaceSettings) -> Result<()> {
         let marks = &settings.watermarks;
         if !marks.is_sorted_by(|a, b| a < b) || marks.iter().any(|mark| !(1..=100).contains(mark)) {
             let text = "watermarks are shares from 1 to 100 percent, in rising order";
+            return Err(StoreError::invalid(self.directory.root().display(), text));
+        }
+        if settings.quota == Some(0) {
+            let text = "with a quota of 0 nothing could be written: say none to have no quota";
             return Err(StoreError::invalid(self.directory.root().display(), text));
         }
         self.catalog.change(|change| change.put_space_settings(settings))?;
@@ -188,8 +198,34 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Opens a layer of the store.
     pub(crate) async fn open_layer(&self, io: &Io<E>, id: Id, read_only: bool) -> Result<Arc<Layer<E>>> {
         let options = OpenLayer { read_only, tuning: self.options.tuning };
+        if !read_only {
+            return self.open_to_write(io, id, &options).await;
+        }
         let path = self.directory.layer(id);
         Ok(Layer::open_in_store(&self.storage, io, &path, &options, &self.resolver()).await?)
+    }
+
+    /// Opens a layer of the store for writing. A scrub or check that reads it lets it go.
+    pub(crate) async fn open_to_write(
+        &self,
+        io: &Io<E>,
+        id: Id,
+        options: &OpenLayer,
+    ) -> Result<Arc<Layer<E>>> {
+        let (path, _wanted) = (self.directory.layer(id), self.usage.want(id));
+        let mut tries = 0;
+        loop {
+            if self.usage.is_examined(id) {
+                tries = EXAMINED_TRIES;
+            }
+            match Layer::open_in_store(&self.storage, io, &path, options, &self.resolver()).await {
+                Err(ImageError { kind: ErrorKind::Locked { .. }, .. }) if tries > 0 => {
+                    tries -= 1;
+                    io.sleep_until(io.now() + EXAMINED_PAUSE).await;
+                }
+                opened => return Ok(opened?),
+            }
+        }
     }
 
     /// Removes layers that the catalog does not name any more; those that are in use later ([`Store::sweep`]). What

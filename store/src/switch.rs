@@ -92,7 +92,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         if is_empty && below.is_none_or(|below| below == size) {
             return Ok(());
         }
-        let text = "the volume holds writes that are in no snapshot: take one first, or say that they may be discarded";
+        let text = "the volume holds writes that are in no snapshot: take one first, or say that they may be discarded (--discard)";
         Err(StoreError::new(name, StoreErrorKind::Unsaved(text.to_owned())))
     }
 }

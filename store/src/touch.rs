@@ -179,6 +179,7 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Touching<'a, S, E> {
     /// What of ranges of bytes a layer does not hold itself; none when it cannot be asked.
     async fn uncovered(&self, layer: Id, ranges: &[Range<u64>]) -> Option<Vec<Range<u64>>> {
         let (storage, path) = (&self.store.storage, self.store.directory.layer(layer));
+        let _examined = self.store.usage.examine(layer)?;
         let opened = Layer::open_alone(storage, self.io, &path, self.store.options.tuning).await.ok()?;
         let mut source = FrozenSource::new(opened, self.io);
         let size = source.size();

@@ -20,6 +20,10 @@ struct State {
     layers: BTreeMap<Id, usize>,
     /// Layers that the catalog does not name any more, and that were in use when that began.
     left: BTreeSet<Id>,
+    /// Layers whose files are read as such, and by how many.
+    examined: BTreeMap<Id, usize>,
+    /// Layers that somebody waits to write.
+    wanted: BTreeSet<Id>,
     /// What is done with the whole store, once at a time.
     jobs: BTreeSet<&'static str>,
 }
@@ -35,6 +39,8 @@ enum What {
     Node,
     Sealing,
     Layer,
+    Examined,
+    Wanted,
     Job(&'static str),
 }
 
@@ -86,6 +92,32 @@ impl Usage {
     pub(crate) fn job(self: &Arc<Self>, job: &'static str) -> Option<Hold> {
         let is_free = self.state().jobs.insert(job);
         is_free.then(|| Hold { usage: Arc::clone(self), id: Id([0; 16]), what: What::Job(job) })
+    }
+
+    /// Takes a layer whose file is read as such, which has to end as soon as it [`is_wanted`](Self::is_wanted); none, when it
+    /// is already.
+    pub(crate) fn examine(self: &Arc<Self>, id: Id) -> Option<Hold> {
+        let mut state = self.state();
+        if state.wanted.contains(&id) {
+            return None;
+        }
+        *state.examined.entry(id).or_default() += 1;
+        drop(state);
+        Some(Hold { usage: Arc::clone(self), id, what: What::Examined })
+    }
+
+    pub(crate) fn is_examined(&self, id: Id) -> bool {
+        self.state().examined.contains_key(&id)
+    }
+
+    /// Has whoever examines a layer let go of it, and others keep off it. A volume's layer is opened by one at a time.
+    pub(crate) fn want(self: &Arc<Self>, id: Id) -> Hold {
+        self.state().wanted.insert(id);
+        Hold { usage: Arc::clone(self), id, what: What::Wanted }
+    }
+
+    pub(crate) fn is_wanted(&self, id: Id) -> bool {
+        self.state().wanted.contains(&id)
     }
 
     /// Lets the file of a layer stay: one that is made and not named by the catalog yet, or that somebody reads.
@@ -140,6 +172,8 @@ impl Drop for Hold {
             What::Volume => drop(state.volumes.remove(&self.id)),
             What::Sealing => drop(state.sealing.remove(&self.id)),
             What::Job(job) => drop(state.jobs.remove(job)),
+            What::Examined => release(&mut state.examined, self.id),
+            What::Wanted => drop(state.wanted.remove(&self.id)),
             What::Layer => release(&mut state.layers, self.id),
             What::Node => release(&mut state.pinned, self.id),
         }

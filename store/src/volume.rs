@@ -116,7 +116,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             let snapshots = change.snapshots_of(id)?;
             if let (Some((first, _)), false) = (snapshots.first(), with_snapshots) {
                 let text = format!(
-                    "the volume has snapshots ({} of them, {name}@{first} for one): delete them first, or with it",
+                    "the volume has snapshots ({} of them, {name}@{first} for one): delete them first, or with it (--with-snapshots)",
                     snapshots.len()
                 );
                 return Err(StoreError::new(name, StoreErrorKind::HasSnapshots(text)));

@@ -243,7 +243,9 @@ fn made() -> Lab {
 #[test]
 fn a_snapshot_is_the_same_elsewhere() {
     let (here, there) = (made(), Lab::new());
-    here.store().note(&Name::Snapshot(at("web@b")), &NotesChange::Describe("the second".to_owned())).unwrap();
+    here.store()
+        .note(&Name::Snapshot(at("web@b")), &[NotesChange::Describe("the second".to_owned())])
+        .unwrap();
     assert_eq!((here.hash("web@a"), here.hash("web@b")), (None, None));
     let (exported, path) = here.export("web@b", None, "b.sapwood").unwrap();
     assert_eq!((exported.info.name.as_str(), exported.info.description.as_str()), ("web@b", "the second"));

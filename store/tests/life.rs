@@ -279,7 +279,7 @@ fn notes_settings_and_numbers_are_kept() {
     lab.store().create("v", SIZE).unwrap();
     lab.snapshot("v@s");
     let (volume, snapshot): (Name, Name) = ("v".parse().unwrap(), "v@s".parse().unwrap());
-    let note = |name, note| lab.store().note(name, &note);
+    let note = |name, note| lab.store().note(name, &[note]);
     note(&volume, NotesChange::Describe("the web server".to_owned())).unwrap();
     note(&volume, NotesChange::Label("tier".to_owned(), "gold".to_owned())).unwrap();
     note(&snapshot, NotesChange::Protect(true)).unwrap();
@@ -290,6 +290,11 @@ fn notes_settings_and_numbers_are_kept() {
     ] {
         assert_eq!(note(&volume, wrong).unwrap_err().kind.name(), "invalid");
     }
+    // All of them or none.
+    let both = [NotesChange::Describe("no more".to_owned()), NotesChange::Unlabel("none".to_owned())];
+    assert_eq!(lab.store().note(&volume, &both).unwrap_err().kind.name(), "invalid");
+    let row = lab.store().catalog().view().unwrap().volumes().unwrap().remove(0).1;
+    assert_eq!((row.notes.description.as_str(), row.notes.labels.len()), ("the web server", 1));
     let kept = lab.with(|store, io| async move { store.delete_snapshot(&io, &at("v@s")).await });
     assert_eq!(kept.unwrap_err().0, "protected");
     let kept = lab.with(|store, io| async move { store.delete_volume(&io, "v", true).await });
@@ -297,6 +302,8 @@ fn notes_settings_and_numbers_are_kept() {
     let settings = SpaceSettings { quota: Some(1 << 30), reserve: None, watermarks: vec![80, 95] };
     lab.store().set_space_settings(&settings).unwrap();
     let wrong = SpaceSettings { watermarks: vec![95, 80], ..settings.clone() };
+    assert_eq!(lab.store().set_space_settings(&wrong).unwrap_err().kind.name(), "invalid");
+    let wrong = SpaceSettings { quota: Some(0), ..settings.clone() };
     assert_eq!(lab.store().set_space_settings(&wrong).unwrap_err().kind.name(), "invalid");
     let pack = PackRow { kind: PackKind::Data, bytes: 64 << 20, entries: 9000, live_bytes: None };
     let run = IndexRow { level: 2, entries: 9000 };

@@ -2,9 +2,11 @@
 #![allow(clippy::unwrap_used, clippy::single_range_in_vec_init, reason = "tests")]
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::Poll;
 
 use sapwood_blockdev::buffer::SharedBuf;
 use sapwood_blockdev::device::{self, Command, DeviceError};
@@ -896,4 +898,59 @@ fn a_backup_that_is_cut_off_is_no_store_and_can_be_made_again() {
     assert_eq!((copy.check(), copy.read("v@base")), (vec![], marks(1)));
     drop(copy);
     assert_eq!(backup(&lab, to, Pace::default()).unwrap_err().0, "exists");
+}
+
+#[test]
+fn a_volume_is_attached_while_its_layer_is_scrubbed() {
+    let lab = Lab::new();
+    lab.store().create("v", (BLOCKS * BLOCK) as u64).unwrap();
+    lab.write("v", &(0..BLOCKS).map(|at| (at, 1 + at as u32)).collect::<Vec<_>>());
+    let (mut beside, mut let_go) = (0, 0);
+    for steps in 0.. {
+        let (is_beside, in_use) = lab
+            .with(move |store, io| async move {
+                let pace = Arc::default();
+                let mut progress = |_| {};
+                let mut scrub = pin!(store.scrub(&io, &pace, &mut progress));
+                let (mut scrubbed, mut step) = (None, 0);
+                let mut is_over = poll_fn(|cx| {
+                    if let Poll::Ready(found) = scrub.as_mut().poll(cx) {
+                        scrubbed = Some(found);
+                    }
+                    step += 1;
+                    if step > steps || scrubbed.is_some() {
+                        Poll::Ready(scrubbed.is_some())
+                    } else {
+                        Poll::Pending
+                    }
+                })
+                .await;
+                let is_beside = !is_over;
+                let mut attach = pin!(async {
+                    let attachment = store.attach(&io, "v").await?;
+                    let volume = store.open_volume(&io, &attachment, Tuning::default()).await?;
+                    volume.close(&io).await?;
+                    store.detach(attachment, None)
+                });
+                poll_fn(|cx| {
+                    if !is_over && let Poll::Ready(found) = scrub.as_mut().poll(cx) {
+                        (scrubbed, is_over) = (Some(found), true);
+                    }
+                    attach.as_mut().poll(cx)
+                })
+                .await?;
+                let found = match scrubbed {
+                    Some(found) => found?,
+                    None => scrub.await?,
+                };
+                assert!(found.is_sound());
+                Ok((is_beside, found.in_use.len()))
+            })
+            .unwrap();
+        if !is_beside {
+            break;
+        }
+        (beside, let_go) = (beside + 1, let_go + in_use);
+    }
+    assert!(beside > 3 && let_go > 0, "attached in {beside} moments of a scrub, which let go in {let_go}");
 }

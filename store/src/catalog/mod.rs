@@ -14,6 +14,7 @@ pub mod rows;
 mod tables;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use redb::{Builder, Database};
@@ -34,8 +35,8 @@ pub struct Catalog {
     database: Database,
     path: PathBuf,
     meta: Meta,
-    /// A commit has failed: what is in memory may not be what is stored.
-    is_unknown: AtomicBool,
+    /// A commit has failed, or anything else that was done with the file: what is in memory may not be what is stored.
+    is_unknown: Arc<AtomicBool>,
 }
 
 impl Catalog {
@@ -48,8 +49,8 @@ impl Catalog {
         fill: impl FnOnce(&mut Change) -> Result<()>,
     ) -> Result<()> {
         let path = file.path().to_owned();
-        let database = Self::database(file, engine, synced)?;
-        let catalog = Self { database, path, meta: Meta::new(store), is_unknown: AtomicBool::new(false) };
+        let (database, is_unknown) = Self::database(file, engine, synced)?;
+        let catalog = Self { database, path, meta: Meta::new(store), is_unknown };
         catalog.change(|change| {
             change.prepare(&catalog.meta)?;
             fill(change)
@@ -69,21 +70,28 @@ impl Catalog {
                 redb::Error::Corrupted("it is empty".to_owned()),
             ));
         }
-        let database = Self::database(file, engine, synced)?;
+        let (database, is_unknown) = Self::database(file, engine, synced)?;
         let view = View::begin(&database, &path)?;
         let meta = Meta::read(&view, &path)?;
         drop(view);
-        Ok(Self { database, path, meta, is_unknown: AtomicBool::new(false) })
+        Ok(Self { database, path, meta, is_unknown })
     }
 
-    fn database<E: Engine + Send>(file: E::File, engine: E, synced: bool) -> Result<Database> {
+    /// The database, and whether anything that it did with its file has failed.
+    fn database<E: Engine + Send>(
+        file: E::File,
+        engine: E,
+        synced: bool,
+    ) -> Result<(Database, Arc<AtomicBool>)> {
         let path = file.path().to_owned();
-        let backend = Backend::new(file, engine, synced);
+        let failed = Arc::<AtomicBool>::default();
+        let backend = Backend::new(file, engine, synced, Arc::clone(&failed));
         // Damaged pages are found here: later, redb would panic where it meets one.
         let mut builder = Builder::new();
         builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
         let database = builder.create_with_backend(backend);
-        database.map_err(|error| StoreError::database(&path, "open", error))
+        let database = database.map_err(|error| StoreError::database(&path, "open", error))?;
+        Ok((database, failed))
     }
 
     /// The store's id.
@@ -138,13 +146,13 @@ impl Catalog {
         result
     }
 
-    /// Whether a commit has failed, so that nobody knows whether it was made: nothing can be read or changed until the
-    /// store is opened again.
+    /// Whether a commit has failed, so that nobody knows whether it was made, or anything else that was done with the file:
+    /// nothing can be read or changed until the store is opened again.
     pub fn is_unknown(&self) -> bool {
         self.is_unknown.load(Ordering::Acquire)
     }
 
-    /// Refuses to go by what is in memory after a commit that may have been made or not.
+    /// Refuses to go by what is in memory after a failure.
     fn check(&self) -> Result<()> {
         match self.is_unknown() {
             true => Err(StoreError::database(&self.path, "use", redb::Error::PreviousIo)),

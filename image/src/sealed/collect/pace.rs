@@ -18,6 +18,9 @@ pub struct Pace {
     stopped: AtomicBool,
     /// Bytes read and written in a second; 0 for no limit.
     rate: AtomicU64,
+    /// Bytes read and written so far, and how many there will be; 0 where nobody knows.
+    done: AtomicU64,
+    expected: AtomicU64,
     /// When the work that was done is paid for.
     paid_at: Mutex<Time>,
 }
@@ -38,13 +41,24 @@ impl Pace {
         self.rate.store(bytes_per_second, Ordering::Relaxed);
     }
 
+    /// Says how many bytes there are to be read and written in all.
+    pub fn expect(&self, bytes: u64) {
+        self.expected.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes read and written so far, and in all; 0 while that is not known.
+    pub fn progress(&self) -> (u64, u64) {
+        (self.done.load(Ordering::Relaxed), self.expected.load(Ordering::Relaxed))
+    }
+
     /// Fails when it should stop; `path` is for the message.
     pub(super) fn go_on(&self, path: &Path) -> Result<(), ImageError> {
         if self.is_stopped() { Err(ImageError::new(path, ErrorKind::Cancelled)) } else { Ok(()) }
     }
 
     /// Waits until so many bytes more are within the rate.
-    pub(super) async fn spend<E: Engine>(&self, io: &Io<E>, bytes: u64) {
+    pub async fn spend<E: Engine>(&self, io: &Io<E>, bytes: u64) {
+        self.done.fetch_add(bytes, Ordering::Relaxed);
         let rate = self.rate.load(Ordering::Relaxed);
         if rate == 0 {
             return;
@@ -90,8 +104,11 @@ mod tests {
         assert!(io.now() + AHEAD >= paid_at, "it waited, but for what it may run ahead");
         pace.set_rate(0);
         let (of_task, of_work) = (io.clone(), std::sync::Arc::clone(&pace));
-        block_on(&io, async move { of_work.spend(&of_task, u64::MAX).await });
+        block_on(&io, async move { of_work.spend(&of_task, 1 << 30).await });
         assert_eq!(*pace.paid_at.lock().unwrap(), paid_at, "nothing is to be paid without a limit");
+        assert_eq!(pace.progress(), (8 * 12_800 + (1 << 30), 0), "but it counts");
+        pace.expect(1 << 40);
+        assert_eq!(pace.progress().1, 1 << 40);
         pace.go_on(Path::new("p")).unwrap();
         pace.stop();
         assert!(matches!(pace.go_on(Path::new("p")).unwrap_err().kind, ErrorKind::Cancelled));

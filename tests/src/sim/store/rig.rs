@@ -368,9 +368,11 @@ impl Rig {
             Action::DeleteSnapshot(volume, name) => {
                 self.run(async move { store.delete_snapshot(&io, &snapshot_name(&volume, &name)).await })?;
             }
-            Action::ProtectVolume(name, on) => store.note(&Name::Volume(name), &NotesChange::Protect(on))?,
+            Action::ProtectVolume(name, on) => {
+                store.note(&Name::Volume(name), &[NotesChange::Protect(on)])?
+            }
             Action::ProtectSnapshot(volume, name, on) => {
-                store.note(&Name::Snapshot(snapshot_name(&volume, &name)), &NotesChange::Protect(on))?;
+                store.note(&Name::Snapshot(snapshot_name(&volume, &name)), &[NotesChange::Protect(on)])?;
             }
             Action::Seal(stop_after) => self.seal(stop_after)?,
             Action::Collect(percent) => drop(self.collect(percent)?),

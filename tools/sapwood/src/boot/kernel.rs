@@ -10,6 +10,7 @@ use sapwood_vmm::from_disk::{self, Found};
 use super::events::Interruption;
 use super::plan::{Boot, DiskPlace, Machine};
 use super::reader::Reader;
+use super::volume::VolumeReader;
 
 /// What is started, open for reading.
 #[derive(Debug)]
@@ -51,9 +52,13 @@ fn open_file(path: &Path, option: &str) -> anyhow::Result<File> {
 /// Finds a kernel on the first disk. It is closed again before this returns.
 fn find(machine: &Machine, entry: Option<&str>, interruption: Interruption) -> anyhow::Result<Found> {
     let first = machine.disks.first().context("no disk to find a kernel on")?;
+    if let Some(address) = &machine.first_volume {
+        let reader = VolumeReader::open(machine.host, address.clone(), interruption)?;
+        return from_disk::find(Box::new(reader), entry).with_context(|| first.name().display().to_string());
+    }
     let DiskPlace::File { path, format, .. } = &first.place else {
         bail!(
-            "{}: only on a disk that is a file a kernel can be found: give one with --kernel",
+            "{}: only on a disk that is a file or a volume a kernel can be found: give one with --kernel",
             first.name().display()
         );
     };

@@ -18,6 +18,7 @@ mod reader;
 mod server;
 mod supervisor;
 mod terminal;
+mod volume;
 mod worker;
 
 pub use child::{CHILD_OF, end_with};
@@ -26,4 +27,5 @@ pub use plan::{Boot, ConsoleSpec, DiskSpec, Machine};
 pub use qemu::script;
 pub use server::{remove_folder_of, with_options};
 pub use supervisor::{Outcome, run};
+pub use volume::settle;
 pub use worker::Worker;

@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use sapwood_image::Format;
 
+use crate::host::Host;
+use crate::volumes::address::Address;
+
 /// A virtual machine to start, and when to let it go.
-#[derive(Debug)]
 pub struct Machine {
     /// What to start in it.
     pub boot: Boot,
@@ -17,6 +19,10 @@ pub struct Machine {
     pub memory_bytes: u64,
     /// In the guest's order.
     pub disks: Vec<DiskSpec>,
+    /// The first disk, if that is a volume of a store.
+    pub first_volume: Option<Address>,
+    /// How this process gets at files.
+    pub host: Host,
     /// The serial port.
     pub console: ConsoleSpec,
     /// A guest that restarts ends instead.

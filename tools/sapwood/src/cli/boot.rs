@@ -8,6 +8,7 @@ use clap::Args;
 use super::output;
 use super::size::Size;
 use crate::boot::{self, Boot as What, ConsoleSpec, DiskSpec, Machine, Outcome};
+use crate::host::Host;
 
 /// Exit code when the guest's kernel panicked.
 const EXIT_PANIC: u8 = 10;
@@ -24,19 +25,20 @@ const EXIT_STOPPED: u8 = 130;
 const CMDLINE: &str = "console=ttyS0";
 
 /// No comment: its brackets would be links.
-const DISK_HELP: &str = "One more disk: FILE[,format=raw|layer|qcow2][,readonly][,queues=N][,control=PATH] or, served \
-    already, socket=PATH[,queues=N]. The guest sees the disks in the order given, DISK first";
+const DISK_HELP: &str = "One more disk: FILE[,format=raw|layer|qcow2][,readonly][,queues=N][,control=PATH], a volume of a \
+    store as STORE:volume[,queues=N] or, served already, socket=PATH[,queues=N]. The guest sees the disks in the order given, DISK first";
 
 /// Start a virtual machine from a disk
 ///
 /// Finds the kernel on the first disk, or takes the one that is given, and starts it under KVM. Each disk that is a
-/// file gets a server of its own, as with sapwood serve. The guest's first serial port is standard input and output; on a
+/// file gets a server of its own, as with sapwood serve; a volume is attached to the daemon of its store, if that runs. The guest's first serial port is standard input and output; on a
 /// terminal Ctrl-A X ends the machine. The exit code is 0 when the guest powers off.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   sapwood boot vm1.layer
   sapwood boot vm1.layer --cpus 4 --memory 4G --append 'quiet ro'
   sapwood boot vm1.layer --disk data.raw,format=raw --disk tools.qcow2,readonly
+  sapwood boot /srv/vms:web --disk /srv/vms:data
   sapwood boot --disk socket=/run/vm2.sock --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0 root=/dev/vda'
   sapwood boot vm1.layer --console file=console.log --timeout 600 --no-reboot
   sapwood boot vm1.layer --print-qemu --extract-kernel boot/ > vm1.sh
@@ -106,9 +108,11 @@ pub struct Boot {
 }
 
 impl Boot {
-    pub fn run(self) -> anyhow::Result<u8> {
+    pub fn run(self, host: &Host) -> anyhow::Result<u8> {
         let (print_qemu, extract) = (self.print_qemu, self.extract_kernel.clone());
-        let machine = self.machine();
+        let mut machine = self.machine(*host);
+        // Until the machine has ended.
+        let _leases = boot::settle(&mut machine, *host, !print_qemu)?;
         if print_qemu {
             let no_kvm = boot::probe().err().map(|error| format!("{error:#}"));
             output::print(&boot::script(&machine, extract.as_deref(), no_kvm.as_deref())?)?;
@@ -130,7 +134,7 @@ impl Boot {
     }
 
     /// What the command line describes.
-    fn machine(self) -> Machine {
+    fn machine(self, host: Host) -> Machine {
         let boot = match self.kernel {
             Some(kernel) => {
                 let cmdline = self.cmdline.unwrap_or_else(|| CMDLINE.to_owned());
@@ -144,6 +148,8 @@ impl Boot {
             cpus: self.cpus,
             memory_bytes: self.memory,
             disks: self.disk.into_iter().chain(self.disks).collect(),
+            first_volume: None,
+            host,
             console: self.console,
             no_reboot: self.no_reboot,
             timeout: self.timeout.map(Duration::from_secs),

@@ -110,7 +110,7 @@ impl Cli {
             Command::Commit(command) => command.run(&host()).map(|()| 0),
             Command::Compact(command) => command.run(&host()).map(|()| 0),
             Command::Serve(command) => command.run(&host()).map(|()| 0),
-            Command::Boot(command) => command.run(),
+            Command::Boot(command) => command.run(&host()),
             Command::Store(command) => command.run(&host()),
             Command::Daemon(command) => command.run(&host()).map(|()| 0),
             Command::List(command) => command.run(&host()).map(|()| 0),

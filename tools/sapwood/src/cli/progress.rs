@@ -11,8 +11,17 @@ pub fn bar(bytes: u64, quiet: bool) -> ProgressBar {
     ProgressBar::new(bytes).with_style(style.expect("a template of known keys"))
 }
 
-/// Moves a bar whose length is known once the work has begun.
+/// Moves a bar whose length is known once the work has begun; where it is not, counts.
 pub fn show(bar: &ProgressBar, done: u64, all: u64) {
+    if all == 0 && done > 0 {
+        bar.set_style(
+            ProgressStyle::with_template("{bytes} read and written").expect("a template of known keys"),
+        );
+        return bar.set_position(done);
+    }
+    if all == 0 {
+        return;
+    }
     bar.set_length(all);
     bar.set_position(done);
 }

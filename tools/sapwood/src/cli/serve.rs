@@ -155,14 +155,22 @@ impl Serve {
             bail!("{}: the daemon of the store has it: use sapwood attach", self.path.display());
         };
         let volume = address.volume()?;
-        let serve =
-            attached::Serve { socket: self.socket.clone(), queues: self.queues, tuning: self.tuning() };
+        let serve = attached::Serve {
+            socket: self.socket.clone(),
+            queues: self.queues,
+            serial: volume.clone(),
+            tuning: self.tuning(),
+        };
         let attached = Attached::volume(&service, &volume, serve)?;
         service.add(&attached);
         output::print(&self.ready_line("volume", attached.size(), false))?;
         signals.forever().next();
         log::info!("stopping: a second signal ends this at once");
-        service.close()?;
+        let closed = service.close();
+        if self.child_of.is_some() {
+            remove_folder_of(&self.socket);
+        }
+        closed?;
         log::info!("stopped: everything is durable");
         Ok(())
     }

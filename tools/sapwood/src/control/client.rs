@@ -15,14 +15,16 @@ use hyper::{Method, Request, StatusCode};
 use hyper_util::rt::TokioIo;
 use indicatif::ProgressBar;
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
+use serde_json::value::RawValue;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 use tokio::net::UnixStream;
 use tokio::runtime::Builder;
 use tokio::time::timeout;
 
-use super::wire::{Failed, Job, Nothing, State};
+use super::wire::{Failed, Failure, Job, Nothing, State};
 use crate::cli::progress;
 use crate::cli::serve::EXIT_INTERRUPTED;
 
@@ -63,21 +65,26 @@ pub fn follow(
     begin: impl FnOnce() -> anyhow::Result<Job>,
     mut look: impl FnMut(u64, bool) -> anyhow::Result<Job>,
     bar: &ProgressBar,
-) -> anyhow::Result<Value> {
+) -> anyhow::Result<Box<RawValue>> {
     let mut interrupts = Interrupts::take()?;
     let mut job = begin()?;
     let mut pause = PAUSES.0;
     while job.state == State::Running {
-        if job.total_bytes > 0 {
-            progress::show(bar, job.done_bytes, job.total_bytes);
-        }
+        progress::show(bar, job.done_bytes, job.total_bytes);
         sleep(pause);
         pause = (pause * 2).min(PAUSES.1);
-        job = look(job.id, interrupts.is_first())?;
+        let is_cancelled = interrupts.is_first();
+        job = match look(job.id, is_cancelled) {
+            Err(error) if is_cancelled && Failure::of(&error).kind == "unsupported" => {
+                eprintln!("sapwood: {error:#}");
+                look(job.id, false)?
+            }
+            looked => looked?,
+        };
     }
     bar.finish_and_clear();
     match (job.state, job.error) {
-        (State::Done, _) => Ok(job.result.unwrap_or_default()),
+        (State::Done, _) => job.result.context("there is no result"),
         (State::Cancelled, _) => bail!("cancelled"),
         (_, Some(error)) => Err(error.into()),
         (_, None) => bail!("it failed"),
@@ -104,38 +111,29 @@ impl<'a> Client<'a> {
 
     /// Facts about the disk.
     pub fn disk(&self) -> anyhow::Result<Value> {
-        self.ask(Method::GET, "/v1/disk", &Nothing {})
+        self.read(Method::GET, "/v1/disk", &Nothing {})
     }
 
     /// Has a job done, with a bar; what it answers. SIGINT and SIGTERM cancel it.
     pub fn run(&self, path: &str, body: &impl Serialize, bar: &ProgressBar) -> anyhow::Result<Value> {
-        follow(
+        let result = follow(
             || self.read(Method::POST, path, body),
             |id, cancel| {
                 let method = if cancel { Method::DELETE } else { Method::GET };
                 self.read(method, &format!("/v1/jobs/{id}"), &Nothing {})
             },
             bar,
-        )
+        )?;
+        Ok(serde_json::from_str(result.get())?)
     }
 
     /// One request and its answer, as what it is.
-    pub fn read<T: serde::de::DeserializeOwned>(
+    pub fn read<T: DeserializeOwned>(
         &self,
         method: Method,
         path: &str,
         body: &impl Serialize,
     ) -> anyhow::Result<T> {
-        let value = self.ask(method, path, body)?;
-        serde_json::from_value(value).with_context(|| self.odd())
-    }
-
-    fn odd(&self) -> String {
-        format!("{}: what answers there is no control socket of sapwood", self.socket.display())
-    }
-
-    /// One request and its answer.
-    fn ask(&self, method: Method, path: &str, body: &impl Serialize) -> anyhow::Result<Value> {
         let runtime = Builder::new_current_thread().enable_all().build()?;
         let body = serde_json::to_vec(body)?;
         let answered = runtime.block_on(async {
@@ -149,6 +147,10 @@ impl<'a> Client<'a> {
         }
         let Failed { error } = serde_json::from_slice(&bytes).with_context(|| self.odd())?;
         Err(error.into())
+    }
+
+    fn odd(&self) -> String {
+        format!("{}: what answers there is no control socket of sapwood", self.socket.display())
     }
 
     async fn exchange(

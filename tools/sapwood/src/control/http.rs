@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::body::Bytes;
-use axum::extract::rejection::BytesRejection;
+use axum::extract::rejection::{BytesRejection, PathRejection};
 use axum::extract::{DefaultBodyLimit, Path, State};
 use axum::http::StatusCode;
 use axum::http::header::CONTENT_TYPE;
@@ -78,6 +78,10 @@ impl From<Refused> for Failure {
             Refused::Busy(id) => {
                 Self::new("busy", format!("job {id} is under way: wait for it or cancel it first"))
             }
+            Refused::Uncancellable(id) => Self::new(
+                "unsupported",
+                format!("job {id} is not cut off between its steps: it ends by itself, soon"),
+            ),
             Refused::Stopping => Self::new("stopping", "the server is stopping"),
             Refused::System(error) => Self::new("system", format!("no thread: {error}")),
         }
@@ -135,13 +139,17 @@ async fn list_jobs<S: HasJobs>(State(state): State<Arc<S>>) -> Response {
     json_of(StatusCode::OK, &JobList { jobs: state.jobs().list() })
 }
 
-async fn show_job<S: HasJobs>(State(state): State<Arc<S>>, Path(id): Path<String>) -> Answer {
-    let job = id.parse().ok().and_then(|id| state.jobs().get(id)).ok_or_else(Error::no_such_job)?;
+/// The number of a job, as a path says it.
+type Number = Result<Path<u64>, PathRejection>;
+
+async fn show_job<S: HasJobs>(State(state): State<Arc<S>>, id: Number) -> Answer {
+    let job = id.ok().and_then(|Path(id)| state.jobs().get(id)).ok_or_else(Error::no_such_job)?;
     Ok(json_of(StatusCode::OK, &job))
 }
 
-async fn cancel_job<S: HasJobs>(State(state): State<Arc<S>>, Path(id): Path<String>) -> Answer {
-    let job = id.parse().ok().and_then(|id| state.jobs().cancel(id)).ok_or_else(Error::no_such_job)?;
+async fn cancel_job<S: HasJobs>(State(state): State<Arc<S>>, id: Number) -> Answer {
+    let job = id.ok().and_then(|Path(id)| state.jobs().cancel(id)).ok_or_else(Error::no_such_job)?;
+    let job = job.map_err(Failure::from)?;
     Ok(json_of(StatusCode::OK, &job))
 }
 

@@ -10,12 +10,18 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use sapwood_image::ErrorKind;
-use serde_json::Value;
+use sapwood_image::sealed::collect::Pace;
+use serde::Serialize;
+use serde_json::value::{RawValue, to_raw_value};
 
 use super::wire::{self, Failure, State};
 
 /// Jobs that are remembered after they have ended.
 const KEPT_MAX: usize = 32;
+/// Bytes of their results: older jobs are forgotten where there are more.
+const RESULTS_BYTES_MAX: usize = 64 << 20;
+/// What ends by itself soon, and is not cut off between its steps.
+const UNCANCELLABLE: [&str; 1] = ["resize"];
 
 /// A piece of work as its thread sees it.
 pub struct Job {
@@ -26,17 +32,19 @@ pub struct Job {
     done_bytes: AtomicU64,
     total_bytes: AtomicU64,
     cancelled: AtomicBool,
-    /// Is called when it is cancelled.
-    on_cancel: Mutex<Option<Box<dyn Fn() + Send>>>,
-    end: Mutex<Option<Result<Value, anyhow::Error>>>,
+    /// Of work that goes by one: stops it, and says how far it has come.
+    pace: Mutex<Option<Arc<Pace>>>,
+    end: Mutex<Option<Result<Box<RawValue>, anyhow::Error>>>,
 }
 
-/// Why a job was not started.
+/// Why a job was not started, or not cancelled.
 pub enum Refused {
     /// This one runs, and has to end first.
     Busy(u64),
     /// The server stops.
     Stopping,
+    /// This one is not cut off.
+    Uncancellable(u64),
     /// There is no thread for it.
     System(std::io::Error),
 }
@@ -65,6 +73,22 @@ impl Table {
         let any = running().next().filter(|_| running().count() >= running_max);
         same.or(any).map(|job| job.id)
     }
+
+    /// Forgets the oldest of those that have ended, as far as there are too many, or their results are too long. The newest
+    /// stays: somebody may be about to ask for its result.
+    fn forget(&mut self) {
+        loop {
+            let ended = self.jobs.iter().enumerate().filter(|(_, job)| job.has_ended());
+            let ended: Vec<(usize, usize)> = ended.map(|(at, job)| (at, job.result_bytes())).collect();
+            let bytes: usize = ended.iter().map(|(_, bytes)| bytes).sum();
+            let is_too_much = self.jobs.len() >= KEPT_MAX || bytes > RESULTS_BYTES_MAX;
+            let [(oldest, _), _, ..] = ended[..] else { return };
+            if !is_too_much {
+                return;
+            }
+            self.jobs.remove(oldest);
+        }
+    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -76,50 +100,63 @@ impl Job {
     pub fn report(&self, done: u64, total: u64) -> ControlFlow<()> {
         self.done_bytes.store(done, Ordering::Relaxed);
         self.total_bytes.store(total, Ordering::Relaxed);
-        if self.cancelled.load(Ordering::Relaxed) {
-            ControlFlow::Break(())
-        } else {
-            ControlFlow::Continue(())
-        }
+        if self.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     }
 
-    /// Has `stop` called when the job is cancelled, or now if it is already: for work that does not ask.
-    pub fn on_cancel(&self, stop: impl Fn() + Send + 'static) {
-        let mut on_cancel = lock(&self.on_cancel);
-        if self.cancelled.load(Ordering::Relaxed) {
-            stop();
+    /// Whether it is to stop.
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled.load(Ordering::Relaxed)
+    }
+
+    /// A pace for work that goes by one: it stops when the job is cancelled, and is the job's progress where that is not
+    /// reported.
+    pub fn pace(&self) -> Arc<Pace> {
+        let pace = Arc::new(Pace::default());
+        let mut own = lock(&self.pace);
+        if self.is_cancelled() {
+            pace.stop();
         }
-        *on_cancel = Some(Box::new(stop));
+        *own = Some(Arc::clone(&pace));
+        pace
     }
 
     fn cancel(&self) {
-        let on_cancel = lock(&self.on_cancel);
+        let pace = lock(&self.pace);
         self.cancelled.store(true, Ordering::Relaxed);
-        on_cancel.iter().for_each(|stop| stop());
+        pace.iter().for_each(|pace| pace.stop());
+    }
+
+    /// Bytes that are done, and in all.
+    fn progress(&self) -> (u64, u64) {
+        let reported = (self.done_bytes.load(Ordering::Relaxed), self.total_bytes.load(Ordering::Relaxed));
+        match &*lock(&self.pace) {
+            Some(pace) if reported == (0, 0) => pace.progress(),
+            _ => reported,
+        }
+    }
+
+    fn result_bytes(&self) -> usize {
+        lock(&self.end).iter().flatten().map(|result| result.get().len()).sum()
     }
 
     fn has_ended(&self) -> bool {
         lock(&self.end).is_some()
     }
 
-    fn view(&self) -> wire::Job {
+    fn view(&self, with_result: bool) -> wire::Job {
+        let (mut done_bytes, total_bytes) = self.progress();
         let (state, error, result) = match &*lock(&self.end) {
             None => (State::Running, None, None),
-            Some(Ok(result)) => (State::Done, None, Some(result.clone())),
+            Some(Ok(result)) => (State::Done, None, with_result.then(|| result.clone())),
             Some(Err(error)) => match Failure::of(error) {
                 failure if failure.kind == ErrorKind::Cancelled.name() => (State::Cancelled, None, None),
                 failure => (State::Failed, Some(failure), None),
             },
         };
-        wire::Job {
-            id: self.id,
-            kind: self.kind.to_owned(),
-            state,
-            done_bytes: self.done_bytes.load(Ordering::Relaxed),
-            total_bytes: self.total_bytes.load(Ordering::Relaxed),
-            error,
-            result,
+        if state == State::Done && total_bytes > 0 {
+            done_bytes = total_bytes;
         }
+        wire::Job { id: self.id, kind: self.kind.to_owned(), state, done_bytes, total_bytes, error, result }
     }
 }
 
@@ -135,11 +172,11 @@ impl Jobs {
     }
 
     /// Starts `work` on a thread, unless another job about the same runs, or as many as may.
-    pub fn start(
+    pub fn start<R: Serialize>(
         &self,
         kind: &'static str,
         about: &str,
-        work: impl FnOnce(&Arc<Job>) -> anyhow::Result<Value> + Send + 'static,
+        work: impl FnOnce(&Arc<Job>) -> anyhow::Result<R> + Send + 'static,
     ) -> Result<wire::Job, Refused> {
         let mut table = lock(&self.table);
         if table.closed {
@@ -155,7 +192,7 @@ impl Jobs {
             done_bytes: AtomicU64::new(0),
             total_bytes: AtomicU64::new(0),
             cancelled: AtomicBool::new(false),
-            on_cancel: Mutex::new(None),
+            pace: Mutex::new(None),
             end: Mutex::new(None),
         });
         let (running, is_logged) = (Arc::clone(&job), self.is_logged);
@@ -163,14 +200,11 @@ impl Jobs {
             if is_logged {
                 log::info!("job {}: {} begins", running.id, running.kind);
             }
-            let result = work(&running);
+            let result = work(&running).and_then(|result| Ok(to_raw_value(&result)?));
             match &result {
                 _ if !is_logged => {}
                 Ok(_) => log::info!("job {}: {} is done", running.id, running.kind),
                 Err(error) => log::warn!("job {}: {}: {error:#}", running.id, running.kind),
-            }
-            if result.is_ok() {
-                running.done_bytes.store(running.total_bytes.load(Ordering::Relaxed), Ordering::Relaxed);
             }
             *lock(&running.end) = Some(result);
         });
@@ -178,19 +212,15 @@ impl Jobs {
         table.threads.retain(|thread| !thread.is_finished());
         table.threads.push(thread.map_err(Refused::System)?);
         table.last_id = job.id;
-        let view = job.view();
-        if table.jobs.len() >= KEPT_MAX
-            && let Some(oldest) = table.jobs.iter().position(|job| job.has_ended())
-        {
-            table.jobs.remove(oldest);
-        }
+        let view = job.view(true);
+        table.forget();
         table.jobs.push_back(job);
         Ok(view)
     }
 
-    /// All that are remembered, the newest last.
+    /// All that are remembered, the newest last, without their results.
     pub fn list(&self) -> Vec<wire::Job> {
-        lock(&self.table).jobs.iter().map(|job| job.view()).collect()
+        lock(&self.table).jobs.iter().map(|job| job.view(false)).collect()
     }
 
     /// The one that runs, or the newest of them.
@@ -200,14 +230,17 @@ impl Jobs {
 
     /// One of them.
     pub fn get(&self, id: u64) -> Option<wire::Job> {
-        self.find(id).map(|job| job.view())
+        self.find(id).map(|job| job.view(true))
     }
 
     /// Tells a job to stop where it can; nothing happens to one that has ended.
-    pub fn cancel(&self, id: u64) -> Option<wire::Job> {
+    pub fn cancel(&self, id: u64) -> Option<Result<wire::Job, Refused>> {
         let job = self.find(id)?;
+        if UNCANCELLABLE.contains(&job.kind) && !job.has_ended() {
+            return Some(Err(Refused::Uncancellable(id)));
+        }
         job.cancel();
-        Some(job.view())
+        Some(Ok(job.view(true)))
     }
 
     fn find(&self, id: u64) -> Option<Arc<Job>> {
@@ -238,6 +271,7 @@ mod tests {
     use std::sync::mpsc::channel;
 
     use sapwood_image::ImageError;
+    use serde_json::Value;
 
     use super::*;
 
@@ -269,7 +303,7 @@ mod tests {
         let job = wait(&jobs, first);
         assert_eq!((job.state, job.done_bytes, job.total_bytes), (State::Done, 2, 2));
         for n in 0..KEPT_MAX as u64 {
-            let failing = id(jobs.start("resize", "disk", |_| anyhow::bail!("no")));
+            let failing = id(jobs.start::<Value>("resize", "disk", |_| anyhow::bail!("no")));
             assert_eq!(failing, first + 1 + n);
             let error = wait(&jobs, failing).error.unwrap();
             assert_eq!((error.kind.as_str(), error.message.as_str()), ("failed", "no"));
@@ -281,14 +315,15 @@ mod tests {
     #[test]
     fn a_cancelled_job_ends_where_it_can() {
         let jobs = Jobs::new(1);
-        let work = |job: &Arc<Job>| {
+        let work = |job: &Arc<Job>| -> anyhow::Result<Value> {
             while job.report(0, 0).is_continue() {
                 thread::yield_now();
             }
             Err(ImageError::new("disk", ErrorKind::Cancelled).into())
         };
         let job = id(jobs.start("flatten", "disk", work));
-        assert_eq!(jobs.cancel(job).unwrap().state, State::Running);
+        let cancelled = jobs.cancel(job).unwrap().unwrap_or_else(|_| panic!("it can be"));
+        assert_eq!(cancelled.state, State::Running);
         assert_eq!(wait(&jobs, job).state, State::Cancelled);
         assert!(jobs.cancel(job + 1).is_none());
         let last = id(jobs.start("flatten", "disk", work));
@@ -334,5 +369,48 @@ mod tests {
         go.send(()).unwrap();
         jobs.close();
         assert_eq!(jobs.get(first).unwrap().state, State::Done);
+    }
+
+    #[test]
+    fn a_pace_tells_how_far_a_job_has_come_and_stops_it() {
+        let jobs = Jobs::new(1);
+        let job = id(jobs.start("backup", "backup", |job| {
+            let pace = job.pace();
+            pace.expect(7);
+            while !pace.is_stopped() {
+                thread::yield_now();
+            }
+            Err::<Value, _>(ImageError::new("disk", ErrorKind::Cancelled).into())
+        }));
+        while jobs.get(job).unwrap().total_bytes != 7 {
+            thread::yield_now();
+        }
+        assert!(jobs.cancel(job).is_some());
+        assert_eq!(wait(&jobs, job).state, State::Cancelled);
+    }
+
+    #[test]
+    fn what_is_not_cut_off_says_so() {
+        let jobs = Jobs::new(1);
+        let (go, wait_for_it) = channel::<()>();
+        let job = id(jobs.start("resize", "disk", move |_| Ok(wait_for_it.recv()?)));
+        assert!(matches!(jobs.cancel(job), Some(Err(Refused::Uncancellable(id))) if id == job));
+        go.send(()).unwrap();
+        assert_eq!(wait(&jobs, job).state, State::Done);
+        assert!(matches!(jobs.cancel(job), Some(Ok(_))), "nothing happens to one that has ended");
+    }
+
+    #[test]
+    fn long_results_are_not_kept_and_not_listed() {
+        let jobs = Jobs::new(1);
+        let long = || "x".repeat(RESULTS_BYTES_MAX * 2 / 3);
+        let ran = [0; 3].map(|_| {
+            let job = id(jobs.start("diff", "disk", move |_| Ok(long())));
+            assert!(wait(&jobs, job).result.unwrap().get().len() > RESULTS_BYTES_MAX / 2);
+            job
+        });
+        assert!(jobs.get(ran[0]).is_none(), "there is no room for three");
+        assert!(jobs.get(ran[2]).is_some(), "somebody may be about to ask");
+        assert!(jobs.list().iter().all(|job| job.result.is_none()));
     }
 }

@@ -7,7 +7,7 @@ use sapwood_image::ImageError;
 use sapwood_store::StoreError;
 use sapwood_vhost::ServerError;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::value::RawValue;
 
 /// What went wrong, for programs and for people.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -147,16 +147,16 @@ pub struct Job {
     pub kind: String,
     /// How far it has come.
     pub state: State,
-    /// Bytes of disk that are done.
+    /// Bytes of work that are done.
     pub done_bytes: u64,
-    /// Bytes of disk that there are to do; 0 while that is not known.
+    /// Bytes of work that there are; 0 while that is not known.
     pub total_bytes: u64,
     /// Why it failed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<Failure>,
-    /// What it has to say, once it is done.
+    /// What it has to say, once it is done; not in a list.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub result: Option<Value>,
+    pub result: Option<Box<RawValue>>,
 }
 
 /// The body of `GET /v1/jobs`.

@@ -9,8 +9,6 @@ use std::time::Duration;
 
 use hyper::Method as HttpMethod;
 use indicatif::ProgressBar;
-use serde::de::DeserializeOwned;
-use serde_json::Value;
 
 use super::CONNECTION_TIME_MAX;
 use super::operation::{Long, Method, Operation, Quick, request};
@@ -67,12 +65,13 @@ impl Access {
 
     /// Has a job done, with a bar. SIGINT and SIGTERM cancel it.
     pub fn run<O: Long>(&self, operation: O, bar: &ProgressBar) -> anyhow::Result<O::Answer> {
-        let value = match self {
+        let result = match self {
             Self::Direct(service) => {
                 let jobs = service.jobs();
                 let look = |id, cancel| {
-                    let job = if cancel { jobs.cancel(id) } else { jobs.get(id) };
-                    job.ok_or_else(|| anyhow::anyhow!("the job is forgotten"))
+                    let job = if cancel { jobs.cancel(id) } else { jobs.get(id).map(Ok) };
+                    let job = job.ok_or_else(|| anyhow::anyhow!("the job is forgotten"))?;
+                    job.map_err(|refused| Failure::from(refused).into())
                 };
                 let begin = || service.start(operation).map_err(|refused| Failure::from(refused).into());
                 follow(begin, look, bar)?
@@ -87,7 +86,7 @@ impl Access {
                 follow(|| client.read(http_method::<O>(), &path, &body), look, bar)?
             }
         };
-        answer(value)
+        Ok(serde_json::from_str(result.get())?)
     }
 }
 
@@ -111,8 +110,4 @@ fn http_method<O: Operation>() -> HttpMethod {
         Method::Post => HttpMethod::POST,
         Method::Delete => HttpMethod::DELETE,
     }
-}
-
-fn answer<T: DeserializeOwned>(value: Value) -> anyhow::Result<T> {
-    Ok(serde_json::from_value(value)?)
 }

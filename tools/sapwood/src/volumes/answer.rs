@@ -47,6 +47,9 @@ pub struct Entry {
     /// Where it is served.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub attached: Option<Serving>,
+    /// Why it could not be attached again when the daemon began.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub attach_failed: Option<String>,
 }
 
 /// What an entry is, and what holds its contents.
@@ -102,6 +105,7 @@ impl Entry {
             space_ms: space.map(|space| space.found_ms),
             snapshots: None,
             attached: None,
+            attach_failed: None,
         }
     }
 }

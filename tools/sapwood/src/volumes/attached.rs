@@ -7,9 +7,11 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-use sapwood_blockdev::device::{BlockDevice, Geometry};
+use sapwood_blockdev::buffer::SharedBuf;
+use sapwood_blockdev::device::{self, BlockDevice, Command, Geometry};
 use sapwood_blockdev::io::block_on;
 use sapwood_blockdev::storage::HostStorage;
+use sapwood_blockdev::units::GuestOffset;
 use sapwood_image::Disk;
 use sapwood_image::layer::Tuning;
 use sapwood_image::volume::Volume;
@@ -18,12 +20,17 @@ use sapwood_vhost::{Options, Server};
 
 use super::answer::Serving;
 use super::counted::Counted;
+use super::memory::Record;
 use super::service::{Service, system};
 use crate::control::wire::Failure;
 use crate::host::HostEngine;
 
 /// Longest path of a unix socket in bytes.
 const SOCKET_PATH_MAX: usize = 107;
+/// The unit in which a disk is read, in bytes.
+const SECTOR: u64 = 512;
+/// Bytes that are read at a time.
+const PIECE_BYTES: usize = 128 << 10;
 
 /// How to serve something.
 #[derive(Clone, Debug)]
@@ -32,6 +39,8 @@ pub struct Serve {
     pub socket: PathBuf,
     /// Virtqueues, each with a thread.
     pub queues: u16,
+    /// What guests see as the disk's serial number.
+    pub serial: String,
     /// Bounds of a volume's memory, space and background work.
     pub tuning: Tuning,
 }
@@ -99,6 +108,24 @@ impl Running {
         }
     }
 
+    /// Reads bytes as a guest does.
+    fn read(&self, service: &Service, start: u64, length: u64) -> Result<Vec<u8>, Failure> {
+        let size = self.volume.geometry().size;
+        let is_whole = start.is_multiple_of(SECTOR) && length.is_multiple_of(SECTOR);
+        if !is_whole || start.checked_add(length).is_none_or(|end| end > size) {
+            let text = format!("{length} bytes at {start}: no whole sectors of a disk of {size} bytes");
+            return Err(Failure::new("invalid", text));
+        }
+        let mut queue = self.volume.queue(service.host().engine().map_err(system)?);
+        let (memory, mut bytes) = (SharedBuf::heap(PIECE_BYTES), vec![0; length as usize]);
+        for (piece, at) in bytes.chunks_mut(PIECE_BYTES).zip((start..).step_by(PIECE_BYTES)) {
+            let command = Command::Read(memory.slice(0..piece.len()).into());
+            device::run(&mut queue, GuestOffset(at), piece.len() as u64, command).map_err(system)?;
+            memory.read_at(0, piece);
+        }
+        Ok(bytes)
+    }
+
     /// Makes everything durable, and gives the volume back. Nobody uses a queue any more.
     fn close(self, service: &Service) -> Result<(), Failure> {
         let closed = close(service, &self.volume);
@@ -113,11 +140,12 @@ impl Running {
 }
 
 /// Starts a server of `device`.
-fn start<D>(service: &Service, device: &Arc<D>, name: &str, serve: &Serve) -> Result<Server, Failure>
+fn start<D>(service: &Service, device: &Arc<D>, serve: &Serve) -> Result<Server, Failure>
 where
     D: BlockDevice<Engine = HostEngine>,
 {
-    let options = Options { queues: serve.queues, serial: name.to_owned(), ..Options::new(&serve.socket) };
+    let options =
+        Options { queues: serve.queues, serial: serve.serial.clone(), ..Options::new(&serve.socket) };
     let host = service.host();
     Ok(Server::start(Arc::clone(device), options, move || host.engine())?)
 }
@@ -128,7 +156,7 @@ impl Attached {
         check_socket(&serve.socket)?;
         let running = Running::open(service, name, serve.tuning)?;
         let counted = Counted::new(Arc::clone(&running.volume));
-        match start(service, &counted, name, &serve) {
+        match start(service, &counted, &serve) {
             Ok(server) => Ok(Arc::new(Self {
                 id: running.attachment.volume,
                 serve,
@@ -152,7 +180,7 @@ impl Attached {
             Ok::<_, Failure>((disk, reader))
         })?;
         let counted = Counted::new(Arc::clone(&disk));
-        let server = start(service, &counted, &name.to_string(), &serve)?;
+        let server = start(service, &counted, &serve)?;
         Ok(Arc::new(Self {
             id: reader.id,
             serve,
@@ -165,6 +193,11 @@ impl Attached {
     /// The id of what is attached.
     pub fn id(&self) -> Id {
         self.id
+    }
+
+    /// What is written down of it.
+    pub fn record(&self) -> Record {
+        Record::new(self.id, &self.serve)
     }
 
     /// How it is served now.
@@ -235,6 +268,14 @@ impl Attached {
         Ok(taken?)
     }
 
+    /// Reads bytes of a volume as its guest does.
+    pub fn read(&self, service: &Service, start: u64, length: u64) -> Result<Vec<u8>, Failure> {
+        match &*self.held() {
+            Some(Held::Volume(running)) => running.read(service, start, length),
+            _ => Err(gone()),
+        }
+    }
+
     /// Opens what lies below a volume again, as it is now: what was sealed since is read from the packs.
     pub fn reopen_base(&self, service: &Service) -> Result<(), Failure> {
         let held = self.held();
@@ -278,6 +319,14 @@ pub fn resize_alone(
     // Also when nothing was done: a layer that is not closed has to be recovered.
     running.close(service)?;
     resized.map(|()| (old, volume.geometry().size))
+}
+
+/// The same of a volume that is not attached.
+pub fn read_alone(service: &Service, name: &str, start: u64, length: u64) -> Result<Vec<u8>, Failure> {
+    let running = Running::open(service, name, Tuning::default())?;
+    let read = running.read(service, start, length);
+    running.close(service)?;
+    read
 }
 
 fn gone() -> Failure {

@@ -252,7 +252,7 @@ impl Quick for DeleteSnapshot {
     }
 }
 
-/// Changes notes one after the other; what was done before an error stays.
+/// Makes all changes of notes, or none.
 fn note(service: &Service, name: &Name, notes: Notes) -> Result<Done, Failure> {
     let protected = notes.protected.map(NotesChange::Protect);
     let description = notes.description.map(NotesChange::Describe);
@@ -260,9 +260,8 @@ fn note(service: &Service, name: &Name, notes: Notes) -> Result<Done, Failure> {
         Some(value) => NotesChange::Label(key, value),
         None => NotesChange::Unlabel(key),
     });
-    for change in protected.into_iter().chain(description).chain(labels) {
-        service.store().note(name, &change)?;
-    }
+    let changes: Vec<NotesChange> = protected.into_iter().chain(description).chain(labels).collect();
+    service.store().note(name, &changes)?;
     Ok(Done {})
 }
 

@@ -1,7 +1,7 @@
 //! The daemon's process: the control socket, and the orderly end.
 //!
-//! Order at the start: the store is opened, so that nobody else has it; the control socket; only then is it
-//! said to be ready. At the end: jobs are cancelled, nobody can ask any more, jobs end, everything is detached, the store is closed.
+//! Order at the start: the store is opened, so that nobody else has it; what was attached is attached again; the control
+//! socket; only then is it said to be ready. At the end: jobs are cancelled, nobody can ask any more, jobs end, everything is detached, the store is closed.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -36,6 +36,8 @@ pub struct Options {
     pub socket: Option<PathBuf>,
     /// The folder for sockets of volumes; by default in the store.
     pub sockets: Option<PathBuf>,
+    /// Whether what was attached is attached again.
+    pub restore: bool,
     /// Whether anything is done without being asked for.
     pub background: bool,
 }
@@ -64,6 +66,19 @@ impl Daemon {
         let sockets = options.sockets.clone().unwrap_or_else(|| options.store.join("sockets"));
         let service = Service::open(host, &options.store, Some(absolute(&sockets)?))?;
         fs::create_dir_all(&sockets).with_context(|| sockets.display().to_string())?;
+        let begun = Self::begin(&service, options);
+        if begun.is_err() {
+            service.close()?;
+        }
+        begun
+    }
+
+    /// Attaches everything again, and listens.
+    fn begin(service: &Arc<Service>, options: &Options) -> anyhow::Result<Self> {
+        match service.memory() {
+            Some(memory) if options.restore => memory.restore(service)?,
+            _ => service.remember()?,
+        }
         let known = socket_of(&options.store);
         let socket = options.socket.clone().unwrap_or_else(|| known.clone());
         check_socket(&socket)?;
@@ -72,7 +87,7 @@ impl Daemon {
         if is_elsewhere || known.is_symlink() {
             remove(&known);
         }
-        let router = routes::router(Arc::clone(&service));
+        let router = routes::router(Arc::clone(service));
         let listener = Listener::start(&socket, router, CONNECTION_TIME_MAX)?;
         let link = match is_elsewhere {
             true => {
@@ -81,8 +96,8 @@ impl Daemon {
             }
             false => None,
         };
-        let background = options.background.then(|| Background::start(&service)).transpose()?;
-        Ok(Self { service, listener, link, background, socket })
+        let background = options.background.then(|| Background::start(service)).transpose()?;
+        Ok(Self { service: Arc::clone(service), listener, link, background, socket })
     }
 
     /// What is served.

@@ -1,5 +1,6 @@
 //! Operations on volumes that guests may be using: attaching, detaching, snapshots, changes of size.
 
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -9,7 +10,7 @@ use sapwood_store::{Id, SnapshotName};
 use serde::{Deserialize, Serialize};
 
 use super::answer::{Done, Made, Resized, Serving};
-use super::attached::{Attached, Serve, resize_alone};
+use super::attached::{Attached, Serve, read_alone, resize_alone};
 use super::operation::{Long, Quick, operation};
 use super::service::Service;
 use super::transfer::check_absolute;
@@ -95,12 +96,53 @@ pub struct ResizeVolume {
     pub shrink: bool,
 }
 
+/// Reads bytes of a volume as its guest does, whether it is attached or nobody has it.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct ReadVolume {
+    /// The volume.
+    pub volume: String,
+    /// Where to begin, in bytes: a multiple of 512.
+    pub start: u64,
+    /// How many bytes: a multiple of 512, at most 1 MiB.
+    pub length: u64,
+}
+
+/// Bytes of a volume.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Data {
+    /// Two hexadecimal digits for each.
+    pub data: String,
+}
+
+impl From<&[u8]> for Data {
+    fn from(bytes: &[u8]) -> Self {
+        const DIGITS: &[u8; 16] = b"0123456789abcdef";
+        let digits = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+        Self { data: digits.map(|digit| char::from(DIGITS[usize::from(digit)])).collect() }
+    }
+}
+
+impl Data {
+    /// The bytes; none when they make no sense.
+    pub fn bytes(&self) -> Option<Vec<u8>> {
+        let digit = |byte: u8| char::from(byte).to_digit(16).map(|digit| digit as u8);
+        let pairs = self.data.as_bytes().chunks(2);
+        pairs.map(|pair| Some(digit(pair[0])? << 4 | digit(*pair.get(1)?)?)).collect()
+    }
+}
+
+/// Bytes that are read at once, at most.
+pub const READ_BYTES_MAX: u64 = 1 << 20;
+
 operation!(AttachVolume: Post "/v1/volumes/{volume}/attach" -> Serving);
 operation!(AttachSnapshot: Post "/v1/volumes/{volume}/snapshots/{snapshot}/attach" -> Serving);
 operation!(DetachSnapshot: Post "/v1/volumes/{volume}/snapshots/{snapshot}/detach" -> Done);
 operation!(DetachVolume: Post "/v1/volumes/{volume}/detach" -> Done);
 operation!(TakeSnapshot: Post "/v1/volumes/{volume}/snapshots" -> Made);
 operation!(ResizeVolume: Post "/v1/volumes/{volume}/resize" -> Resized);
+operation!(ReadVolume: Post "/v1/volumes/{volume}/read" -> Data);
 
 /// Disks that a daemon can serve before their files of layers below reach its limit of open files.
 const DISKS: u64 = 512;
@@ -122,7 +164,8 @@ impl Quick for AttachVolume {
         let mut tuning = serving(DISKS);
         tuning.map_cache_bytes = self.map_cache.unwrap_or(tuning.map_cache_bytes);
         let socket = socket(service, &self.volume, self.socket)?;
-        let serve = Serve { socket, queues: self.queues.unwrap_or(1), tuning };
+        let serial = self.volume.clone();
+        let serve = Serve { socket, queues: self.queues.unwrap_or(1), serial, tuning };
         served(service, &self.volume, Attached::volume(service, &self.volume, serve)?)
     }
 }
@@ -134,34 +177,59 @@ impl Quick for AttachSnapshot {
         let socket = socket(service, &shown, self.socket)?;
         let id = service.snapshot(&name)?;
         if service.attached(id).is_some() {
-            return Err(attached_already(&shown));
+            return Err(attached_already(shown));
         }
-        let serve = Serve { socket, queues: self.queues.unwrap_or(1), tuning: Tuning::default() };
+        let (queues, serial) = (self.queues.unwrap_or(1), shown.clone());
+        let serve = Serve { socket, queues, serial, tuning: Tuning::default() };
         served(service, &shown, Attached::snapshot(service, &name, serve)?)
     }
 }
 
-fn attached_already(name: &str) -> Failure {
+fn attached_already(name: impl Display) -> Failure {
     Failure::new("in-use", format!("{name}: it is attached already"))
 }
 
-/// Enters what was attached.
+/// Enters what was attached, unless somebody was faster.
+pub fn enter(service: &Service, attached: &Arc<Attached>, name: impl Display) -> Result<(), Failure> {
+    if service.add(attached) {
+        return Ok(());
+    }
+    attached.detach(service)?;
+    Err(attached_already(name))
+}
+
+/// Enters what was attached, and writes it down.
 fn served(service: &Service, name: &str, attached: Arc<Attached>) -> Result<Serving, Failure> {
     let serving = attached.serving();
-    if !service.add(&attached) {
-        attached.detach(service)?;
-        return Err(attached_already(name));
+    enter(service, &attached, name)?;
+    forget(service, attached.id());
+    if let Err(error) = service.remember() {
+        // Nobody uses it yet, and nobody is to rely on it.
+        if let Some(attached) = service.remove(attached.id()) {
+            attached.detach(service)?;
+        }
+        return Err(error);
     }
     service.note("attached", format!("{name} is attached at {}", serving.socket.display()));
     Ok(serving)
 }
 
-/// Ends the serving of what has this id.
+/// Forgets what could not be attached again; whether there was such a thing.
+fn forget(service: &Service, id: Id) -> bool {
+    service.memory().is_some_and(|memory| memory.forget(id))
+}
+
+/// Ends the serving of what has this id, and forgets it.
 fn detach(service: &Service, id: Id, name: &str) -> Result<Done, Failure> {
     let attached = service.remove(id);
-    let attached =
-        attached.ok_or_else(|| Failure::new("not-found", format!("{name}: it is not attached")))?;
-    attached.detach(service)?;
+    if !forget(service, id) && attached.is_none() {
+        return Err(Failure::new("not-found", format!("{name}: it is not attached")));
+    }
+    let remembered = service.remember();
+    if let Some(attached) = attached {
+        attached.detach(service)?;
+    }
+    remembered?;
     service.changed();
     service.note("detached", format!("{name} is detached"));
     Ok(Done {})
@@ -196,6 +264,21 @@ impl Quick for TakeSnapshot {
         service.changed();
         service.background().wake();
         Ok(Made { name: shown, id, virtual_size })
+    }
+}
+
+impl Quick for ReadVolume {
+    fn run(self, service: &Arc<Service>) -> Result<Data, Failure> {
+        let Self { volume, start, length } = self;
+        if length > READ_BYTES_MAX {
+            let text = format!("{volume}: at most {READ_BYTES_MAX} bytes are read at once");
+            return Err(Failure::new("invalid", text));
+        }
+        let bytes = match service.attached(service.volume(&volume)?) {
+            Some(attached) => attached.read(service, start, length)?,
+            None => read_alone(service, &volume, start, length)?,
+        };
+        Ok(Data::from(&*bytes))
     }
 }
 

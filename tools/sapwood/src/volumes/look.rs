@@ -137,6 +137,7 @@ fn add_serving(service: &Service, id: Id, entry: &mut Entry) {
         entry.virtual_size = attached.size();
         entry.attached = Some(attached.serving());
     }
+    entry.attach_failed = service.memory().and_then(|memory| memory.failure(id));
 }
 
 impl Quick for ShowVolume {

@@ -7,7 +7,7 @@
 //! - `answer`: what is answered;
 //! - `operation`: what an operation is; `look`, `change`, `live`, `transfer`, `upkeep`: the operations;
 //! - `counted`, `attached`: a volume that is served to virtual machines;
-//! - `events`, `service`: what operations run on;
+//! - `events`, `memory`, `service`: what operations run on;
 //! - `background`: what the daemon does by itself;
 //! - `routes`: from HTTP to an operation;
 //! - `daemon`: the process;
@@ -26,6 +26,7 @@ pub mod daemon;
 mod events;
 pub mod live;
 pub mod look;
+mod memory;
 pub mod operation;
 mod routes;
 pub mod service;

@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::body::Bytes;
+use axum::extract::rejection::PathRejection;
 use axum::extract::{FromRequest, Path, Request, State};
 use axum::http::StatusCode;
 use axum::response::Response;
@@ -29,7 +30,7 @@ const DOCUMENT: &str = include_str!("../../../../docs/daemon-api.json");
 const BODY_TIME_MAX: Duration = Duration::from_secs(10);
 
 type Asked = State<Arc<Service>>;
-type Parameters = Path<BTreeMap<String, String>>;
+type Parameters = Result<Path<BTreeMap<String, String>>, PathRejection>;
 
 /// Everything that can be asked.
 fn routes() -> Vec<Route<Service>> {
@@ -57,6 +58,7 @@ fn routes() -> Vec<Route<Service>> {
         quick::<change::Rollback>(),
         quick::<live::AttachVolume>(),
         quick::<live::DetachVolume>(),
+        quick::<live::ReadVolume>(),
         long::<live::ResizeVolume>(),
         quick::<look::ListSnapshots>(),
         quick::<live::TakeSnapshot>(),
@@ -69,7 +71,7 @@ fn routes() -> Vec<Route<Service>> {
         quick::<live::DetachSnapshot>(),
         long::<upkeep::SealSnapshot>(),
         long::<transfer::Export>(),
-        quick::<transfer::DiffSnapshot>(),
+        long::<transfer::DiffSnapshot>(),
     ];
     routes.extend(http::job_routes());
     routes
@@ -98,7 +100,8 @@ fn long<O: Long>() -> Route<Service> {
     (O::METHOD.name(), O::PATH, handler)
 }
 
-async fn operation<O: Operation>(Path(parameters): Parameters, request: Request) -> Result<O, Error> {
+async fn operation<O: Operation>(parameters: Parameters, request: Request) -> Result<O, Error> {
+    let Path(parameters) = parameters.map_err(|error| Error::not_understood(error.body_text()))?;
     let body: Body = timeout(BODY_TIME_MAX, Bytes::from_request(request, &()))
         .await
         .map_err(|_| Error::not_understood("the body does not come"))?;

@@ -2,25 +2,28 @@
 //! that has the store to itself.
 
 use std::collections::BTreeMap;
-use std::future::Future;
+use std::future::{Future, poll_fn};
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Poll;
 
 use rustix::fs::Mode;
 use sapwood_blockdev::engine::BlockingEngine;
 use sapwood_blockdev::io::{Io, block_on};
 use sapwood_blockdev::storage::HostStorage;
+use sapwood_image::ErrorKind;
 use sapwood_store::catalog::Look;
 use sapwood_store::{Id, SnapshotName, Store, StoreError, StoreErrorKind, StoreOptions};
-use serde_json::Value;
 
 use super::attached::Attached;
 use super::background::Signal;
 use super::events::Log;
+use super::memory::Memory;
 use super::operation::Long;
 use crate::control::http::HasJobs;
-use crate::control::jobs::{Jobs, Refused};
+use crate::control::jobs::{self, Jobs, Refused};
 use crate::control::wire::{Failure, Job};
 use crate::host::{Host, HostEngine};
 
@@ -37,6 +40,8 @@ pub struct Service {
     /// Where the sockets of what is attached are by default; none where nothing can be attached.
     sockets: Option<PathBuf>,
     attached: Mutex<BTreeMap<Id, Arc<Attached>>>,
+    /// Where it is written down what is attached.
+    memory: Option<Memory>,
     jobs: Jobs,
     events: Log,
     background: Signal,
@@ -58,11 +63,13 @@ impl Service {
         };
         let store = block_on(&io, opening)?;
         let jobs = if sockets.is_some() { Jobs::new(JOBS_MAX) } else { Jobs::unlogged(JOBS_MAX) };
+        let memory = sockets.as_deref().map(|sockets| Memory::new(sockets, store.id()));
         let service = Arc::new(Self {
             host,
             store: Arc::new(store),
             sockets,
             attached: Mutex::default(),
+            memory,
             jobs,
             events: Log::default(),
             background: Signal::default(),
@@ -130,13 +137,31 @@ impl Service {
         block_on(&io, task(Arc::clone(&self.store), io.clone())).map_err(Into::into)
     }
 
+    /// The same for a task that only reads: when the job is cancelled, it goes on no more.
+    pub fn run_until_cancelled<T: 'static, F, X>(
+        &self,
+        job: &Arc<jobs::Job>,
+        task: impl FnOnce(Arc<HostStore>, Io<HostEngine>) -> F + 'static,
+    ) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<T, X>> + 'static,
+        X: Into<Failure> + 'static,
+    {
+        let job = Arc::clone(job);
+        self.run(|store, io| async move {
+            let mut task = pin!(task(store, io));
+            poll_fn(|cx| match job.is_cancelled() {
+                true => Poll::Ready(Err(Failure::new(ErrorKind::Cancelled.name(), "it was cancelled"))),
+                false => task.as_mut().poll(cx).map_err(Into::into),
+            })
+            .await
+        })
+    }
+
     /// Starts a long operation as a job.
     pub fn start<O: Long>(self: &Arc<Self>, operation: O) -> Result<Job, Refused> {
         let (service, about) = (Arc::clone(self), operation.about());
-        self.jobs.start(O::KIND, &about, move |job| {
-            let answer = operation.run(&service, job)?;
-            Ok(serde_json::to_value(answer).unwrap_or(Value::Null))
-        })
+        self.jobs.start(O::KIND, &about, move |job| Ok(operation.run(&service, job)?))
     }
 
     fn table(&self) -> MutexGuard<'_, BTreeMap<Id, Arc<Attached>>> {
@@ -166,6 +191,17 @@ impl Service {
     /// Takes out what is to be detached.
     pub fn remove(&self, id: Id) -> Option<Arc<Attached>> {
         self.table().remove(&id)
+    }
+
+    /// Where it is written down what is attached; none where nothing can be.
+    pub fn memory(&self) -> Option<&Memory> {
+        self.memory.as_ref()
+    }
+
+    /// Writes down what is attached now, for the next daemon.
+    pub fn remember(&self) -> Result<(), Failure> {
+        let Some(memory) = &self.memory else { return Ok(()) };
+        memory.save(|| self.table().values().map(|attached| attached.record()).collect())
     }
 
     /// The id of a volume.
@@ -227,7 +263,7 @@ impl Service {
         self.all_attached().iter().map(|attached| attached.requests()).sum()
     }
 
-    /// Ends jobs, and detaches everything: what guests wrote is durable then.
+    /// Ends jobs, and detaches everything: what guests wrote is durable then. The next daemon attaches it again.
     pub fn close(&self) -> Result<(), Failure> {
         self.jobs.close();
         let mut result = Ok(());

@@ -6,11 +6,12 @@ use std::sync::Arc;
 
 use sapwood_image::sealed::{Archive, ArchiveInfo, DiskSource, LEVEL, SealStats, Step, Workers};
 use sapwood_image::{ErrorKind, Format, ImageError, OpenBelow, OpenDisk};
+use sapwood_store::catalog::Look;
 use sapwood_store::{Exporting, Importing, SnapshotName};
 use serde::{Deserialize, Serialize};
 
 use super::answer::{Diff, Exported, Imported, Range};
-use super::operation::{Long, Quick, operation};
+use super::operation::{Long, operation};
 use super::service::{Service, system};
 use crate::control::jobs::Job;
 use crate::control::wire::Failure;
@@ -236,14 +237,24 @@ impl Long for Export {
 /// Stretches that one answer has at most.
 const EXTENTS_MAX: usize = 4 << 20;
 
-impl Quick for DiffSnapshot {
-    fn run(self, service: &Arc<Service>) -> Result<Diff, Failure> {
+impl Long for DiffSnapshot {
+    const KIND: &'static str = "diff";
+
+    fn about(&self) -> String {
+        let Self { volume, snapshot, from } = self;
+        format!("{volume}@{snapshot} and {}", from.as_deref().unwrap_or("nothing"))
+    }
+
+    fn run(self, service: &Arc<Service>, job: &Arc<Job>) -> Result<Diff, Failure> {
         let to = SnapshotName { volume: self.volume, snapshot: self.snapshot };
         let from: Option<SnapshotName> = self.from.map(|from| from.parse()).transpose()?;
         let shown = to.to_string();
-        let (found, extents) = service.run(|store, io| async move {
+        let size = service.store().catalog().view()?.needed_node(service.snapshot(&to)?)?.size;
+        let watched = Arc::clone(job);
+        let (found, extents) = service.run_until_cancelled(job, move |store, io| async move {
             let mut extents = Vec::new();
             let mut changed = |range: std::ops::Range<u64>| {
+                let _ = watched.report(range.end.min(size), size);
                 // One more than there may be says that there are too many.
                 if extents.len() <= EXTENTS_MAX {
                     extents.push(Range::from(&range));

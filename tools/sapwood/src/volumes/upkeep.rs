@@ -126,14 +126,6 @@ impl Long for SealSnapshot {
     }
 }
 
-/// How fast a job may go; it stops when the job is cancelled.
-fn pace(job: &Job) -> Arc<Pace> {
-    let pace = Arc::new(Pace::default());
-    let stop = Arc::clone(&pace);
-    job.on_cancel(move || stop.stop());
-    pace
-}
-
 /// Collects, and says so.
 pub fn collect(service: &Service, pace: Arc<Pace>, limits: Limits) -> Result<Collected, Failure> {
     let collected = service.run(|store, io| async move { store.collect(&io, &pace, limits).await })?;
@@ -170,7 +162,7 @@ impl Long for Collect {
         if limits.live_percent > 100 {
             return Err(Failure::new("invalid", "live-percent is at most 100"));
         }
-        let collected = collect(service, pace(job), limits)?;
+        let collected = collect(service, job.pace(), limits)?;
         service.sweep();
         Ok(collected)
     }
@@ -183,8 +175,8 @@ impl Long for CheckStore {
         "check".to_owned()
     }
 
-    fn run(self, service: &Arc<Service>, _: &Arc<Job>) -> Result<Checked, Failure> {
-        let found = service.run(|store, io| async move { store.check(&io).await })?;
+    fn run(self, service: &Arc<Service>, job: &Arc<Job>) -> Result<Checked, Failure> {
+        let found = service.run_until_cancelled(job, |store, io| async move { store.check(&io).await })?;
         let problems = found.into_iter().map(|problem| Problem {
             damage: problem.severity == Severity::Damage,
             subject: problem.subject,
@@ -237,7 +229,7 @@ impl Long for ScrubStore {
     }
 
     fn run(self, service: &Arc<Service>, job: &Arc<Job>) -> Result<Scrub, Failure> {
-        let (pace, job) = (pace(job), Arc::clone(job));
+        let (pace, job) = (job.pace(), Arc::clone(job));
         let found = service.run(|store, io| async move {
             // Whether to go on is told by the pace.
             let mut progress = |at: sapwood_store::ScrubProgress| {
@@ -274,7 +266,7 @@ impl Long for Account {
     }
 
     fn run(self, service: &Arc<Service>, job: &Arc<Job>) -> Result<Accounted, Failure> {
-        account(service, pace(job))
+        account(service, job.pace())
     }
 }
 
@@ -287,7 +279,7 @@ impl Long for BackUp {
 
     fn run(self, service: &Arc<Service>, job: &Arc<Job>) -> Result<BackedUp, Failure> {
         check_absolute(&self.path)?;
-        let (pace, to) = (pace(job), self.path.clone());
+        let (pace, to) = (job.pace(), self.path.clone());
         let engine = BlockingEngine::new().map_err(system)?;
         let done = service.run(|store, io| async move { store.backup(&io, engine, &to, &pace).await })?;
         service.note("backed-up", format!("the store is copied to {}", self.path.display()));

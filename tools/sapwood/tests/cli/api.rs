@@ -82,6 +82,7 @@ fn volumes(api: &mut Api<'_>) {
     api.ask("post", &path("rename"), &[web], &json!({ "to": "web", "volume": "x" }), 400);
     api.ask("post", &path("rename"), &[web], &json!({ "to": "web" }), 200);
     api.ask("get", VOLUME, &["none"], &none, 404);
+    api.ask("get", VOLUME, &["%ff"], &none, 400);
     let notes = json!({ "notes": { "protected": true, "description": "shop", "labels": { "a": "b" } } });
     api.ask("post", &path("notes"), &["web"], &notes, 200);
     let notes = json!({ "notes": { "protected": false, "labels": { "a": null } } });
@@ -98,6 +99,11 @@ fn volumes(api: &mut Api<'_>) {
     api.job(&path("resize"), &["web"], &json!({ "size": 2 << 20 }), None);
     let resized = api.job(&path("resize"), &["web"], &json!({ "difference": 1 << 20 }), None);
     assert_eq!(resized["size"], 3 << 20);
+    let read = json!({ "start": 512, "length": 1024 });
+    assert_eq!(api.ask("post", &path("read"), &["web"], &read, 200)["data"], "00".repeat(1024));
+    for (start, length) in [(1, 512), (0, 1), (3 << 20, 512), (u64::MAX - 511, 512), (0, 2 << 20)] {
+        api.ask("post", &path("read"), &["web"], &json!({ "start": start, "length": length }), 422);
+    }
     api.ask("post", &path("rollback"), &["web"], &none, 409);
     api.ask("post", &path("detach"), &["web"], &none, 200);
     api.ask("post", &path("detach"), &["web"], &none, 404);
@@ -125,7 +131,7 @@ fn snapshots(api: &mut Api<'_>) {
     let exported = api.job(&path("export"), &["disk", "imported"], &export, Some("Exported"));
     assert_eq!(exported["hash"], imported["hash"]);
     api.ask("post", &path("export"), &["disk", "imported"], &json!({}), 400);
-    let diff = api.ask("post", &path("diff"), &["disk", "imported"], &json!({ "from": "web@t" }), 200);
+    let diff = api.job(&path("diff"), &["disk", "imported"], &json!({ "from": "web@t" }), Some("Diff"));
     assert_eq!(diff["bytes"], 5 * 4096);
     assert_eq!(diff["extents"][0], json!({ "start": 0, "length": 4096 }));
     assert_eq!(api.ask("get", SNAPSHOTS, &["web"], &none, 200)["entries"][0]["name"], "web@t");
@@ -141,6 +147,7 @@ fn whole(api: &mut Api<'_>) {
     let settings = json!({ "quota": 1 << 30, "reserve": null, "watermarks": [80, 95] });
     api.ask("post", "/v1/store/settings", &[], &settings, 200);
     api.ask("post", "/v1/store/settings", &[], &json!({ "watermarks": [95, 80] }), 422);
+    api.ask("post", "/v1/store/settings", &[], &json!({ "quota": 0 }), 422);
     let store = api.ask("get", "/v1/store", &[], &none, 200);
     assert_eq!((&store["quota"], &store["reserve"]), (&json!(1 << 30), &none));
     api.ask("post", "/v1/store/settings", &[], &json!({ "quota": null }), 200);
@@ -161,9 +168,11 @@ fn whole(api: &mut Api<'_>) {
     let kinds: Vec<&str> =
         events["events"].as_array().unwrap().iter().map(|event| event["kind"].as_str().unwrap()).collect();
     assert_eq!(kinds[..4], ["snapshot", "attached", "detached", "attached"]);
-    api.ask("get", "/v1/jobs", &[], &none, 200);
+    let jobs = api.ask("get", "/v1/jobs", &[], &none, 200)["jobs"].clone();
+    assert!(jobs.as_array().unwrap().iter().all(|job| job["state"] == "done" && job["result"].is_null()));
     api.ask("delete", "/v1/jobs/{id}", &["1"], &none, 200);
     api.ask("delete", "/v1/jobs/{id}", &["99"], &none, 404);
+    api.ask("delete", "/v1/jobs/{id}", &["%ff"], &none, 404);
 }
 
 #[test]

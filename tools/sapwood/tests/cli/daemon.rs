@@ -58,7 +58,7 @@ impl Daemon {
     }
 
     /// Ends it without giving it a chance.
-    fn kill(mut self) {
+    pub fn kill(mut self) {
         self.0.kill().expect("it runs");
         self.0.wait().expect("it ends");
     }
@@ -73,7 +73,7 @@ impl Drop for Daemon {
 }
 
 /// Connects to the socket of a volume.
-fn connect(place: &Place, socket: &str) -> Frontend {
+pub fn connect(place: &Place, socket: &str) -> Frontend {
     let options = Options { queues: 1, ..Options::default() };
     Frontend::connect(&place.path(socket), &options).expect("the daemon takes it")
 }
@@ -230,11 +230,11 @@ fn what_was_flushed_survives_a_killed_daemon() {
     assert!(about(&place, "list vms").text().contains("web"));
     let (daemon, _) = Daemon::start(&place, "--store vms");
     agrees(&place, ":web@one", &one);
-    about(&place, "attach :web --socket socket").text();
     let mut frontend = connect(&place, "socket");
     // All was reported and nothing was in flight: a kill loses nothing.
     model.verify(&mut frontend).unwrap();
     drop(frontend);
+    about(&place, "detach :web").text();
     daemon.stops();
     about(&place, "rollback --discard :web").text();
     let (daemon, _) = Daemon::start(&place, "--store vms");

@@ -2,6 +2,7 @@
 //! each does.
 
 mod api;
+mod attached;
 mod bases;
 mod boot;
 mod contract;

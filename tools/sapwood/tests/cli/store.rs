@@ -50,7 +50,10 @@ fn same(place: &Place, text: &str) -> String {
                     .any(|end| words[index - 1].ends_with(end))
             {
                 words[index] = "NUMBER".to_owned();
-            } else if index > 0 && words[index] == "s" && words[index - 1].parse::<u64>().is_ok() {
+            } else if index > 0
+                && words[index] == "s"
+                && words[index - 1].trim_start_matches('(').parse::<u64>().is_ok()
+            {
                 words[index - 1] = "AGE".to_owned();
             }
         }

@@ -14,6 +14,8 @@ use crate::volumes::access::Access;
 use crate::volumes::live::{AttachSnapshot, AttachVolume, DetachSnapshot, DetachVolume};
 
 /// Have the daemon of a store serve a volume, or a snapshot for reading, over vhost-user-blk
+///
+/// When the daemon ends, the next one serves it again, at the same socket, until it is detached.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   sapwood attach /srv/vms:web
@@ -46,7 +48,7 @@ pub struct Attach {
 
 /// End the serving of a volume or snapshot
 ///
-/// Requests are drained, and everything is made durable.
+/// Requests are drained, and everything is made durable. The next daemon does not attach it again.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   sapwood detach /srv/vms:web")]

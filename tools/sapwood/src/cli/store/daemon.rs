@@ -27,10 +27,11 @@ const UNKNOWN: &str = "a change of the catalog failed, and may have been made or
 
 /// Serve a store: its volumes to virtual machines, and itself to the command line
 ///
-/// Prints one line when it is ready. While it runs, all commands about the store go to it. SIGTERM or SIGINT ends
+/// What was attached when the last daemon ended, however that was, is attached again. Prints one line when it is
+/// ready. While it runs, all commands about the store go to it. SIGTERM or SIGINT ends
 /// it: requests are drained, everything is made durable, and the exit code is 0. A second signal ends it at once
 /// (exit code 130); then, as after a crash, what was flushed is there. It ends by itself, with exit code 1, when a change
-/// could not be written to the catalog: nothing can be done with the store then until it is opened again.
+/// could not be written to the catalog, or its file failed otherwise: nothing can be done with the store then until it is opened again.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   sapwood daemon --store /srv/vms
@@ -50,6 +51,10 @@ pub struct DaemonCommand {
     #[arg(long, value_name = "DIR")]
     sockets: Option<PathBuf>,
 
+    /// Attach nothing again, and forget what was attached
+    #[arg(long)]
+    no_restore: bool,
+
     /// Seal nothing, and collect nothing, but what is asked for
     #[arg(long)]
     no_background: bool,
@@ -63,8 +68,13 @@ impl DaemonCommand {
         private();
         let mut signals = signals(true).context("cannot take signals")?;
         let store = default_store(self.store.as_deref())?;
-        let options =
-            Options { store, socket: self.socket, sockets: self.sockets, background: !self.no_background };
+        let options = Options {
+            store,
+            socket: self.socket,
+            sockets: self.sockets,
+            restore: !self.no_restore,
+            background: !self.no_background,
+        };
         let daemon = Daemon::start(*host, &options)?;
         let stat = ShowStore {}.run(daemon.service())?;
         let volumes =

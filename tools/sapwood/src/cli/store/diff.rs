@@ -7,7 +7,7 @@ use sapwood_store::SnapshotName;
 
 use super::DefaultStore;
 use crate::cli::output::{self, Output};
-use crate::cli::size;
+use crate::cli::{progress, size};
 use crate::host::Host;
 use crate::volumes::access::Access;
 use crate::volumes::answer;
@@ -57,7 +57,7 @@ impl Diff {
             }
             None => DiffSnapshot { volume: from.volume, snapshot: from.snapshot, from: None },
         };
-        let found = Access::to(*host, &store)?.ask(diff)?;
+        let found = Access::to(*host, &store)?.run(diff, &progress::bar(0, false))?;
         match self.output {
             Output::Human => output::print(&text(&found)),
             Output::Json => output::print_json(&found),

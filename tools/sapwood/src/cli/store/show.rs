@@ -90,5 +90,8 @@ fn write(text: &mut String, entry: &Entry) -> std::fmt::Result {
         let connected = if serving.frontend_connected { ", connected" } else { "" };
         writeln!(text, "attached: {} ({} queues{connected})", serving.socket.display(), serving.queues)?;
     }
+    if let Some(why) = &entry.attach_failed {
+        writeln!(text, "could not be attached again: {why}")?;
+    }
     Ok(())
 }
