@@ -1,0 +1,12 @@
+//! Who may do how much: limits of disks and groups of disks.
+//!
+//! Nothing here does I/O, waits or looks at a clock: time is passed in, so that all of it is tested in virtual time.
+//!
+//! - [`limits`]: requests and bytes each second, with bursts, in the manner of QEMU's throttle options;
+//! - `bucket`: the token bucket below it.
+#![forbid(unsafe_code)]
+
+mod bucket;
+pub mod limits;
+#[cfg(test)]
+mod random;
