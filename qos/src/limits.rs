@@ -221,6 +221,11 @@ impl Meter {
             counted.bucket.take(cost(counted.unit, iops_size, work));
         }
     }
+
+    /// As how many requests work counts, in billionths.
+    pub(crate) fn requests_nano(&self, work: &Work) -> i128 {
+        cost(Unit::Requests, self.iops_size, work)
+    }
 }
 
 /// The buckets that count work in this direction.

@@ -90,7 +90,10 @@ fn bytes_are_counted_whatever_the_size_of_requests() {
         let per_second = [10, 100, 500][seed as usize % 3] * 1_000_000;
         let limits = Limits { bps_total: rate(per_second), ..Limits::default() };
         let mut meter = Meter::new(&limits, at(0));
-        let any = |n: u64| Work { bytes: 512 * (1 + n % 256), ..if n % 3 == 0 { write(0) } else { read(0) } };
+        let any = |n: u64| Work {
+            bytes: 512 * (1 + n % 256),
+            ..if n.is_multiple_of(3) { write(0) } else { read(0) }
+        };
         let done = drive(&mut meter, (0, 2 * SECOND, 500_000), any, &mut state);
         let moved: u64 = done.iter().map(|(_, work)| work.bytes).sum();
         assert!(moved >= per_second * 2 * 99 / 100, "seed {seed}: {moved}");
