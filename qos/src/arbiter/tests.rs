@@ -210,7 +210,7 @@ fn any_history_ends_with_every_request_granted_once() {
             let n = random(state);
             let mut settings =
                 if n.is_multiple_of(2) { limited(1 + n % 5_000) } else { weight(1 + (n % 300) as u32) };
-            settings.reserve_iops = (n % 5 == 0).then_some(n % 2_000);
+            settings.reserve_iops = n.is_multiple_of(5).then_some(n % 2_000);
             settings
         };
         let mut groups = vec![Arbiter::ROOT];
