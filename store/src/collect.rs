@@ -187,7 +187,9 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     ) -> Result<()> {
         let asked =
             Asked { catalog: &self.catalog, with_nameless: !breaks!(self.options, CollectWithoutNameless) };
-        let survey = begin(finder, self.content.pins(), &asked, limits).await?;
+        let nobody = Arc::default();
+        let pins = if breaks!(self.options, CollectWithoutPins) { &nobody } else { self.content.pins() };
+        let survey = begin(finder, pins, &asked, limits).await?;
         let live: Vec<(u32, Live)> = finder.known().map(|number| (number, survey.live(number))).collect();
         let withdrawn = survey.withdraw();
         collected.held = withdrawn.held().to_vec();

@@ -17,11 +17,15 @@ pub enum Mutation {
     PublishWithoutSync,
     /// A collection forgets what snapshots hold that have no name any more.
     CollectWithoutNameless,
+    /// A collection does not ask what seals and imports pin.
+    CollectWithoutPins,
+    /// The file of a layer that was sealed goes while somebody reads it.
+    UnlinkWhileRead,
 }
 
 impl Mutation {
     /// Every mutation.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 9] = [
         Self::RenameWithoutDirectorySync,
         Self::CommitBeforeLayer,
         Self::UnlinkBeforeCommit,
@@ -29,5 +33,7 @@ impl Mutation {
         Self::CatalogWithoutSync,
         Self::PublishWithoutSync,
         Self::CollectWithoutNameless,
+        Self::CollectWithoutPins,
+        Self::UnlinkWhileRead,
     ];
 }

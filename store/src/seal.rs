@@ -28,9 +28,6 @@ use crate::name::SnapshotName;
 use crate::resolve::holder;
 use crate::store::{Store, breaks, snapshot};
 
-/// Bytes of packs after which what is sealed is published.
-const PUBLISH_BYTES: u64 = 1 << 30;
-
 /// A snapshot that was sealed, or a part of it.
 #[derive(Clone, Debug)]
 pub struct SealedNode {
@@ -57,6 +54,8 @@ pub(crate) struct Job<'a> {
 /// Stops for a publication now and then.
 struct InParts<'a, W> {
     watch: &'a mut W,
+    /// Bytes of packs after which what is sealed is published.
+    bytes: u64,
     /// Whoever watches has stopped it.
     is_stopped: bool,
 }
@@ -66,7 +65,7 @@ impl<W: Watch> Watch for InParts<'_, W> {
         let step = self.watch.between(stats).await;
         self.is_stopped |= step == Step::Stop;
         match step {
-            Step::Go if stats.stored_bytes >= PUBLISH_BYTES => Step::Stop,
+            Step::Go if stats.stored_bytes >= self.bytes => Step::Stop,
             step => step,
         }
     }
@@ -209,7 +208,8 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         let mut source = FrozenSource::new(opened, io);
         let mut total = SealStats::default();
         let (is_whole, name) = loop {
-            let mut parts = InParts { watch: &mut *watch, is_stopped: false };
+            let bytes = self.options.publish_bytes;
+            let mut parts = InParts { watch: &mut *watch, bytes, is_stopped: false };
             let (is_whole, name, stats) =
                 self.seal_part(io, (id, layer, size), &mut source, workers, &mut parts).await?;
             let is_stopped = parts.is_stopped;

@@ -37,6 +37,8 @@ pub struct StoreOptions {
     pub tuning: Tuning,
     /// Bytes after which a pack is full.
     pub pack_bytes: u64,
+    /// Bytes of packs after which a seal publishes what it has so far.
+    pub publish_bytes: u64,
     /// Memory for the index of what is stored already, in bytes; the size of the store may ask for more.
     pub dedup_bytes: usize,
     /// Tells the time, in milliseconds since 1970.
@@ -56,6 +58,7 @@ impl Default for StoreOptions {
             segment_size: SEGMENT_SIZE_DEFAULT,
             tuning: Tuning::default(),
             pack_bytes: PACK_BYTES,
+            publish_bytes: 1 << 30,
             dedup_bytes: 4 << 20,
             clock,
             #[cfg(feature = "mutations")]
@@ -231,7 +234,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Removes layers that the catalog does not name any more; those that are in use later ([`Store::sweep`]). What
     /// stays behind after a failure or a crash is an orphan ([`Store::tidy`]).
     pub(crate) async fn remove_layers(&self, io: &Io<E>, layers: &[Id]) {
-        for layer in layers.iter().filter(|layer| self.usage.leave(**layer)) {
+        for layer in layers.iter().filter(|layer| self.may_go(**layer)) {
             if let Err(error) = remove(io, &self.directory.layer(*layer)).await {
                 log::warn!("{error}: it is not needed, and will be removed when the store is opened");
             }
@@ -240,6 +243,11 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
 }
 
 impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
+    /// Takes note of a layer that the catalog does not name any more; whether its file may go now.
+    fn may_go(&self, layer: Id) -> bool {
+        self.usage.leave(layer) || breaks!(self.options, UnlinkWhileRead)
+    }
+
     /// Removes layers that the catalog had forgotten while they were in use, and that are not any more. To be
     /// called now and then, and after a snapshot was sealed. How many.
     pub async fn sweep(&self, io: &Io<E>) -> usize {

@@ -1,12 +1,29 @@
 //! Snapshots of a running disk: random histories, and short ones cut at every event.
 
-use sapwood_image::layer::{Mutation, Tuning};
+use std::cell::Cell;
+use std::path::Path;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use sapwood_blockdev::Errno;
+use sapwood_blockdev::buffer::SharedBuf;
+use sapwood_blockdev::device::{self, Command};
+use sapwood_blockdev::io::Io;
+use sapwood_blockdev::units::GuestOffset;
+use sapwood_image::layer::{self, CreateLayer, Layer, Mutation, OpenLayer, Tuning};
+use sapwood_image::volume::{Successor, Volume};
+use sapwood_tests::sim::engine::SimEngine;
 use sapwood_tests::sim::explore::{Failure, cut_everywhere, few_seeds, report, run, seeds};
+use sapwood_tests::sim::faults::{Faults, Kind, Planned};
 use sapwood_tests::sim::layer::LayerSubject;
 use sapwood_tests::sim::live::LiveSubject;
 use sapwood_tests::sim::persist::Persistence;
 use sapwood_tests::sim::plan::{Base, Plan, Shape, Step};
 use sapwood_tests::sim::stored::StoredSubject;
+use sapwood_tests::sim::world::{Config, World};
+
+/// Rounds in which whatever is done with a disk ends.
+const ROUNDS_MAX: usize = 10_000;
 
 const CUTS: [Option<Persistence>; 5] = [
     None,
@@ -154,6 +171,60 @@ fn a_store_that_removes_what_is_still_read_is_noticed() {
     let noticed =
         (0..300).find_map(|seed| run(&subject, &Plan::with_seals(seed, 3), None, false).result.err());
     println!("{}", noticed.expect("it is noticed"));
+}
+
+/// Runs a task to its end, which must come.
+fn finish<T: 'static>(io: &Io<SimEngine>, task: impl Future<Output = T> + 'static) -> T {
+    let slot = Rc::new(Cell::new(None));
+    let result = Rc::clone(&slot);
+    io.spawn(async move { result.set(Some(task.await)) });
+    for _ in 0..ROUNDS_MAX {
+        io.poll(&mut Vec::new());
+        if let Some(value) = slot.take() {
+            return value;
+        }
+        io.wait(None);
+    }
+    panic!("it does not end");
+}
+
+#[test]
+fn a_disk_whose_handover_failed_is_closed_with_an_error() {
+    for seed in seeds(40) {
+        let world = World::new(Config::blocking(seed));
+        let process = world.process();
+        let (storage, io) = (world.storage(process), Io::new(world.engine(process)));
+        let (files, inner) = (storage.clone(), io.clone());
+        let volume = finish(&io, async move {
+            let options =
+                CreateLayer { size: Some(1 << 20), segment_size: 64 << 10, ..CreateLayer::default() };
+            layer::create(&files, &inner, Path::new("/0"), &options).await.unwrap();
+            Volume::new(Layer::open(&files, &inner, Path::new("/0"), &OpenLayer::default()).await.unwrap())
+        });
+        io.spawn(Volume::maintain(Arc::clone(&volume), io.clone()));
+        let run = |command| {
+            let len = if matches!(command, Command::Flush) { 0 } else { 4096 };
+            device::run(&mut volume.queue_on(io.clone()), GuestOffset(0), len, command)
+        };
+        run(Command::Write(SharedBuf::heap(4096).into())).unwrap();
+        let (inner, taken, world_of) = (io.clone(), Arc::clone(&volume), world.clone());
+        let failed = finish(&io, async move {
+            let next = Successor::New { path: "/1".into(), base: "0".into() };
+            let commit = async || {
+                let planned = vec![Planned { kind: Kind::Sync, skip: 0, errno: Errno::IO }];
+                world_of.set_faults(Faults { planned, ..Faults::default() });
+                Ok(())
+            };
+            taken.snapshot(&storage, &inner, &next, commit).await
+        });
+        failed.expect_err("the storage fails the sync of the lower layer");
+        assert_eq!(volume.path(), Path::new("/1"), "the disk goes on with the new one");
+        run(Command::Flush).expect_err("what lies below may be lost");
+        let (inner, closed) = (io.clone(), Arc::clone(&volume));
+        finish(&io, async move { closed.close(&inner).await }).expect_err("it was told of the failure");
+        io.poll(&mut Vec::new());
+        assert_eq!(io.tasks(), 0, "seed {seed}: the background work of both layers has ended");
+    }
 }
 
 #[test]

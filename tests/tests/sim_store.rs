@@ -9,6 +9,7 @@ use sapwood_tests::sim::faults::{Faults, Kind, Planned};
 use sapwood_tests::sim::persist::Persistence;
 use sapwood_tests::sim::store::history::{cut, cut_init, killed_writer, undisturbed};
 use sapwood_tests::sim::store::rig::Rig;
+use sapwood_tests::sim::store::setup::Course;
 use sapwood_tests::sim::world::{Config, World};
 
 /// Seeds within which a breach must be noticed.
@@ -17,7 +18,8 @@ const SEEDS_MAX: u64 = 3000;
 #[test]
 fn random_histories_hold_what_the_model_says() {
     for seed in seeds(150) {
-        undisturbed(seed, 50).unwrap_or_else(|error| panic!("{error}"));
+        undisturbed(Course::Small, seed, 50, &StoreOptions::default())
+            .unwrap_or_else(|error| panic!("{error}"));
     }
 }
 
@@ -26,7 +28,45 @@ fn random_histories_cut_anywhere_lose_nothing_that_was_reported() {
     // A commit that failed was taken for one that was not made, and the layer that it named was removed.
     let found = [1236];
     for seed in found.into_iter().chain(seeds(600)) {
-        cut(seed, &StoreOptions::default()).unwrap_or_else(|error| panic!("{error}"));
+        cut(Course::Small, seed, &StoreOptions::default()).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
+fn large_disks_and_archives_hold_what_the_model_says() {
+    for seed in seeds(60) {
+        undisturbed(Course::Large, seed, 40, &StoreOptions::default())
+            .unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
+fn large_disks_and_archives_cut_anywhere_lose_nothing_that_was_reported() {
+    for seed in seeds(400) {
+        cut(Course::Large, seed, &StoreOptions::default()).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
+fn several_things_at_a_time_are_as_in_some_order() {
+    for seed in seeds(100) {
+        undisturbed(Course::Together, seed, 30, &StoreOptions::default())
+            .unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
+fn a_seed_replays_with_several_things_at_a_time() {
+    for seed in 0..20 {
+        let end = || undisturbed(Course::Together, seed, 20, &StoreOptions::default());
+        assert_eq!(end(), end(), "seed {seed} took two ways");
+    }
+}
+
+#[test]
+fn several_things_at_a_time_cut_anywhere_lose_nothing_that_was_reported() {
+    for seed in seeds(300) {
+        cut(Course::Together, seed, &StoreOptions::default()).unwrap_or_else(|error| panic!("{error}"));
     }
 }
 
@@ -69,8 +109,11 @@ fn every_breach_of_the_order_is_noticed() {
             Mutation::SnapshotWithoutSync => {
                 (0..SEEDS_MAX).find_map(|seed| killed_writer(seed, &options).err())
             }
+            Mutation::CollectWithoutPins | Mutation::UnlinkWhileRead => {
+                (0..SEEDS_MAX).find_map(|seed| undisturbed(Course::Together, seed, 30, &options).err())
+            }
             _ => (0..SEEDS_MAX).find_map(|seed| {
-                let ended = catch_unwind(AssertUnwindSafe(|| cut(seed, &options)));
+                let ended = catch_unwind(AssertUnwindSafe(|| cut(Course::Small, seed, &options)));
                 ended.unwrap_or_else(|_| Err(format!("seed {seed}: it panicked"))).err()
             }),
         };
@@ -86,7 +129,7 @@ fn every_breach_of_the_order_is_noticed() {
 fn after_a_commit_that_failed_nothing_is_read_from_the_catalog_before_it_is_opened_again() {
     for seed in 0..40 {
         let world = World::new(Config::blocking(seed));
-        let mut rig = Rig::new(&world, &StoreOptions::default());
+        let mut rig = Rig::new(&world, &StoreOptions::default().into());
         rig.init().unwrap();
         rig.open().unwrap();
         rig.store().create("before", 1 << 20).unwrap();

@@ -8,6 +8,7 @@ use sapwood_blockdev::engine::{Completion, Engine, Op, Time};
 
 use super::medium::Stamp;
 use super::storage::SimFile;
+use super::turns::Turn;
 use super::world::{EngineId, World};
 
 /// What an engine's waker sets.
@@ -38,16 +39,25 @@ pub struct SimEngine {
     id: EngineId,
     wake: Arc<WakeFlag>,
     submitted: Vec<(u64, Stamp, Op<SimFile>)>,
+    /// Of a thread that takes turns with others.
+    turn: Option<Arc<Turn>>,
 }
 
 impl SimEngine {
     pub(super) fn new(world: World, id: EngineId, wake: Arc<WakeFlag>) -> Self {
-        Self { world, id, wake, submitted: Vec::new() }
+        Self { world, id, wake, submitted: Vec::new(), turn: None }
     }
 
     /// Which engine of its world this is.
     pub fn id(&self) -> EngineId {
         self.id
+    }
+
+    /// Lets other threads go on whenever its own waits.
+    #[must_use]
+    pub fn taking_turns(mut self, turn: Arc<Turn>) -> Self {
+        self.turn = Some(turn);
+        self
     }
 
     fn start(&mut self) {
@@ -83,6 +93,13 @@ impl Engine for SimEngine {
         self.start();
         if self.wake.take() {
             return;
+        }
+        if let Some(turn) = &self.turn {
+            turn.pass();
+            // What this thread waits for may be another one, which goes on when its turn comes.
+            if self.wake.take() || deadline.is_none() && self.world.next_due().is_none() {
+                return;
+            }
         }
         self.world.state().wait(self.id, deadline);
     }

@@ -7,6 +7,7 @@
 //! - [`faults`]: operations that fail;
 //! - [`world`], [`storage`], [`engine`]: the clock, processes and crashes behind the storage and
 //!   engine seams of `sapwood-blockdev`;
+//! - [`turns`]: threads that go on one at a time;
 //! - [`crash`]: kills and power cuts, also in the middle of code that blocks;
 //! - [`content`], [`register`], [`contract`], [`cut`]: what a disk promises its guest, and whether it
 //!   keeps it;
@@ -43,4 +44,5 @@ pub mod stored;
 pub mod subject;
 pub mod toy;
 pub mod trace;
+pub mod turns;
 pub mod world;

@@ -1,12 +1,14 @@
 //! What is done with a store, and what the model says of it.
 
+use std::collections::BTreeMap;
+
 use super::model::{Content, Model, Snapshot, Volume, either, zeroes};
 use crate::sim::rng::Rng;
 
 /// Names that volumes can have.
-const VOLUMES: u64 = 5;
+pub(super) const VOLUMES: u64 = 5;
 /// Names that snapshots of one volume can have.
-const SNAPSHOTS: u64 = 4;
+pub(super) const SNAPSHOTS: u64 = 4;
 
 /// Blocks and the marks that they get, in order.
 pub type Writes = Vec<(usize, u32)>;
@@ -48,16 +50,22 @@ pub enum Action {
     Import(String, String, Vec<u32>),
     /// The store is closed and opened.
     Reopen,
+    /// A snapshot is exported, whole or as an increment over another, as the archive of this number.
+    Export((String, String), Option<(String, String)>, u64),
+    /// An archive is imported as this snapshot.
+    ImportArchive(String, String, u64),
+    /// A snapshot is read.
+    Read((String, String)),
 }
 
-fn writes(rng: &mut Rng, mark: u64) -> Writes {
+pub(super) fn writes(rng: &mut Rng, mark: u64) -> Writes {
     let count = rng.between(1, 5) as usize;
     let block = |_| rng.below(super::model::BLOCKS as u64) as usize;
     (0..count).map(block).enumerate().map(|(i, block)| (block, (mark * 16) as u32 + i as u32 + 1)).collect()
 }
 
 /// What an imported disk holds: marks of a few, so that disks share blocks.
-fn marks(rng: &mut Rng) -> Vec<u32> {
+pub(super) fn marks(rng: &mut Rng) -> Vec<u32> {
     (0..super::model::BLOCKS)
         .map(|_| rng.below(12) as u32)
         .map(|mark| if mark < 4 { 0 } else { mark })
@@ -111,7 +119,7 @@ impl Action {
 }
 
 /// What the store must say: the kind of the error.
-type Outcome = Result<(), &'static str>;
+pub type Outcome = Result<(), &'static str>;
 
 fn write(content: &mut Content, writes: &Writes) {
     for (block, mark) in writes {
@@ -120,15 +128,15 @@ fn write(content: &mut Content, writes: &Writes) {
 }
 
 impl Model {
-    fn volume(&mut self, name: &str) -> Result<&mut Volume, &'static str> {
+    pub(super) fn volume(&mut self, name: &str) -> Result<&mut Volume, &'static str> {
         self.volumes.get_mut(name).ok_or("not-found")
     }
 
-    fn snapshot(&self, volume: &str, name: &str) -> Result<&Snapshot, &'static str> {
+    pub(super) fn snapshot(&self, volume: &str, name: &str) -> Result<&Snapshot, &'static str> {
         self.snapshots.get(&(volume.to_owned(), name.to_owned())).ok_or("not-found")
     }
 
-    fn add_volume(&mut self, name: &str, content: Content, line: Vec<u64>) -> Outcome {
+    pub(super) fn add_volume(&mut self, name: &str, content: Content, line: Vec<u64>) -> Outcome {
         if self.volumes.contains_key(name) {
             return Err("exists");
         }
@@ -194,7 +202,10 @@ impl Model {
             return Err("protected");
         }
         self.volumes.remove(name);
-        self.snapshots.retain(|(volume, _), _| volume != name);
+        let (gone, left) =
+            std::mem::take(&mut self.snapshots).into_iter().partition(|((volume, _), _)| volume == name);
+        self.snapshots = left;
+        self.deleted.extend(BTreeMap::into_values(gone));
         Ok(())
     }
 
@@ -278,7 +289,7 @@ impl Model {
                 if self.snapshot(volume, name)?.protected {
                     return Err("protected");
                 }
-                self.snapshots.remove(&(volume.clone(), name.clone()));
+                self.deleted.extend(self.snapshots.remove(&(volume.clone(), name.clone())));
                 Ok(())
             }
             Action::ProtectVolume(name, protected) => {
@@ -292,6 +303,9 @@ impl Model {
                 Ok(())
             }
             Action::Import(name, snapshot, marks) => self.import(name, snapshot, marks),
+            Action::Export(of, since, archive) => self.export(of, since.as_ref(), *archive),
+            Action::ImportArchive(..) => unreachable!("what it does the model alone does not know"),
+            Action::Read((volume, name)) => self.snapshot(volume, name).map(drop),
             Action::Seal(_) | Action::Collect(_) | Action::Reopen => Ok(()),
         }
     }
@@ -309,6 +323,10 @@ pub struct Progress {
 /// The states that a store may be in after `action` was cut off; with `power`, what was not durable may
 /// be lost.
 pub fn cut_off(model: &Model, action: &Action, progress: Progress, power: bool) -> Vec<Model> {
+    if let Action::ImportArchive(..) = action {
+        let done = model.outcomes(action).into_iter().filter(|(outcome, _)| outcome.is_ok());
+        return std::iter::once(model.clone()).chain(done.map(|(_, after)| after)).collect();
+    }
     let mut before = model.clone();
     let mut after = model.clone();
     let applies = after.apply(action).is_ok();
@@ -332,6 +350,9 @@ pub fn cut_off(model: &Model, action: &Action, progress: Progress, power: bool) 
                 may_have_written(&mut volume.content, later);
                 volume.is_dirty = None;
             }
+        }
+        Action::Export(.., archive) => {
+            after.archives.entry(*archive).and_modify(|archive| archive.is_durable = false);
         }
         Action::Switch(name, ..) | Action::Rollback(name, _)
             if applies && before.summary() == after.summary() =>

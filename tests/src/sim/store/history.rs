@@ -1,13 +1,15 @@
 //! Random histories of a store, and whether it keeps what the model says.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use sapwood_blockdev::Errno;
+use sapwood_blockdev::engine::Time;
 use sapwood_store::StoreOptions;
 
-use super::action::{Action, cut_off};
+use super::action::{Action, Outcome, Progress, cut_off};
 use super::model::{Content, Model, zeroes};
-use super::rig::{Failure, Rig};
+use super::rig::{Done, Failure, Rig};
+use super::setup::{Course, Setup};
 use crate::sim::crash::Cut;
 use crate::sim::faults::{Faults, Kind, Planned};
 use crate::sim::persist::Persistence;
@@ -19,7 +21,7 @@ const EVENTS_MAX: u64 = 1_000_000;
 
 /// How a session ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum End {
+pub(super) enum End {
     /// The process is killed.
     Kill,
     /// The power fails.
@@ -30,12 +32,40 @@ enum End {
 
 /// A history: what was done, for the report of a failure.
 pub struct History {
-    rng: Rng,
-    model: Model,
-    options: StoreOptions,
-    rig: Rig,
-    mark: u64,
-    log: Vec<String>,
+    pub(super) course: Course,
+    pub(super) rng: Rng,
+    /// What may be there: more than one thing, until somebody has looked.
+    pub(super) models: Vec<Model>,
+    setup: Setup,
+    pub(super) rig: Rig,
+    pub(super) mark: u64,
+    pub(super) log: Vec<String>,
+}
+
+/// What became of an action.
+#[derive(Debug)]
+pub(super) struct Report {
+    pub(super) done: Done,
+    pub(super) progress: Progress,
+    /// What was read.
+    pub(super) found: Option<Vec<u32>>,
+}
+
+impl Report {
+    /// Does something.
+    pub(super) fn of(rig: &mut Rig, action: &Action) -> Self {
+        let done = rig.perform(action);
+        Self { done, progress: rig.progress.get(), found: rig.found.take() }
+    }
+
+    /// Whether that is what it must have been.
+    pub(super) fn fits(&self, outcome: Outcome) -> bool {
+        match (&self.done, outcome) {
+            (Ok(()), Ok(())) => true,
+            (Err(failure), Err(kind)) => failure.kind == kind,
+            _ => false,
+        }
+    }
 }
 
 fn expect<T>(what: &str, done: Result<T, Failure>) -> Result<T, String> {
@@ -43,18 +73,28 @@ fn expect<T>(what: &str, done: Result<T, Failure>) -> Result<T, String> {
 }
 
 impl History {
-    fn new(seed: u64, options: &StoreOptions) -> Self {
+    fn new(course: Course, seed: u64, options: &StoreOptions) -> Self {
         let world = World::new(Config::blocking(seed));
-        let (rig, rng) = (Rig::new(&world, options), Rng::new(seed).fork(7));
-        Self { rng, model: Model::default(), options: options.clone(), rig, mark: 0, log: Vec::new() }
+        let setup = course.setup(seed, options);
+        let (rig, rng) = (Rig::new(&world, &setup), Rng::new(seed).fork(7));
+        Self { course, rng, models: vec![Model::default()], setup, rig, mark: 0, log: Vec::new() }
     }
 
     fn next_action(&mut self) -> Action {
         self.mark += 1;
-        let mut action = Action::random(&mut self.rng, &self.model, self.mark);
+        let model = &self.models[0];
+        let special = match self.course {
+            Course::Large => match self.rng.below(100) {
+                0..15 => Action::with_archive(&mut self.rng, model, self.mark, None),
+                15..35 => Some(Action::Seal(self.rng.between(1, 8))),
+                _ => None,
+            },
+            _ => None,
+        };
+        let mut action = special.unwrap_or_else(|| Action::random(&mut self.rng, model, self.mark));
         // Where it is not known what the store must say, it is asked so that it does not matter.
         if let Action::Switch(volume, _, discard) | Action::Rollback(volume, discard) = &mut action
-            && self.model.volumes.get(volume).is_some_and(|volume| volume.is_dirty.is_none())
+            && self.is_any_dirty(volume)
         {
             *discard = true;
         }
@@ -62,43 +102,84 @@ impl History {
         action
     }
 
+    /// Whether a volume may hold writes, and may not.
+    fn is_any_dirty(&self, volume: &str) -> bool {
+        let volumes = self.models.iter().filter_map(|model| model.volumes.get(volume));
+        volumes.into_iter().any(|volume| volume.is_dirty.is_none())
+    }
+
     /// Does something at random and compares what is said.
     fn step(&mut self) -> Result<(), String> {
         let action = self.next_action();
-        let done = self.rig.perform(&action);
-        self.compare(&action, done)
+        let report = Report::of(&mut self.rig, &action);
+        self.compare(&action, &report)?;
+        self.look()
     }
 
     fn act(&mut self, action: &Action) -> Result<(), String> {
         self.log.push(format!("{action:?}"));
-        let done = self.rig.perform(action);
-        self.compare(action, done)
+        let report = Report::of(&mut self.rig, action);
+        self.compare(action, &report)?;
+        self.look()
     }
 
-    fn compare(&mut self, action: &Action, done: Result<(), Failure>) -> Result<(), String> {
-        let expected = self.model.apply(action);
-        match (&done, expected) {
-            (Ok(()), Ok(())) => Ok(()),
-            (Err(failure), Err(kind)) if failure.kind == kind => Ok(()),
-            _ => Err(format!("{action:?}: {done:?}, expected {expected:?}")),
+    fn compare(&mut self, action: &Action, report: &Report) -> Result<(), String> {
+        let outcomes: Vec<_> = self.models.iter().flat_map(|model| model.outcomes(action)).collect();
+        let expected: Vec<Outcome> = outcomes.iter().map(|(outcome, _)| *outcome).collect();
+        let fits = outcomes.into_iter().filter(|(outcome, _)| report.fits(*outcome));
+        self.models = fits.map(|(_, model)| model).collect();
+        match self.models.is_empty() {
+            false => Ok(()),
+            true => Err(format!("{action:?}: {report:?}, expected one of {expected:?}")),
         }
+    }
+
+    /// Looks what of what may be there is, if that is not known.
+    pub(super) fn look(&mut self) -> Result<(), String> {
+        if self.models.len() < 2 { Ok(()) } else { self.compare_trees() }
+    }
+
+    fn compare_trees(&mut self) -> Result<(), String> {
+        let found = expect("the tree", self.rig.summary())?;
+        let expected = self.models[0].summary();
+        self.models.retain(|model| model.summary() == found);
+        if self.models.is_empty() { Err(differences(&found, &expected)) } else { Ok(()) }
     }
 
     /// Reads everything back; what was not certain is known then.
-    fn verify(&mut self) -> Result<(), String> {
-        let found = expect("the tree", self.rig.summary())?;
-        if found != self.model.summary() {
-            return Err(differences(&found, &self.model.summary()));
-        }
-        for ((volume, name), snapshot) in &mut self.model.snapshots {
+    pub(super) fn verify(&mut self) -> Result<(), String> {
+        self.compare_trees()?;
+        let (mut volumes, mut snapshots) = (BTreeMap::new(), BTreeMap::new());
+        for (volume, name) in self.models[0].snapshots.keys() {
             let what = format!("{volume}@{name}");
             let found = expect(&what, self.rig.read_snapshot(volume, name))?;
-            check(&what, &mut snapshot.content, &found)?;
+            snapshots.insert((volume.clone(), name.clone()), found);
         }
-        for (name, volume) in &mut self.model.volumes {
-            let found = expect(name, self.rig.read_volume(name))?;
-            check(name, &mut volume.content, &found)?;
-            volume.unsynced.clear();
+        for name in self.models[0].volumes.keys() {
+            volumes.insert(name.clone(), expect(name, self.rig.read_volume(name))?);
+        }
+        let check_all = |model: &mut Model| {
+            for (key, snapshot) in &mut model.snapshots {
+                check(&format!("{}@{}", key.0, key.1), &mut snapshot.content, &snapshots[key])?;
+            }
+            for (name, volume) in &mut model.volumes {
+                check(name, &mut volume.content, &volumes[name])?;
+                volume.unsynced.clear();
+            }
+            Ok::<_, String>(())
+        };
+        let mut wrong = None;
+        self.models.retain_mut(|model| check_all(model).map_err(|error| wrong = Some(error)).is_ok());
+        // Those are the same, but for what archives hold.
+        let mut left: Vec<Model> = Vec::new();
+        for model in std::mem::take(&mut self.models) {
+            if left.iter().all(|other| other.archives != model.archives) {
+                left.push(model);
+            }
+        }
+        self.models = left;
+        if let (true, Some(wrong)) = (self.models.is_empty(), wrong) {
+            return Err(wrong);
         }
         self.check_differences()?;
         self.rig.check_files()
@@ -106,15 +187,16 @@ impl History {
 
     /// Asks what differs between snapshots, whose contents are certain.
     fn check_differences(&self) -> Result<(), String> {
-        let names: Vec<&(String, String)> = self.model.snapshots.keys().collect();
+        let model = &self.models[0];
+        let names: Vec<&(String, String)> = model.snapshots.keys().collect();
         let mut rng = Rng::new(self.mark).fork(11);
         for _ in 0..names.len().min(4) {
             let to = rng.pick(&names);
             let from = if rng.percent(80) { Some(rng.pick(&names)) } else { None };
             let what = format!("from {from:?} to {to:?}");
             let found = expect(&what, self.rig.diff(from, to))?;
-            let old = from.map_or_else(zeroes, |from| self.model.snapshots[from].content.clone());
-            let new = &self.model.snapshots[to].content;
+            let old = from.map_or_else(zeroes, |from| model.snapshots[from].content.clone());
+            let new = &model.snapshots[to].content;
             let differs: Vec<usize> = (0..new.len()).filter(|block| old[*block] != new[*block]).collect();
             if found != differs {
                 return Err(format!("{what}: {found:?} differ, not {differs:?}"));
@@ -125,7 +207,7 @@ impl History {
 
     /// Opens the store in a new process, once what the old one had in flight has ended.
     fn reopen(&mut self) -> Result<(), String> {
-        self.rig = Rig::new(&self.rig.world, &self.options);
+        self.rig = Rig::new(&self.rig.world, &self.setup);
         let last = self.rig.world.events() + EVENTS_MAX;
         loop {
             match self.rig.open() {
@@ -145,11 +227,16 @@ impl History {
     }
 
     /// Frees what nobody needs, after which nothing is left to be freed and everything reads as before.
-    fn collect(&mut self) -> Result<(), String> {
-        let first = expect("the collection", self.rig.collect(50))?;
-        let second = expect("the second collection", self.rig.collect(50))?;
-        if !first.kept.is_empty() || second.packs_dropped > 0 {
-            return Err(format!("first {first:?}, then {second:?}"));
+    pub(super) fn collect(&mut self) -> Result<(), String> {
+        self.rig.sweep();
+        let mut done = vec![expect("the collection", self.rig.collect(50))?];
+        // Of what is stored twice, what a collection has moved may be the copy that nothing refers to any more.
+        let more = if self.course == Course::Small { 1 } else { 4 };
+        while done.len() <= more && done.last().is_some_and(|last| done.len() < 2 || last.packs_dropped > 0) {
+            done.push(expect("the next collection", self.rig.collect(50))?);
+        }
+        if !done[0].kept.is_empty() || done.last().is_some_and(|last| last.packs_dropped > 0) {
+            return Err(format!("the collections do not end: {done:?}"));
         }
         self.verify()
     }
@@ -171,28 +258,39 @@ impl History {
         }
     }
 
+    /// Whether an action, as its report says, has failed because the session has ended, so that it may be done or not.
+    pub(super) fn is_cut_off(&self, report: &Report, end: End) -> bool {
+        report.done.as_ref().is_err_and(|failure| {
+            !self.rig.world.is_alive(self.rig.process)
+                || end == End::Failure && ["io", "device", "corrupt", "base"].contains(&failure.kind.as_str())
+        })
+    }
+
+    /// Does something at random; whether something has ended the session.
+    fn advance(&mut self, end: End) -> Result<bool, String> {
+        if self.course == Course::Together && self.rng.percent(60) {
+            return self.group(Some(end));
+        }
+        let action = self.next_action();
+        let report = Report::of(&mut self.rig, &action);
+        if self.is_cut_off(&report, end) {
+            self.log.push(format!("    cut off by {end:?}"));
+            // A sync that fails may drop what was not durable.
+            let (models, power) = (std::mem::take(&mut self.models), end != End::Kill);
+            let left = models.iter().flat_map(|model| cut_off(model, &action, report.progress, power));
+            self.models = left.collect();
+            return Ok(true);
+        }
+        // Said in time: it holds.
+        self.compare(&action, &report)?;
+        Ok(!self.rig.world.is_alive(self.rig.process))
+    }
+
     /// Goes on until something ends the session, or long enough.
     fn session(&mut self, steps: u64, end: End) -> Result<(), String> {
-        // A sync that fails may drop what was not durable.
-        let power = end != End::Kill;
         self.arm(end);
-        let mut candidates = Vec::new();
         for _ in 0..steps {
-            let action = self.next_action();
-            let done = self.rig.perform(&action);
-            let failed = done.as_ref().is_err_and(|failure| {
-                !self.rig.world.is_alive(self.rig.process)
-                    || end == End::Failure
-                        && ["io", "device", "corrupt", "base"].contains(&failure.kind.as_str())
-            });
-            if failed {
-                self.log.push(format!("    cut off by {end:?}"));
-                candidates = cut_off(&self.model, &action, self.rig.progress.get(), power);
-                break;
-            }
-            // Said in time: it holds.
-            self.compare(&action, done)?;
-            if !self.rig.world.is_alive(self.rig.process) {
+            if self.advance(end)? {
                 break;
             }
         }
@@ -207,17 +305,13 @@ impl History {
                 End::Failure => {}
             }
         }
-        if candidates.is_empty() {
-            candidates.push(self.model.clone());
-        }
-        if power {
-            candidates.iter_mut().for_each(Model::power_cut);
+        match end {
+            End::Kill => {}
+            End::Failure => self.models.iter_mut().for_each(Model::sync_failed),
+            End::Power(_) => self.lose_power(),
         }
         self.reopen()?;
-        let found = expect("the tree", self.rig.summary())?;
-        let fitting = candidates.iter().rfind(|model| model.summary() == found);
-        let fitting = fitting.ok_or_else(|| differences(&found, &candidates[0].summary()))?;
-        self.model = fitting.clone();
+        self.compare_trees()?;
         // Sometimes what was cut off is used before anybody has looked at it.
         match self.rng.percent(50) {
             true => self.verify(),
@@ -225,14 +319,16 @@ impl History {
         }
     }
 
+    /// What was not durable may be gone.
+    fn lose_power(&mut self) {
+        self.models = std::mem::take(&mut self.models).into_iter().flat_map(Model::power_cut).collect();
+    }
+
     fn snapshot_unread(&mut self) -> Result<(), String> {
-        let volumes: Vec<String> = self.model.volumes.keys().cloned().collect();
+        let volumes: Vec<String> = self.models[0].volumes.keys().cloned().collect();
         for volume in volumes {
             let name = format!("s{}", self.rng.below(4));
-            let action = Action::Snapshot(volume, name);
-            self.log.push(format!("{action:?}"));
-            let done = self.rig.perform(&action);
-            self.compare(&action, done)?;
+            self.act(&Action::Snapshot(volume, name))?;
         }
         Ok(())
     }
@@ -265,23 +361,29 @@ fn differences(found: &BTreeSet<String>, expected: &BTreeSet<String>) -> String 
     format!("too much: {:?}; missing: {:?}", found - expected, expected - found)
 }
 
-/// A history of `steps` without any failure.
+/// A history of `steps` without any failure: the time when it has ended.
 ///
 /// # Errors
 /// In what the store differs from the model, and what was done.
-pub fn undisturbed(seed: u64, steps: u64) -> Result<(), String> {
-    let mut history = History::new(seed, &StoreOptions::default());
+pub fn undisturbed(course: Course, seed: u64, steps: u64, options: &StoreOptions) -> Result<Time, String> {
+    let mut history = History::new(course, seed, options);
     let mut go = || {
         history.begin()?;
         for _ in 0..steps {
-            history.step()?;
+            match course == Course::Together && history.rng.percent(60) {
+                true => history.undisturbed_group()?,
+                false => history.step()?,
+            }
         }
-        history.verify()?;
+        if course != Course::Together {
+            history.verify()?;
+        }
         history.collect()?;
         expect("opening", history.rig.open())?;
-        history.verify()
+        history.verify()?;
+        Ok(history.rig.world.now())
     };
-    let result = go();
+    let result: Result<Time, String> = go();
     result.map_err(|message| format!("seed {seed}: {}", history.told(&message)))
 }
 
@@ -289,8 +391,8 @@ pub fn undisturbed(seed: u64, steps: u64) -> Result<(), String> {
 ///
 /// # Errors
 /// As [`undisturbed`].
-pub fn cut(seed: u64, options: &StoreOptions) -> Result<(), String> {
-    let mut history = History::new(seed, options);
+pub fn cut(course: Course, seed: u64, options: &StoreOptions) -> Result<(), String> {
+    let mut history = History::new(course, seed, options);
     let mut go = || {
         history.begin()?;
         let first = history.rng.between(0, 6);
@@ -319,7 +421,7 @@ pub fn cut(seed: u64, options: &StoreOptions) -> Result<(), String> {
 /// # Errors
 /// The snapshot lacks what was reported to the writer.
 pub fn killed_writer(seed: u64, options: &StoreOptions) -> Result<(), String> {
-    let mut history = History::new(seed, options);
+    let mut history = History::new(Course::Small, seed, options);
     let volume = || "v0".to_owned();
     let mut go = || {
         history.begin()?;
@@ -334,12 +436,11 @@ pub fn killed_writer(seed: u64, options: &StoreOptions) -> Result<(), String> {
         if done.is_ok() {
             return Ok(());
         }
-        let left = cut_off(&history.model, &write, history.rig.progress.get(), false).pop();
-        history.model = left.expect("a write leaves one state");
+        history.models = cut_off(&history.models[0], &write, history.rig.progress.get(), false);
         history.reopen()?;
         history.act(&Action::Snapshot(volume(), "s0".to_owned()))?;
         world.cut_now(None, Persistence::Sectors(0));
-        history.model.power_cut();
+        history.lose_power();
         history.reopen()?;
         history.verify()
     };
@@ -357,7 +458,7 @@ pub fn cut_init(
     power: Option<Persistence>,
     options: &StoreOptions,
 ) -> Result<bool, String> {
-    let mut history = History::new(seed, options);
+    let mut history = History::new(Course::Small, seed, options);
     let (world, process) = (history.rig.world.clone(), history.rig.process);
     let mode = power.unwrap_or(Persistence::Prefix);
     world.cut_at(Some(Cut { event, process: power.is_none().then_some(process), mode }));
@@ -370,7 +471,7 @@ pub fn cut_init(
     // What the dead process had in flight.
     while world.step() {}
     let mut go = || {
-        history.rig = Rig::new(&world, &StoreOptions::default());
+        history.rig = Rig::new(&world, &StoreOptions::default().into());
         match history.rig.open() {
             Ok(_) => {}
             Err(failure) if failure.kind == "not-found" && !is_made => history.begin()?,

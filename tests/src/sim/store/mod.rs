@@ -3,10 +3,17 @@
 //!
 //! - [`model`]: what is there, by name, block by block;
 //! - [`action`]: what is done, and what the model says of it;
-//! - [`rig`]: a process that has a store open, and does it;
-//! - [`history`]: random actions, ends, and the comparison.
+//! - `archives`: the same of archives;
+//! - [`setup`]: what stores and disks are like;
+//! - [`rig`]: a process that has a store open, and does it; `inspect` is what it finds there;
+//! - [`history`]: random actions, ends, and the comparison;
+//! - `together`: several at a time.
 
 pub mod action;
+mod archives;
 pub mod history;
+mod inspect;
 pub mod model;
 pub mod rig;
+pub mod setup;
+mod together;

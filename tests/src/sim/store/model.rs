@@ -22,7 +22,7 @@ pub fn either(a: &Content, b: &Content) -> Content {
 }
 
 /// A volume.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Volume {
     /// What its disk holds.
     pub content: Content,
@@ -38,7 +38,7 @@ pub struct Volume {
 }
 
 /// A snapshot.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Snapshot {
     /// What its disk holds.
     pub content: Content,
@@ -57,13 +57,28 @@ impl Snapshot {
     }
 }
 
+/// A file that holds a snapshot.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Archive {
+    /// What its disk holds.
+    pub content: Content,
+    /// The snapshot that it is an increment over.
+    pub base: Option<Snapshot>,
+    /// Whether it was reported, or seen after a power cut.
+    pub is_durable: bool,
+}
+
 /// A store.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Model {
     /// By name.
     pub volumes: BTreeMap<String, Volume>,
     /// By volume and name.
     pub snapshots: BTreeMap<(String, String), Snapshot>,
+    /// Snapshots that were deleted: the store may still have them.
+    pub deleted: Vec<Snapshot>,
+    /// Archives by number.
+    pub archives: BTreeMap<u64, Archive>,
     next: u64,
 }
 
@@ -90,17 +105,36 @@ impl Model {
         let snapshots = self.snapshots.iter().map(|((volume, name), row)| {
             line(&format!("{volume}@{name}"), parent(&row.line), row.protected, false)
         });
-        volumes.chain(snapshots).collect()
+        volumes.chain(snapshots).chain(self.archives.keys().map(|number| archive_name(*number))).collect()
     }
 
-    /// The power failed: what was not synced may be lost.
-    pub fn power_cut(&mut self) {
+    /// A sync failed: what was not synced of volumes may be lost.
+    pub fn sync_failed(&mut self) {
         for volume in self.volumes.values_mut() {
             for (block, marks) in std::mem::take(&mut volume.unsynced) {
                 volume.content[block].extend(marks);
             }
         }
     }
+
+    /// The power failed: the same, and names of archives.
+    pub fn power_cut(mut self) -> Vec<Self> {
+        self.sync_failed();
+        let is_durable = |archive: &Archive| archive.is_durable;
+        let Some(number) = self.archives.iter().find(|(_, archive)| !is_durable(archive)).map(|(n, _)| *n)
+        else {
+            return vec![self];
+        };
+        let mut without = self.clone();
+        without.archives.remove(&number);
+        self.archives.get_mut(&number).expect("it is there").is_durable = true;
+        [self, without].into_iter().flat_map(Self::power_cut).collect()
+    }
+}
+
+/// The name of an archive.
+pub fn archive_name(number: u64) -> String {
+    format!("{number}.archive")
 }
 
 /// One line of a summary.

@@ -1,6 +1,6 @@
 //! A process that has a store open.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::future::Future;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,30 +8,27 @@ use std::sync::Arc;
 use sapwood_blockdev::buffer::SharedBuf;
 use sapwood_blockdev::device::{self, BlockDevice, Command, DeviceError, DeviceQueue};
 use sapwood_blockdev::io::{Io, block_on};
-use sapwood_blockdev::storage::Storage;
 use sapwood_blockdev::units::GuestOffset;
 use sapwood_image::ImageError;
 use sapwood_image::layer::{Layer, OpenLayer};
 use sapwood_image::sealed::collect::Limits;
 use sapwood_image::sealed::{MemoryBlock, MemorySource, SealStats, Step, Workers};
-use sapwood_store::catalog::Look;
-use sapwood_store::rows::NodeState;
-use sapwood_store::tree::State;
 use sapwood_store::{
-    Attachment, Collected, Importing, Name, NotesChange, SnapshotName, Store, StoreError, StoreOptions,
-    Tidied, directory,
+    Attachment, Collected, Exporting, Importing, Name, NotesChange, SnapshotName, Store, StoreError, Tidied,
+    directory,
 };
-use std::collections::BTreeSet;
 
 use super::action::{Action, Progress, Writes};
-use super::model::{self, BLOCKS};
+use super::model::{BLOCKS, archive_name};
+use super::setup::Setup;
 use crate::sim::engine::SimEngine;
 use crate::sim::storage::SimStorage;
+use crate::sim::turns::Turn;
 use crate::sim::world::{ProcessId, World};
 
-const BLOCK: usize = 4096;
-/// Packs are small, so that a disk has several.
-const PACK_BYTES: u64 = 512;
+pub(super) const BLOCK: usize = 4096;
+/// Where archives are.
+pub(super) const ARCHIVES: &str = "/archives";
 
 /// What went wrong, in the store, an image or a device.
 #[derive(Debug)]
@@ -74,12 +71,33 @@ pub struct Rig {
     pub world: World,
     /// The process.
     pub process: ProcessId,
-    storage: SimStorage,
-    io: Io<SimEngine>,
-    options: StoreOptions,
+    pub(super) storage: SimStorage,
+    pub(super) io: Io<SimEngine>,
+    pub(super) setup: Setup,
     store: Option<Arc<Store<SimStorage, SimEngine>>>,
     /// How far the write under way has come.
     pub progress: Cell<Progress>,
+    /// What was read.
+    pub found: RefCell<Option<Vec<u32>>>,
+}
+
+/// A process that has a store open, for one more thread of it.
+pub struct Seat {
+    world: World,
+    process: ProcessId,
+    setup: Setup,
+    store: Option<Arc<Store<SimStorage, SimEngine>>>,
+}
+
+impl Seat {
+    /// The thread, which takes turns with others.
+    pub fn sit(self, turn: &Arc<Turn>) -> Rig {
+        let Self { world, process, setup, store } = self;
+        let engine = world.engine(process).taking_turns(Arc::clone(turn));
+        let mut rig = Rig::of(&world, process, &setup, engine);
+        rig.store = store;
+        rig
+    }
 }
 
 impl Drop for Rig {
@@ -92,31 +110,47 @@ fn inline() -> Workers {
     Workers::inline(1).expect("there is memory for tables")
 }
 
-fn snapshot_name(volume: &str, snapshot: &str) -> SnapshotName {
+pub(super) fn snapshot_name(volume: &str, snapshot: &str) -> SnapshotName {
     SnapshotName { volume: volume.to_owned(), snapshot: snapshot.to_owned() }
 }
 
 impl Rig {
     /// A process that has nothing open.
-    pub fn new(world: &World, options: &StoreOptions) -> Self {
+    pub fn new(world: &World, setup: &Setup) -> Self {
         let process = world.process();
+        Self::of(world, process, setup, world.engine(process))
+    }
+
+    fn of(world: &World, process: ProcessId, setup: &Setup, engine: SimEngine) -> Self {
         Self {
             world: world.clone(),
             process,
             storage: world.storage(process),
-            io: Io::new(world.engine(process)),
-            options: StoreOptions {
-                segment_size: 64 << 10,
-                pack_bytes: PACK_BYTES,
-                clock: || 1,
-                ..options.clone()
-            },
+            io: Io::new(engine),
+            setup: setup.clone(),
             store: None,
             progress: Cell::default(),
+            found: RefCell::default(),
         }
     }
 
-    fn run<T: 'static>(&self, task: impl Future<Output = T> + 'static) -> T {
+    /// For one more thread.
+    pub fn seat(&self) -> Seat {
+        let (world, setup) = (self.world.clone(), self.setup.clone());
+        Seat { world, process: self.process, setup, store: self.store.clone() }
+    }
+
+    /// Size of a disk in bytes.
+    fn size(&self) -> u64 {
+        (BLOCKS * self.setup.spread * BLOCK) as u64
+    }
+
+    /// Where a block of the model is.
+    fn offset(&self, block: usize) -> GuestOffset {
+        GuestOffset((block * self.setup.spread * BLOCK) as u64)
+    }
+
+    pub(super) fn run<T: 'static>(&self, task: impl Future<Output = T> + 'static) -> T {
         block_on(&self.io, task)
     }
 
@@ -125,7 +159,8 @@ impl Rig {
     /// # Errors
     /// What the store says.
     pub fn init(&self) -> Done {
-        let (storage, io, options) = (self.storage.clone(), self.io.clone(), self.options.clone());
+        let (storage, io) = (self.storage.clone(), self.io.clone());
+        let options = self.setup.options.clone();
         let engine = self.world.engine(self.process);
         Ok(self
             .run(async move { directory::init(&storage, &io, engine, &root(), &options).await })
@@ -139,7 +174,8 @@ impl Rig {
     pub fn open(&mut self) -> Done<Tidied> {
         self.store = None;
         let engine = self.world.engine(self.process);
-        let (io, storage, options) = (self.io.clone(), self.storage.clone(), self.options.clone());
+        let (io, storage) = (self.io.clone(), self.storage.clone());
+        let options = self.setup.options.clone();
         let opened = self.run(async move { Store::open(&storage, &io, engine, &root(), options).await });
         let store = Arc::new(opened?);
         self.store = Some(Arc::clone(&store));
@@ -166,7 +202,18 @@ impl Rig {
 
     fn close(&self, layer: Arc<Layer<SimEngine>>) -> Done {
         let io = self.io.clone();
-        Ok(self.run(async move { layer.close(&io).await })?)
+        let closed = self.run(async move { layer.close(&io).await });
+        self.settle();
+        Ok(closed?)
+    }
+
+    /// Waits for what a layer reads ahead: until then its file stays locked, also when it is closed.
+    fn settle(&self) {
+        self.io.poll(&mut Vec::new());
+        while self.io.in_flight() > 0 {
+            self.io.wait(None);
+            self.io.poll(&mut Vec::new());
+        }
     }
 
     fn attach(&self, volume: &str) -> Done<Attachment> {
@@ -179,8 +226,7 @@ impl Rig {
         for (n, (block, mark)) in writes.iter().enumerate() {
             let buf = SharedBuf::heap(BLOCK);
             buf.write_at(0, &mark.to_le_bytes().repeat(BLOCK / 4));
-            let at = GuestOffset((block * BLOCK) as u64);
-            device::run(&mut queue, at, BLOCK as u64, Command::Write(buf.into()))?;
+            device::run(&mut queue, self.offset(*block), BLOCK as u64, Command::Write(buf.into()))?;
             self.progress.set(Progress { reported: n + 1, is_flushed: false });
         }
         device::run(&mut queue, GuestOffset(0), 0, Command::Flush)?;
@@ -189,17 +235,27 @@ impl Rig {
     }
 
     fn contents(&self, mut queue: impl DeviceQueue, size: u64) -> Done<Vec<u32>> {
-        let len = size as usize;
-        let buf = SharedBuf::heap(len);
-        device::run(&mut queue, GuestOffset(0), len as u64, Command::Read(buf.clone().into()))?;
-        let mut bytes = vec![0; len];
-        buf.read_at(0, &mut bytes);
         let mark = |block: &[u8]| {
             let mark = u32::from_le_bytes(block[..4].try_into().expect("4 bytes"));
             let whole = block.chunks(4).all(|word| word == mark.to_le_bytes());
             if whole { mark } else { u32::MAX }
         };
-        Ok(bytes.chunks(BLOCK).map(mark).collect())
+        let mut read = |at, len| {
+            let buf = SharedBuf::heap(len);
+            device::run(&mut queue, at, len as u64, Command::Read(buf.clone().into()))?;
+            let mut bytes = vec![0; len];
+            buf.read_at(0, &mut bytes);
+            Ok::<Vec<u32>, Failure>(bytes.chunks(BLOCK).map(mark).collect())
+        };
+        if self.setup.spread == 1 {
+            return read(GuestOffset(0), size as usize);
+        }
+        let blocks = size as usize / (self.setup.spread * BLOCK);
+        let block = |block| {
+            let found = read(self.offset(block), 2 * BLOCK)?;
+            Ok(if found[1] == 0 { found[0] } else { u32::MAX })
+        };
+        (0..blocks).map(block).collect()
     }
 
     /// What a volume holds; it is attached for that.
@@ -226,26 +282,6 @@ impl Rig {
         let contents = self.contents(disk?.queue_on(self.io.clone()), reader.size);
         drop(reader);
         contents
-    }
-
-    /// The blocks in which a snapshot differs from another, or from zeroes.
-    ///
-    /// # Errors
-    /// What the store says.
-    pub fn diff(&self, from: Option<&(String, String)>, to: &(String, String)) -> Done<Vec<usize>> {
-        let name = |(volume, snapshot): &(String, String)| snapshot_name(volume, snapshot);
-        let (io, store, from, to) = (self.io.clone(), self.store(), from.map(name), name(to));
-        let found = self.run(async move {
-            let mut ranges = Vec::new();
-            let found = store.diff(&io, from.as_ref(), &to, &mut |range| ranges.push(range)).await;
-            found.map(|found| (found, ranges))
-        });
-        let (found, ranges) = found?;
-        assert_eq!(found.extents, ranges.len() as u64);
-        assert!(ranges.is_sorted_by(|a, b| a.end < b.start), "apart, and in order: {ranges:?}");
-        let blocks =
-            ranges.into_iter().flat_map(|range| range.start as usize / BLOCK..range.end as usize / BLOCK);
-        Ok(blocks.collect())
     }
 
     fn write_volume(&self, volume: &str, writes: &Writes, closed: bool) -> Done {
@@ -323,7 +359,9 @@ impl Rig {
             0 => MemoryBlock::Zero,
             mark => MemoryBlock::Data(mark.to_le_bytes().repeat(BLOCK / 4)),
         };
-        let mut source = MemorySource::new((BLOCKS * BLOCK) as u64, marks.iter().map(block).collect());
+        let zeroes = || std::iter::repeat_with(|| MemoryBlock::Zero).take(self.setup.spread - 1);
+        let blocks = marks.iter().flat_map(|mark| std::iter::once(block(mark)).chain(zeroes()));
+        let mut source = MemorySource::new(self.size(), blocks.collect());
         self.run(async move {
             let workers = inline();
             let importing = Importing { name: &name, workers: &workers };
@@ -333,15 +371,57 @@ impl Rig {
         Ok(())
     }
 
+    fn export(&self, of: &(String, String), since: Option<&(String, String)>, archive: u64) -> Done {
+        let name = |(volume, snapshot): &(String, String)| snapshot_name(volume, snapshot);
+        let (io, store, of, since) = (self.io.clone(), self.store(), name(of), since.map(name));
+        self.run(async move {
+            let workers = inline();
+            let exporting = Exporting { of: &of, since: since.as_ref(), workers: &workers };
+            let path = Path::new(ARCHIVES).join(archive_name(archive));
+            store.export_archive(&io, &exporting, &path, &mut |_: &SealStats| Step::Go).await
+        })
+        .map(drop)?;
+        Ok(())
+    }
+
+    fn import_archive(&self, volume: &str, snapshot: &str, archive: u64) -> Done {
+        let (io, store, name) = (self.io.clone(), self.store(), snapshot_name(volume, snapshot));
+        self.run(async move {
+            let workers = inline();
+            let importing = Importing { name: &name, workers: &workers };
+            let path = Path::new(ARCHIVES).join(archive_name(archive));
+            store.import_archive(&io, &importing, &path, &mut |_: &SealStats| Step::Go).await
+        })
+        .map(drop)?;
+        Ok(())
+    }
+
+    /// Removes layers that were in use when the catalog forgot them.
+    pub fn sweep(&self) {
+        let (io, store) = (self.io.clone(), self.store());
+        self.run(async move { store.sweep(&io).await });
+    }
+
     /// Does something.
     ///
     /// # Errors
     /// What the store, an image or a device says.
     pub fn perform(&mut self, action: &Action) -> Done {
+        let done = self.perform_at_once(action);
+        self.settle();
+        assert!(
+            self.io.tasks() == 0 || !self.world.is_alive(self.process),
+            "{action:?} leaves what waits for nothing"
+        );
+        done
+    }
+
+    fn perform_at_once(&mut self, action: &Action) -> Done {
         self.progress.take();
+        self.found.take();
         let (io, store) = (self.io.clone(), self.store());
         match action.clone() {
-            Action::Create(name) => drop(store.create(&name, (BLOCKS * BLOCK) as u64)?),
+            Action::Create(name) => drop(store.create(&name, self.size())?),
             Action::Write(volume, writes, closed) => self.write_volume(&volume, &writes, closed)?,
             Action::Live(volume, snapshot, before, after) => {
                 self.live(&volume, &snapshot, &before, &after)?
@@ -377,64 +457,19 @@ impl Rig {
             Action::Seal(stop_after) => self.seal(stop_after)?,
             Action::Collect(percent) => drop(self.collect(percent)?),
             Action::Import(volume, snapshot, marks) => self.import(&volume, &snapshot, &marks)?,
+            Action::Export(of, since, archive) => self.export(&of, since.as_ref(), archive)?,
+            Action::ImportArchive(volume, snapshot, archive) => {
+                self.import_archive(&volume, &snapshot, archive)?
+            }
+            Action::Read((volume, snapshot)) => {
+                let found = self.read_snapshot(&volume, &snapshot)?;
+                self.found.replace(Some(found));
+            }
             Action::Reopen => {
                 drop(store);
                 self.open()?;
             }
         }
         Ok(())
-    }
-
-    /// What the store says is there, as [`model::Model::summary`] does.
-    ///
-    /// # Errors
-    /// What the store says.
-    pub fn summary(&self) -> Done<BTreeSet<String>> {
-        let tree = self.store().tree()?;
-        let name = |id| tree.entries.get(&id).map_or_else(|| format!("{id}?"), |entry| entry.name.clone());
-        let lines = tree.entries.values().map(|entry| {
-            let is_head = entry.state == State::Head;
-            model::line(&entry.name, entry.parent.map(name), entry.notes.protected, is_head)
-        });
-        Ok(lines.collect())
-    }
-
-    /// Compares the files with what the catalog names, and looks for nodes that nothing needs.
-    ///
-    /// # Errors
-    /// What is wrong with them.
-    pub fn check_files(&self) -> Result<(), String> {
-        let store = self.store();
-        let told = |error: StoreError| error.to_string();
-        let view = store.catalog().view().map_err(told)?;
-        let mut named = BTreeSet::new();
-        for (_, row) in view.volumes().map_err(told)? {
-            named.extend(row.layer);
-        }
-        for (id, row) in view.nodes().map_err(told)? {
-            if let NodeState::Frozen { layer, .. } = row.state {
-                named.insert(layer);
-            }
-            if row.name.is_none() && !view.has_children(id).map_err(told)? {
-                return Err(format!("nothing needs node {id}"));
-            }
-        }
-        let folder = store.directory().layers();
-        self.compare_files(&folder, named.iter().map(|id| format!("{id}.layer")).collect())?;
-        let packs = view.packs().map_err(told)?.into_iter().map(|(number, _)| format!("{number:08x}.pack"));
-        self.compare_files(&store.directory().packs(), packs.collect())?;
-        let runs = view.index_runs().map_err(told)?.into_iter();
-        let runs = runs.map(|(number, _)| format!("{number:08x}.index"));
-        self.compare_files(&store.directory().index(), runs.collect())
-    }
-
-    fn compare_files(&self, folder: &Path, named: BTreeSet<String>) -> Result<(), String> {
-        let found = self.storage.list_directory(folder).map_err(|error| error.to_string())?;
-        let found: BTreeSet<String> = found.iter().map(|name| name.to_string_lossy().into_owned()).collect();
-        if found == named {
-            return Ok(());
-        }
-        let (too_many, missing) = (&found - &named, &named - &found);
-        Err(format!("{}: {too_many:?} without a name, {missing:?} without a file", folder.display()))
     }
 }
