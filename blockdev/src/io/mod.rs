@@ -393,3 +393,14 @@ pub fn block_on<E: Engine, T: 'static>(io: &Io<E>, future: impl Future<Output = 
         io.wait(None);
     }
 }
+
+/// Runs what `task` makes of a reactor until it has finished, and gives the reactor up: what was spawned on it and has not ended
+/// is [abandoned](Io::abandon_tasks), and lets go of what it holds, such as files and their locks.
+pub fn run_alone<E: Engine, T: 'static, F>(io: Io<E>, task: impl FnOnce(Io<E>) -> F) -> T
+where
+    F: Future<Output = T> + 'static,
+{
+    let value = block_on(&io, task(io.clone()));
+    io.abandon_tasks();
+    value
+}

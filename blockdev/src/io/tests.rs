@@ -345,6 +345,22 @@ fn abandoned_tasks_let_the_engine_go() {
 }
 
 #[test]
+fn a_reactor_of_its_own_leaves_nothing_behind() {
+    let (io, held) = (scripted([Ok(1)]), Rc::new(()));
+    let reactor: Weak<_> = Rc::downgrade(&io.0);
+    let read = run_alone(io, |io| {
+        let (inner, kept) = (io.clone(), Rc::clone(&held));
+        io.spawn(async move {
+            inner.sleep_until(Duration::MAX).await;
+            drop(kept);
+        });
+        async move { io.run(read(1)).await.result }
+    });
+    assert_eq!((read, Rc::strong_count(&held)), (Ok(1), 1));
+    assert!(reactor.upgrade().is_none());
+}
+
+#[test]
 fn one_operation_is_performed_to_its_end() {
     let scripted = |script: &[Result<usize, Errno>]| {
         let script = script.iter().copied().collect();

@@ -12,7 +12,7 @@ use anyhow::Context;
 use clap::ValueEnum;
 use rustix::process::{Resource, getrlimit};
 use sapwood_blockdev::engine::{BlockingEngine, Completion, Engine, Op, Time, UringEngine, WatchFd};
-use sapwood_blockdev::io::{Io, block_on};
+use sapwood_blockdev::io::{Io, block_on, run_alone};
 use sapwood_blockdev::storage::{HostFile, HostStorage};
 use sapwood_image::layer::Tuning;
 use sapwood_image::{ImageError, OpenDisk, Side};
@@ -88,8 +88,7 @@ impl Host {
         T: 'static,
         F: Future<Output = Result<T, ImageError>> + 'static,
     {
-        let io = self.io()?;
-        Ok(block_on(&io, task(io.clone()))?)
+        Ok(run_alone(self.io()?, task)?)
     }
 
     /// Starts a thread for a disk's work in the background, with a reactor of its own: `work` ends when the disk is closed.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use sapwood_blockdev::device::BlockDevice;
-use sapwood_blockdev::io::{Io, block_on};
+use sapwood_blockdev::io::{Io, run_alone};
 use sapwood_image::info::{DiskInfo, info_of};
 use sapwood_image::layer::{BaseSpec, Layer};
 use sapwood_image::{Disk, ErrorKind, Format, ImageError};
@@ -63,8 +63,7 @@ impl Served {
     where
         F: Future<Output = Result<T, ImageError>> + 'static,
     {
-        let io = self.host.io()?;
-        Ok(block_on(&io, task(io.clone()))?)
+        Ok(run_alone(self.host.io()?, task)?)
     }
 
     /// Changes the size, and tells the guest.

@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 
 use sapwood_blockdev::buffer::SharedBuf;
 use sapwood_blockdev::device::{self, BlockDevice, Command, Geometry};
-use sapwood_blockdev::io::block_on;
+use sapwood_blockdev::io::run_alone;
 use sapwood_blockdev::storage::HostStorage;
 use sapwood_blockdev::units::GuestOffset;
 use sapwood_image::Disk;
@@ -255,15 +255,11 @@ impl Attached {
             }
         };
         let (store, snapshot) = (Arc::clone(service.store()), snapshot.to_owned());
-        let taking = {
-            let io = io.clone();
-            async move {
-                let volume = Arc::clone(&running.volume);
-                let taken = store.snapshot_volume(&io, &mut running.attachment, &volume, &snapshot).await;
-                (running, taken)
-            }
-        };
-        let (running, taken) = block_on(&io, taking);
+        let (running, taken) = run_alone(io, |io| async move {
+            let volume = Arc::clone(&running.volume);
+            let taken = store.snapshot_volume(&io, &mut running.attachment, &volume, &snapshot).await;
+            (running, taken)
+        });
         *held = Some(Held::Volume(running));
         Ok(taken?)
     }

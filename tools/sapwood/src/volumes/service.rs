@@ -11,7 +11,7 @@ use std::task::Poll;
 
 use rustix::fs::Mode;
 use sapwood_blockdev::engine::BlockingEngine;
-use sapwood_blockdev::io::{Io, block_on};
+use sapwood_blockdev::io::{Io, run_alone};
 use sapwood_blockdev::storage::HostStorage;
 use sapwood_image::ErrorKind;
 use sapwood_store::catalog::Look;
@@ -56,12 +56,10 @@ impl Service {
     pub fn open(host: Host, root: &Path, sockets: Option<PathBuf>) -> Result<Arc<Self>, Failure> {
         private();
         let engine = BlockingEngine::new().map_err(system)?;
-        let (io, storage, owned) = (host.io()?, host.storage(), root.to_owned());
-        let opening = {
-            let io = io.clone();
-            async move { Store::open(&storage, &io, engine, &owned, StoreOptions::default()).await }
-        };
-        let store = block_on(&io, opening)?;
+        let (storage, owned) = (host.storage(), root.to_owned());
+        let opening =
+            |io| async move { Store::open(&storage, &io, engine, &owned, StoreOptions::default()).await };
+        let store = run_alone(host.io()?, opening)?;
         let jobs = if sockets.is_some() { Jobs::new(JOBS_MAX) } else { Jobs::unlogged(JOBS_MAX) };
         let memory = sockets.as_deref().map(|sockets| Memory::new(sockets, store.id()));
         let service = Arc::new(Self {
@@ -133,8 +131,7 @@ impl Service {
         F: Future<Output = Result<T, X>> + 'static,
         X: Into<Failure> + 'static,
     {
-        let io = self.host.io()?;
-        block_on(&io, task(Arc::clone(&self.store), io.clone())).map_err(Into::into)
+        run_alone(self.host.io()?, |io| task(Arc::clone(&self.store), io)).map_err(Into::into)
     }
 
     /// The same for a task that only reads: when the job is cancelled, it goes on no more.
