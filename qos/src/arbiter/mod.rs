@@ -10,7 +10,7 @@
 //! - *reservation*: the time at which the next request is due. The node that is due for the longest time is served first. What is
 //!   served by weight does not count against it.
 //! - *share*: the service that a node has had, divided by its weight. The node with the least is served; one that was idle, or was held
-//!   back by its own limits, begins where its siblings are, so it neither catches up nor falls behind.
+//!   back by limits, begins where its siblings are, so it neither catches up nor falls behind.
 //!
 //! Requests of a disk wait in flows, one for each queue and direction, which take turns: a read does not wait behind a write
 //! that waits for a limit. Each flow keeps its order.
@@ -169,7 +169,7 @@ impl Arbiter {
                 let begins = parent.map_or(0, |parent| self.node(parent).group().served);
                 let node = self.node_mut(id);
                 node.state = State::Active;
-                node.share = node.share.max(begins);
+                node.share = node.share.clamp(begins, begins + node.lead_max());
                 node.due = node.due.max(now);
                 let (share, due, reserves) = (node.share, node.due, node.reserves());
                 if let Some(parent) = parent {
@@ -236,7 +236,7 @@ impl Arbiter {
         if let Kind::Disk(disk) = &node.kind {
             return disk.first(id, open).ok_or(until);
         }
-        let mut after = None;
+        let (mut after, mut passed) = (None, Vec::new());
         while !open.is_empty() {
             let active = &self.node(id).group().active;
             let mut rest = match after {
@@ -246,12 +246,15 @@ impl Arbiter {
             let Some(&(share, child)) = rest.next() else { break };
             after = Some((share, child));
             match self.find(child, open, now) {
-                Ok(flow) => return Ok(flow),
+                Ok(flow) => {
+                    self.lift(id, &passed, share);
+                    return Ok(flow);
+                }
                 Err(blocked) => {
                     until = until.into_iter().chain(blocked).min();
                     match blocked {
                         // What its groups hold back it waits for here.
-                        _ if open != Mask::ALL => {}
+                        _ if open != Mask::ALL => passed.push((share, child)),
                         Some(blocked) => self.sleep(child, blocked),
                         // Its members sleep.
                         None => self.rest(child),
@@ -260,6 +263,19 @@ impl Arbiter {
             }
         }
         Err(until)
+    }
+
+    /// Lets members that could not be served, in the order of their shares, have no more to catch up than whoever is served in their
+    /// place. Among themselves they stay as they are.
+    fn lift(&mut self, group: NodeId, passed: &[(u128, NodeId)], share: u128) {
+        let Some((last, _)) = passed.last() else { return };
+        let more = share - last;
+        for (old, id) in passed {
+            self.node_mut(*id).share = old + more;
+            let active = &mut self.node_mut(group).group_mut().active;
+            active.remove(&(*old, *id));
+            active.insert((old + more, *id));
+        }
     }
 
     /// Takes the first request of a flow, and counts it, for the disk and its groups. `by`: it was due by the reservation of that one.
@@ -282,7 +298,9 @@ impl Arbiter {
             }
             if let Some(parent) = parent {
                 let group = self.node_mut(parent).group_mut();
-                group.served = group.served.max(old.0);
+                if by.is_none() {
+                    group.served = group.served.max(old.0);
+                }
                 if !is_over {
                     group.active.insert((share, id));
                 }

@@ -14,6 +14,8 @@ pub const WEIGHT_MAX: u32 = 10_000;
 const REQUEST: u128 = 1 << 32;
 /// Of shares: bytes that count as much as a request does.
 const REQUEST_BYTES: u128 = 64 << 10;
+/// Requests that a node was served before its turn, by its reservation, and that count against it when it was idle meanwhile.
+const LEAD_REQUESTS: u128 = 256;
 /// A reservation that was not met for longer than this is not made up for.
 const BEHIND_MAX: Duration = Duration::from_secs(1);
 
@@ -110,7 +112,7 @@ pub(super) enum Kind {
 pub(super) struct Group {
     /// Active members, by their shares.
     pub(super) active: BTreeSet<(u128, NodeId)>,
-    /// The share of whoever was served last.
+    /// The share of whoever was served last by weight.
     pub(super) served: u128,
 }
 
@@ -242,6 +244,11 @@ impl Node {
             ready.is_some() && closed.is_none()
         });
         (open, until)
+    }
+
+    /// How much more of a share than its siblings it may have had when it begins again.
+    pub(super) fn lead_max(&self) -> u128 {
+        LEAD_REQUESTS * REQUEST / u128::from(self.weight)
     }
 
     /// Counts work that begins; `is_due`: by the reservation.

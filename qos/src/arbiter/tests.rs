@@ -27,16 +27,18 @@ struct Host {
     now: u64,
     service: u64,
     /// Ends of what is under way.
-    busy: BTreeSet<(u64, u64)>,
+    busy: BTreeSet<(u64, u64, NodeId)>,
     number: u64,
     /// Disks whose guests keep requests waiting, and how many were served since the last count.
     guests: Vec<(NodeId, bool, u64)>,
+    /// A guest of which one request waits at a time.
+    shy: Option<NodeId>,
 }
 
 impl Host {
     fn new(in_flight: usize, service: u64) -> Self {
         let arbiter = Arbiter::new(Some(in_flight), at(0));
-        Self { arbiter, now: 0, service, busy: BTreeSet::new(), number: 0, guests: Vec::new() }
+        Self { arbiter, now: 0, service, busy: BTreeSet::new(), number: 0, guests: Vec::new(), shy: None }
     }
 
     fn guest(&mut self, parent: NodeId, settings: &Settings) -> usize {
@@ -56,6 +58,13 @@ impl Host {
         }
     }
 
+    /// The guest waits for the end of one request before it makes another.
+    fn start_shy(&mut self, guest: usize) {
+        self.shy = Some(self.guests[guest].0);
+        let flow = Flow { disk: self.guests[guest].0, queue: 0, direction: Direction::Read };
+        self.arbiter.arrive(flow, 4096, at(self.now));
+    }
+
     fn stop(&mut self, guest: usize) {
         self.guests[guest].1 = false;
     }
@@ -68,7 +77,7 @@ impl Host {
             let next = self.arbiter.dispatch(at(self.now), &mut granted);
             for flow in granted.drain(..) {
                 self.number += 1;
-                self.busy.insert((self.now + self.service, self.number));
+                self.busy.insert((self.now + self.service, self.number, flow.disk));
                 let guest = self.guests.iter_mut().find(|guest| guest.0 == flow.disk).unwrap();
                 guest.2 += 1;
                 if guest.1 {
@@ -76,14 +85,18 @@ impl Host {
                 }
             }
             assert_eq!(self.arbiter.in_flight(), self.busy.len());
-            let ends = self.busy.first().map(|(at, _)| *at);
+            let ends = self.busy.first().map(|(at, ..)| *at);
             let wakes = next.map(|next| next.as_nanos() as u64);
             let Some(then) = ends.into_iter().chain(wakes).min().filter(|then| *then < end) else { break };
             assert!(then >= self.now, "time does not go back");
             self.now = then;
-            while self.busy.first().is_some_and(|(at, _)| *at <= self.now) {
-                self.busy.pop_first();
+            while self.busy.first().is_some_and(|(at, ..)| *at <= self.now) {
+                let (.., disk) = self.busy.pop_first().unwrap();
                 self.arbiter.finished(1);
+                if self.shy == Some(disk) {
+                    let flow = Flow { disk, queue: 0, direction: Direction::Read };
+                    self.arbiter.arrive(flow, 4096, at(self.now));
+                }
             }
         }
         self.now = end;
@@ -139,6 +152,60 @@ fn a_reservation_is_met_while_others_flood() {
             assert!(served.iter().sum::<u64>() >= 9_900);
         }
     }
+}
+
+#[test]
+fn a_reservation_starves_nobody_who_comes_later_or_wants_little() {
+    for weight_of_reserved in [1, 100] {
+        let mut host = Host::new(3, 1_000_000);
+        let reserved = host.guest(Arbiter::ROOT, &reserving(2_000, weight_of_reserved));
+        let (flooding, late) =
+            (host.guest(Arbiter::ROOT, &weight(100)), host.guest(Arbiter::ROOT, &weight(100)));
+        let shy = host.guest(Arbiter::ROOT, &weight(100));
+        host.start(reserved);
+        host.start(flooding);
+        host.run(600 * SECOND);
+        host.start(late);
+        host.start_shy(shy);
+        let served = host.run(604 * SECOND);
+        assert!(served[reserved] >= 7_900, "{served:?}");
+        let both = served[flooding] + served[late];
+        assert!(served[late] * 100 >= both * 48 && served[late] * 100 <= both * 52, "{served:?}");
+        // Its next request comes when its last one has ended, and then it is next.
+        assert!(served[shy] >= served[late] * 9 / 10, "{served:?}");
+    }
+}
+
+#[test]
+fn who_waited_for_a_limit_of_the_group_has_nothing_to_catch_up() {
+    let mut arbiter = Arbiter::new(None, at(0));
+    let limits = Limits { iops_write: Some(Rate { per_second: 10, burst: None }), ..Limits::default() };
+    let group = arbiter.add_group(Arbiter::ROOT, &Settings { limits, ..Settings::default() }, at(0));
+    let disks: Vec<NodeId> = (0..3).map(|_| arbiter.add_disk(group, &Settings::default(), at(0))).collect();
+    let (write, read) = (Direction::Write, Direction::Read);
+    let arrive = |arbiter: &mut Arbiter, disk: usize, direction, now| {
+        arbiter.arrive(Flow { disk: disks[disk], queue: 0, direction }, 4096, at(now));
+    };
+    // One writes, as far as it may; another reads a lot.
+    (0..200).for_each(|_| arrive(&mut arbiter, 0, write, 0));
+    let mut granted = Vec::new();
+    for now in (0..5 * SECOND).step_by(1_000_000) {
+        arrive(&mut arbiter, 1, read, now);
+        arbiter.dispatch(at(now), &mut granted);
+    }
+    let reads = granted.iter().filter(|flow| flow.direction == read).count();
+    assert_eq!(reads, 5_000, "no read has waited");
+    // A third one writes: half of what may be written is its.
+    (0..200).for_each(|_| arrive(&mut arbiter, 2, write, 5 * SECOND));
+    granted.clear();
+    for now in (5 * SECOND..15 * SECOND).step_by(1_000_000) {
+        arrive(&mut arbiter, 1, read, now);
+        arbiter.dispatch(at(now), &mut granted);
+    }
+    let writes = |disk: usize| {
+        granted.iter().filter(|flow| flow.disk == disks[disk] && flow.direction == write).count()
+    };
+    assert!((48..=52).contains(&writes(0)) && (48..=52).contains(&writes(2)), "{} {}", writes(0), writes(2));
 }
 
 #[test]
