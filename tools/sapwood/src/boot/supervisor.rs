@@ -15,6 +15,7 @@ use super::kernel::{self, Payload};
 use super::plan::{ConsoleSpec, Machine};
 use super::server::Servers;
 use super::terminal::RawTerminal;
+use super::volume::settle;
 use super::worker::{self, Handover};
 
 /// How long a worker may take that was asked to stop.
@@ -37,9 +38,12 @@ pub enum Outcome {
     TimedOut,
 }
 
-/// Runs a machine, over restarts of its guest, until it ends.
-pub fn run(machine: &Machine) -> anyhow::Result<Outcome> {
+/// Runs a machine, over restarts of its guest, until it ends. The daemons of stores have its volumes until then.
+pub fn run(machine: &mut Machine) -> anyhow::Result<Outcome> {
+    // First: a signal must not leave a volume attached.
     let mut events = Events::new(machine.timeout).context("cannot take signals")?;
+    let _leases = settle(machine, machine.host, true)?;
+    let machine = &*machine;
     if machine.probe {
         super::machine::probe().map_err(|error| {
             anyhow!("{error:#}; `sapwood boot --print-qemu` prints what does the same in QEMU")

@@ -3,6 +3,7 @@
 //! Where a daemon has the store, a volume is attached there, unless it is already, and given back when the machine has ended.
 //! Otherwise its server opens the store, as that of a file opens the file.
 
+use std::collections::BTreeSet;
 use std::io;
 
 use anyhow::{Context, bail};
@@ -34,6 +35,7 @@ impl Drop for Leases {
 /// be attached already.
 pub fn settle(machine: &mut Machine, host: Host, attach: bool) -> anyhow::Result<Leases> {
     let mut leases = Leases::default();
+    let mut alone = BTreeSet::new();
     for (index, disk) in machine.disks.iter_mut().enumerate() {
         let DiskPlace::File { path, format, read_only, control } = &disk.place else { continue };
         let Some(address) = Address::of_disk(path.as_os_str(), None)? else { continue };
@@ -43,10 +45,15 @@ pub fn settle(machine: &mut Machine, host: Host, attach: bool) -> anyhow::Result
         if index == 0 {
             machine.first_volume = Some(address.clone());
         }
-        let access = Access::to(host, &address.store)?;
+        let (access, store) = (Access::to(host, &address.store)?, address.store.clone());
         let volume = address.volume()?;
         let found = access.ask(ShowVolume { volume: volume.clone() })?;
         if let Access::Direct(_) = access {
+            // Each server would open the store, which one process can.
+            if !alone.insert(store.canonicalize()?) {
+                let daemon = format!("start sapwood daemon --store {}", store.display());
+                bail!("{}: {daemon}: two volumes of one store need it", path.display());
+            }
             continue;
         }
         let serving = match found.attached {
@@ -59,8 +66,14 @@ pub fn settle(machine: &mut Machine, host: Host, attach: bool) -> anyhow::Result
             }
             None => {
                 let queues = Some(disk.queues(machine.cpus));
-                let asked = AttachVolume { volume: volume.clone(), socket: None, queues, map_cache: None };
-                let serving = access.ask(asked)?;
+                let serving = access.ask(AttachVolume {
+                    volume: volume.clone(),
+                    socket: None,
+                    queues,
+                    map_cache: None,
+                    // However this process ends.
+                    transient: true,
+                })?;
                 leases.0.push((access, volume));
                 serving
             }

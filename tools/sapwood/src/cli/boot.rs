@@ -38,7 +38,8 @@ const DISK_HELP: &str = "One more disk: FILE[,format=raw|layer|qcow2][,readonly]
   sapwood boot vm1.layer
   sapwood boot vm1.layer --cpus 4 --memory 4G --append 'quiet ro'
   sapwood boot vm1.layer --disk data.raw,format=raw --disk tools.qcow2,readonly
-  sapwood boot /srv/vms:web --disk /srv/vms:data
+  sapwood boot /srv/vms:web
+  sapwood boot /srv/vms:web --disk /srv/vms:data    # two volumes of one store: its daemon has to run
   sapwood boot --disk socket=/run/vm2.sock --kernel vmlinuz --initrd initrd.img --cmdline 'console=ttyS0 root=/dev/vda'
   sapwood boot vm1.layer --console file=console.log --timeout 600 --no-reboot
   sapwood boot vm1.layer --print-qemu --extract-kernel boot/ > vm1.sh
@@ -111,14 +112,13 @@ impl Boot {
     pub fn run(self, host: &Host) -> anyhow::Result<u8> {
         let (print_qemu, extract) = (self.print_qemu, self.extract_kernel.clone());
         let mut machine = self.machine(*host);
-        // Until the machine has ended.
-        let _leases = boot::settle(&mut machine, *host, !print_qemu)?;
         if print_qemu {
+            let _ = boot::settle(&mut machine, *host, false)?;
             let no_kvm = boot::probe().err().map(|error| format!("{error:#}"));
             output::print(&boot::script(&machine, extract.as_deref(), no_kvm.as_deref())?)?;
             return Ok(0);
         }
-        let outcome = boot::run(&machine)?;
+        let outcome = boot::run(&mut machine)?;
         let (code, said) = match outcome {
             Outcome::PowerOff => (0, None),
             Outcome::Panic => (EXIT_PANIC, Some("the guest's kernel panicked")),

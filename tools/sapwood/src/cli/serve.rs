@@ -160,6 +160,7 @@ impl Serve {
             queues: self.queues,
             serial: volume.clone(),
             tuning: self.tuning(),
+            transient: true,
         };
         let attached = Attached::volume(&service, &volume, serve)?;
         service.add(&attached);

@@ -65,7 +65,7 @@ pub fn follow(
     begin: impl FnOnce() -> anyhow::Result<Job>,
     mut look: impl FnMut(u64, bool) -> anyhow::Result<Job>,
     bar: &ProgressBar,
-) -> anyhow::Result<Box<RawValue>> {
+) -> anyhow::Result<Arc<RawValue>> {
     let mut interrupts = Interrupts::take()?;
     let mut job = begin()?;
     let mut pause = PAUSES.0;

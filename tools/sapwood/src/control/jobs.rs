@@ -34,7 +34,14 @@ pub struct Job {
     cancelled: AtomicBool,
     /// Of work that goes by one: stops it, and says how far it has come.
     pace: Mutex<Option<Arc<Pace>>>,
-    end: Mutex<Option<Result<Box<RawValue>, anyhow::Error>>>,
+    end: Mutex<Option<End>>,
+}
+
+/// How a job ended.
+struct End {
+    /// How many had ended then.
+    number: u64,
+    result: Result<Arc<RawValue>, anyhow::Error>,
 }
 
 /// Why a job was not started, or not cancelled.
@@ -54,12 +61,13 @@ pub struct Jobs {
     running_max: usize,
     /// Log how they go. Where the only one who asks is told anyway, not.
     is_logged: bool,
-    table: Mutex<Table>,
+    table: Arc<Mutex<Table>>,
 }
 
 #[derive(Default)]
 struct Table {
     last_id: u64,
+    ended: u64,
     jobs: VecDeque<Arc<Job>>,
     threads: Vec<JoinHandle<()>>,
     closed: bool,
@@ -74,19 +82,22 @@ impl Table {
         same.or(any).map(|job| job.id)
     }
 
-    /// Forgets the oldest of those that have ended, as far as there are too many, or their results are too long. The newest
+    /// Enters how a job ended.
+    fn end(&mut self, job: &Job, result: Result<Arc<RawValue>, anyhow::Error>) {
+        self.ended += 1;
+        *lock(&job.end) = Some(End { number: self.ended, result });
+        self.forget();
+    }
+
+    /// Forgets those that ended first, as far as there are too many, or their results are too long. What ended last
     /// stays: somebody may be about to ask for its result.
     fn forget(&mut self) {
         loop {
-            let ended = self.jobs.iter().enumerate().filter(|(_, job)| job.has_ended());
-            let ended: Vec<(usize, usize)> = ended.map(|(at, job)| (at, job.result_bytes())).collect();
-            let bytes: usize = ended.iter().map(|(_, bytes)| bytes).sum();
-            let is_too_much = self.jobs.len() >= KEPT_MAX || bytes > RESULTS_BYTES_MAX;
-            let [(oldest, _), _, ..] = ended[..] else { return };
-            if !is_too_much {
-                return;
-            }
-            self.jobs.remove(oldest);
+            let ended = || self.jobs.iter().filter_map(|job| job.ended());
+            let (count, bytes) = (ended().count(), ended().map(|(_, bytes)| bytes).sum::<usize>());
+            let is_too_much = self.jobs.len() > KEPT_MAX || bytes > RESULTS_BYTES_MAX;
+            let Some((first, _)) = ended().min().filter(|_| is_too_much && count > 1) else { return };
+            self.jobs.retain(|job| job.ended().is_none_or(|(number, _)| number != first));
         }
     }
 }
@@ -135,8 +146,10 @@ impl Job {
         }
     }
 
-    fn result_bytes(&self) -> usize {
-        lock(&self.end).iter().flatten().map(|result| result.get().len()).sum()
+    /// Of one that has ended: how many had by then, and the bytes of its result.
+    fn ended(&self) -> Option<(u64, usize)> {
+        let end = lock(&self.end);
+        end.as_ref().map(|end| (end.number, end.result.iter().map(|result| result.get().len()).sum()))
     }
 
     fn has_ended(&self) -> bool {
@@ -145,9 +158,9 @@ impl Job {
 
     fn view(&self, with_result: bool) -> wire::Job {
         let (mut done_bytes, total_bytes) = self.progress();
-        let (state, error, result) = match &*lock(&self.end) {
+        let (state, error, result) = match lock(&self.end).as_ref().map(|end| &end.result) {
             None => (State::Running, None, None),
-            Some(Ok(result)) => (State::Done, None, with_result.then(|| result.clone())),
+            Some(Ok(result)) => (State::Done, None, with_result.then(|| Arc::clone(result))),
             Some(Err(error)) => match Failure::of(error) {
                 failure if failure.kind == ErrorKind::Cancelled.name() => (State::Cancelled, None, None),
                 failure => (State::Failed, Some(failure), None),
@@ -163,7 +176,7 @@ impl Job {
 impl Jobs {
     /// Jobs of which at most so many run at a time.
     pub fn new(running_max: usize) -> Self {
-        Self { running_max, is_logged: true, table: Mutex::default() }
+        Self { running_max, is_logged: true, table: Arc::default() }
     }
 
     /// The same, of which nothing is logged.
@@ -195,26 +208,26 @@ impl Jobs {
             pace: Mutex::new(None),
             end: Mutex::new(None),
         });
-        let (running, is_logged) = (Arc::clone(&job), self.is_logged);
+        let (running, is_logged, entered) = (Arc::clone(&job), self.is_logged, Arc::clone(&self.table));
         let thread = thread::Builder::new().name(kind.into()).spawn(move || {
             if is_logged {
                 log::info!("job {}: {} begins", running.id, running.kind);
             }
-            let result = work(&running).and_then(|result| Ok(to_raw_value(&result)?));
+            let result = work(&running).and_then(|result| Ok(to_raw_value(&result)?.into()));
             match &result {
                 _ if !is_logged => {}
                 Ok(_) => log::info!("job {}: {} is done", running.id, running.kind),
                 Err(error) => log::warn!("job {}: {}: {error:#}", running.id, running.kind),
             }
-            *lock(&running.end) = Some(result);
+            lock(&entered).end(&running, result);
         });
         // Nobody waits for those that have ended.
         table.threads.retain(|thread| !thread.is_finished());
         table.threads.push(thread.map_err(Refused::System)?);
         table.last_id = job.id;
         let view = job.view(true);
-        table.forget();
         table.jobs.push_back(job);
+        table.forget();
         Ok(view)
     }
 
@@ -367,8 +380,13 @@ mod tests {
         assert_eq!(jobs.get(first).unwrap().state, State::Running, "what runs is not forgotten");
         assert!(jobs.get(second).is_none());
         go.send(()).unwrap();
+        while jobs.get(first).unwrap().state == State::Running {
+            thread::yield_now();
+        }
+        let last = id(jobs.start("import", "b", |_| Ok(Value::Null)));
+        assert_eq!(jobs.get(first).unwrap().state, State::Done, "it began first, but did not end first");
         jobs.close();
-        assert_eq!(jobs.get(first).unwrap().state, State::Done);
+        assert!(jobs.get(last).is_some());
     }
 
     #[test]
@@ -409,7 +427,7 @@ mod tests {
             assert!(wait(&jobs, job).result.unwrap().get().len() > RESULTS_BYTES_MAX / 2);
             job
         });
-        assert!(jobs.get(ran[0]).is_none(), "there is no room for three");
+        assert!(jobs.get(ran[0]).is_none() && jobs.get(ran[1]).is_none(), "there is no room for two");
         assert!(jobs.get(ran[2]).is_some(), "somebody may be about to ask");
         assert!(jobs.list().iter().all(|job| job.result.is_none()));
     }

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use sapwood_image::ImageError;
 use sapwood_store::StoreError;
@@ -155,8 +156,23 @@ pub struct Job {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<Failure>,
     /// What it has to say, once it is done; not in a list.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub result: Option<Box<RawValue>>,
+    #[serde(default, skip_serializing_if = "Option::is_none", with = "shared")]
+    pub result: Option<Arc<RawValue>>,
+}
+
+/// A text that is not copied for each who asks.
+mod shared {
+    use super::{Arc, Deserialize, RawValue, Serialize};
+
+    type Shared = Option<Arc<RawValue>>;
+
+    pub fn serialize<S: serde::Serializer>(text: &Shared, to: S) -> Result<S::Ok, S::Error> {
+        text.as_deref().serialize(to)
+    }
+
+    pub fn deserialize<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Shared, D::Error> {
+        Ok(Option::<Box<RawValue>>::deserialize(from)?.map(Arc::from))
+    }
 }
 
 /// The body of `GET /v1/jobs`.

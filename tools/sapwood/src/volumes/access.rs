@@ -5,7 +5,8 @@ use std::io::ErrorKind;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use hyper::Method as HttpMethod;
 use indicatif::ProgressBar;
@@ -20,6 +21,11 @@ use crate::host::Host;
 
 /// How much longer a command waits for an answer than the daemon lets a connection be.
 const GRACE: Duration = Duration::from_secs(30);
+
+/// How long it waits for a store that another process has, or for that to be a daemon that answers.
+const LOCKED_TIME_MAX: Duration = Duration::from_secs(10);
+/// How often it looks meanwhile.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// Longest answer in bytes: a list of some hundred thousand volumes.
 const ANSWER_BYTES_MAX: usize = 256 << 20;
@@ -38,18 +44,25 @@ pub fn socket_of(root: &Path) -> PathBuf {
 }
 
 impl Access {
-    /// The daemon of the store in `root` if it answers, or else the store itself.
+    /// The daemon of the store in `root` if it answers, or else the store itself. While another process has that, which may be a
+    /// daemon that begins, it waits a little.
     pub fn to(host: Host, root: &Path) -> anyhow::Result<Self> {
-        let known = socket_of(root);
-        // A link may have a path that is too long for a socket.
-        let socket = std::fs::read_link(&known).unwrap_or(known);
-        match UnixStream::connect(&socket) {
-            Ok(_) => return Ok(Self::Daemon(socket)),
-            // Of a socket whose path is too long, too: there can be none.
-            Err(error) if is_nobody(error.kind()) => {}
-            Err(error) => return Err(anyhow::Error::from(error).context(socket.display().to_string())),
+        Self::open(host, root, None)
+    }
+
+    /// The same for one who opens the store with a folder for sockets.
+    pub fn open(host: Host, root: &Path, sockets: Option<&Path>) -> anyhow::Result<Self> {
+        let begin = Instant::now();
+        loop {
+            if let Some(socket) = daemon_of(root)? {
+                return Ok(Self::Daemon(socket));
+            }
+            match Service::open(host, root, sockets.map(Path::to_owned)) {
+                Ok(service) => return Ok(Self::Direct(service)),
+                Err(error) if error.kind == "locked" && begin.elapsed() < LOCKED_TIME_MAX => sleep(PAUSE),
+                Err(error) => return Err(error.into()),
+            }
         }
-        Ok(Self::Direct(Service::open(host, root, None)?))
     }
 
     /// Asks for what is answered at once.
@@ -87,6 +100,19 @@ impl Access {
             }
         };
         Ok(serde_json::from_str(result.get())?)
+    }
+}
+
+/// Where the daemon of the store in `root` answers, if it does.
+fn daemon_of(root: &Path) -> anyhow::Result<Option<PathBuf>> {
+    let known = socket_of(root);
+    // A link may have a path that is too long for a socket.
+    let socket = std::fs::read_link(&known).unwrap_or(known);
+    match UnixStream::connect(&socket) {
+        Ok(_) => Ok(Some(socket)),
+        // Of a socket whose path is too long, too: there can be none.
+        Err(error) if is_nobody(error.kind()) => Ok(None),
+        Err(error) => Err(anyhow::Error::from(error).context(socket.display().to_string())),
     }
 }
 

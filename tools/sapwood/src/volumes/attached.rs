@@ -20,11 +20,12 @@ use sapwood_vhost::{Options, Server};
 
 use super::answer::Serving;
 use super::counted::Counted;
-use super::memory::Record;
 use super::service::{Service, system};
 use crate::control::wire::Failure;
-use crate::host::HostEngine;
+use crate::host::{HostEngine, serving};
 
+/// Disks that a daemon can serve before their files of layers below reach its limit of open files.
+const DISKS: u64 = 512;
 /// Longest path of a unix socket in bytes.
 const SOCKET_PATH_MAX: usize = 107;
 /// The unit in which a disk is read, in bytes.
@@ -43,6 +44,13 @@ pub struct Serve {
     pub serial: String,
     /// Bounds of a volume's memory, space and background work.
     pub tuning: Tuning,
+    /// Whether the next daemon is not to attach it again.
+    pub transient: bool,
+}
+
+/// The bounds of a volume that a daemon serves.
+pub fn tuning() -> Tuning {
+    serving(DISKS)
 }
 
 /// An open volume with its background work.
@@ -195,9 +203,9 @@ impl Attached {
         self.id
     }
 
-    /// What is written down of it.
-    pub fn record(&self) -> Record {
-        Record::new(self.id, &self.serve)
+    /// How it was asked to be served.
+    pub fn serve(&self) -> &Serve {
+        &self.serve
     }
 
     /// How it is served now.

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use anyhow::Context;
 
-use super::access::socket_of;
+use super::access::{Access, socket_of};
 use super::attached::check_socket;
 use super::background::Background;
 use super::service::Service;
@@ -64,7 +64,12 @@ impl Daemon {
     /// Opens the store and listens.
     pub fn start(host: Host, options: &Options) -> anyhow::Result<Self> {
         let sockets = options.sockets.clone().unwrap_or_else(|| options.store.join("sockets"));
-        let service = Service::open(host, &options.store, Some(absolute(&sockets)?))?;
+        let folder = absolute(&sockets)?;
+        let service = match Access::open(host, &options.store, Some(&folder))? {
+            Access::Direct(service) => service,
+            // There is one already.
+            Access::Daemon(_) => Service::open(host, &options.store, Some(folder))?,
+        };
         fs::create_dir_all(&sockets).with_context(|| sockets.display().to_string())?;
         let begun = Self::begin(&service, options);
         if begun.is_err() {
@@ -76,7 +81,7 @@ impl Daemon {
     /// Attaches everything again, and listens.
     fn begin(service: &Arc<Service>, options: &Options) -> anyhow::Result<Self> {
         match service.memory() {
-            Some(memory) if options.restore => memory.restore(service)?,
+            Some(memory) if options.restore => memory.restore(service),
             _ => service.remember()?,
         }
         let known = socket_of(&options.store);

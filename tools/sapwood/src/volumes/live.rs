@@ -1,22 +1,20 @@
 //! Operations on volumes that guests may be using: attaching, detaching, snapshots, changes of size.
 
 use std::fmt::Display;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use sapwood_image::layer::Tuning;
 use sapwood_store::catalog::Look;
 use sapwood_store::{Id, SnapshotName};
 use serde::{Deserialize, Serialize};
 
 use super::answer::{Done, Made, Resized, Serving};
-use super::attached::{Attached, Serve, read_alone, resize_alone};
+use super::attached::{Attached, Serve, read_alone, resize_alone, tuning};
 use super::operation::{Long, Quick, operation};
 use super::service::Service;
 use super::transfer::check_absolute;
 use crate::control::jobs::Job;
 use crate::control::wire::Failure;
-use crate::host::serving;
 
 /// Serves a volume at a socket of its own.
 #[derive(Debug, Serialize, Deserialize)]
@@ -33,6 +31,9 @@ pub struct AttachVolume {
     /// Memory for the map of the volume's layer, in bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub map_cache: Option<u64>,
+    /// Only until the daemon ends: the next one does not attach it again.
+    #[serde(default)]
+    pub transient: bool,
 }
 
 /// Serves a snapshot, for reading, at a socket of its own.
@@ -136,6 +137,15 @@ impl Data {
 /// Bytes that are read at once, at most.
 pub const READ_BYTES_MAX: u64 = 1 << 20;
 
+/// What is asked for of how to serve something.
+#[derive(Default)]
+struct Asked {
+    socket: Option<PathBuf>,
+    queues: Option<u16>,
+    map_cache: Option<u64>,
+    transient: bool,
+}
+
 operation!(AttachVolume: Post "/v1/volumes/{volume}/attach" -> Serving);
 operation!(AttachSnapshot: Post "/v1/volumes/{volume}/snapshots/{snapshot}/attach" -> Serving);
 operation!(DetachSnapshot: Post "/v1/volumes/{volume}/snapshots/{snapshot}/detach" -> Done);
@@ -144,29 +154,43 @@ operation!(TakeSnapshot: Post "/v1/volumes/{volume}/snapshots" -> Made);
 operation!(ResizeVolume: Post "/v1/volumes/{volume}/resize" -> Resized);
 operation!(ReadVolume: Post "/v1/volumes/{volume}/read" -> Data);
 
-/// Disks that a daemon can serve before their files of layers below reach its limit of open files.
-const DISKS: u64 = 512;
+/// How to serve what is called `name`. What is not given is as it was where it could not be attached again, unless it is to be
+/// served for a while only.
+fn how(service: &Service, id: Id, name: &str, asked: Asked) -> Result<Serve, Failure> {
+    let sockets = sockets(service, name)?;
+    let recorded = service.memory().filter(|_| !asked.transient).and_then(|memory| memory.recorded(id));
+    let mut serve = recorded.unwrap_or_else(|| Serve {
+        socket: sockets.join(format!("{name}.sock")),
+        queues: 1,
+        serial: name.to_owned(),
+        tuning: tuning(),
+        transient: asked.transient,
+    });
+    if let Some(socket) = asked.socket {
+        check_absolute(&socket)?;
+        serve.socket = socket;
+    }
+    serve.queues = asked.queues.unwrap_or(serve.queues);
+    serve.tuning.map_cache_bytes = asked.map_cache.unwrap_or(serve.tuning.map_cache_bytes);
+    Ok(serve)
+}
 
-/// The path of the socket of what is called `name`, unless another is given.
-fn socket(service: &Service, name: &str, given: Option<PathBuf>) -> Result<PathBuf, Failure> {
-    let sockets = service.sockets().ok_or_else(|| {
+/// The folder for sockets; none where nothing can be attached.
+fn sockets<'a>(service: &'a Service, name: &str) -> Result<&'a Path, Failure> {
+    service.sockets().ok_or_else(|| {
         let text =
             "a volume is attached by the daemon of its store: start sapwood daemon, or use sapwood serve";
         Failure::new("no-daemon", format!("{name}: {text}"))
-    })?;
-    let Some(socket) = given else { return Ok(sockets.join(format!("{name}.sock"))) };
-    check_absolute(&socket)?;
-    Ok(socket)
+    })
 }
 
 impl Quick for AttachVolume {
     fn run(self, service: &Arc<Service>) -> Result<Serving, Failure> {
-        let mut tuning = serving(DISKS);
-        tuning.map_cache_bytes = self.map_cache.unwrap_or(tuning.map_cache_bytes);
-        let socket = socket(service, &self.volume, self.socket)?;
-        let serial = self.volume.clone();
-        let serve = Serve { socket, queues: self.queues.unwrap_or(1), serial, tuning };
-        served(service, &self.volume, Attached::volume(service, &self.volume, serve)?)
+        let Self { volume, socket, queues, map_cache, transient } = self;
+        sockets(service, &volume)?;
+        let id = service.volume(&volume)?;
+        let serve = how(service, id, &volume, Asked { socket, queues, map_cache, transient })?;
+        served(service, &volume, Attached::volume(service, &volume, serve)?)
     }
 }
 
@@ -174,13 +198,13 @@ impl Quick for AttachSnapshot {
     fn run(self, service: &Arc<Service>) -> Result<Serving, Failure> {
         let name = SnapshotName { volume: self.volume, snapshot: self.snapshot };
         let shown = name.to_string();
-        let socket = socket(service, &shown, self.socket)?;
+        sockets(service, &shown)?;
         let id = service.snapshot(&name)?;
         if service.attached(id).is_some() {
             return Err(attached_already(shown));
         }
-        let (queues, serial) = (self.queues.unwrap_or(1), shown.clone());
-        let serve = Serve { socket, queues, serial, tuning: Tuning::default() };
+        let asked = Asked { socket: self.socket, queues: self.queues, ..Asked::default() };
+        let serve = how(service, id, &shown, asked)?;
         served(service, &shown, Attached::snapshot(service, &name, serve)?)
     }
 }
@@ -202,7 +226,9 @@ pub fn enter(service: &Service, attached: &Arc<Attached>, name: impl Display) ->
 fn served(service: &Service, name: &str, attached: Arc<Attached>) -> Result<Serving, Failure> {
     let serving = attached.serving();
     enter(service, &attached, name)?;
-    forget(service, attached.id());
+    if !attached.serve().transient {
+        forget(service, attached.id());
+    }
     if let Err(error) = service.remember() {
         // Nobody uses it yet, and nobody is to rely on it.
         if let Some(attached) = service.remove(attached.id()) {
@@ -222,14 +248,18 @@ fn forget(service: &Service, id: Id) -> bool {
 /// Ends the serving of what has this id, and forgets it.
 fn detach(service: &Service, id: Id, name: &str) -> Result<Done, Failure> {
     let attached = service.remove(id);
-    if !forget(service, id) && attached.is_none() {
-        return Err(Failure::new("not-found", format!("{name}: it is not attached")));
-    }
+    // Whoever had it for a while only does not know how it was attached before.
+    let is_transient = attached.as_ref().is_some_and(|attached| attached.serve().transient);
+    let was_there = !is_transient && forget(service, id) || attached.is_some();
+    // Also where it was not there: it may be that it could not be written down when it was detached.
     let remembered = service.remember();
     if let Some(attached) = attached {
         attached.detach(service)?;
     }
     remembered?;
+    if !was_there {
+        return Err(Failure::new("not-found", format!("{name}: it is not attached")));
+    }
     service.changed();
     service.note("detached", format!("{name} is detached"));
     Ok(Done {})

@@ -61,7 +61,8 @@ impl Service {
             |io| async move { Store::open(&storage, &io, engine, &owned, StoreOptions::default()).await };
         let store = run_alone(host.io()?, opening)?;
         let jobs = if sockets.is_some() { Jobs::new(JOBS_MAX) } else { Jobs::unlogged(JOBS_MAX) };
-        let memory = sockets.as_deref().map(|sockets| Memory::new(sockets, store.id()));
+        let memory = sockets.as_deref().map(|sockets| Memory::new(root, sockets, store.id()));
+        let memory = memory.transpose().map_err(system)?;
         let service = Arc::new(Self {
             host,
             store: Arc::new(store),
@@ -198,7 +199,10 @@ impl Service {
     /// Writes down what is attached now, for the next daemon.
     pub fn remember(&self) -> Result<(), Failure> {
         let Some(memory) = &self.memory else { return Ok(()) };
-        memory.save(|| self.table().values().map(|attached| attached.record()).collect())
+        memory.save(|| {
+            let table = self.table();
+            table.iter().map(|(id, attached)| (*id, attached.serve().clone())).collect()
+        })
     }
 
     /// The id of a volume.

@@ -249,7 +249,8 @@ impl Long for DiffSnapshot {
         let to = SnapshotName { volume: self.volume, snapshot: self.snapshot };
         let from: Option<SnapshotName> = self.from.map(|from| from.parse()).transpose()?;
         let shown = to.to_string();
-        let size = service.store().catalog().view()?.needed_node(service.snapshot(&to)?)?.size;
+        let id = service.snapshot(&to)?;
+        let size = service.store().catalog().view()?.needed_node(id)?.size;
         let watched = Arc::clone(job);
         let (found, extents) = service.run_until_cancelled(job, move |store, io| async move {
             let mut extents = Vec::new();

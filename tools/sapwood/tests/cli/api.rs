@@ -90,7 +90,7 @@ fn volumes(api: &mut Api<'_>) {
     api.ask("post", SNAPSHOTS, &["web"], &json!({ "name": "s" }), 200);
     api.ask("post", &path("switch"), &["web"], &json!({ "to": "web@s" }), 200);
     api.ask("post", &path("rollback"), &["web"], &none, 200);
-    let attach = json!({ "socket": api.place.path("socket"), "queues": 2 });
+    let attach = json!({ "socket": api.place.path("socket"), "queues": 2, "transient": true });
     api.ask("post", &path("attach"), &["web"], &json!({ "socket": "socket" }), 422);
     api.ask("post", &path("attach"), &["web"], &attach, 200);
     api.ask("post", &path("attach"), &["web"], &attach, 409);

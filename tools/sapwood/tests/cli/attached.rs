@@ -84,7 +84,7 @@ fn what_cannot_be_attached_again_keeps_nothing_else_from_it() {
     let (daemon, _) = Daemon::start(&place, START);
     for name in ["a", "b", "c"] {
         about(&place, &format!("create :{name} 1M")).text();
-        about(&place, &format!("attach :{name} --socket {name}")).text();
+        about(&place, &format!("attach :{name} --socket {name} --queues 2")).text();
     }
     daemon.stops();
     fs::write(place.path("b"), "a file").unwrap();
@@ -109,6 +109,29 @@ fn what_cannot_be_attached_again_keeps_nothing_else_from_it() {
     daemon.stops();
     fs::write(place.path("b"), "a file").unwrap();
     let (daemon, _) = Daemon::start(&place, START);
+    // Elsewhere for a while, which changes nothing.
+    let how = json!({ "transient": true }).to_string();
+    for _ in 0..2 {
+        assert_eq!(ask_at(&place, "vms/daemon.sock", "POST", "/v1/volumes/b/attach", &how).1["queues"], 1);
+        connect(&place, "vms/sockets/b.sock");
+        about(&place, "detach :b").text();
+    }
+    ask_at(&place, "vms/daemon.sock", "POST", "/v1/volumes/b/attach", &how);
+    daemon.kill();
+    fs::remove_file(place.path("b")).unwrap();
+    let (daemon, _) = Daemon::start(&place, START);
+    assert_eq!(served(&place, ":b")["socket"], json!(place.path("b")));
+    daemon.stops();
+    // As it was.
+    fs::write(place.path("b"), "a file").unwrap();
+    let (daemon, _) = Daemon::start(&place, START);
+    fs::remove_file(place.path("b")).unwrap();
+    about(&place, "attach :b").text();
+    let b = served(&place, ":b");
+    assert_eq!((&b["socket"], &b["queues"]), (&json!(place.path("b")), &json!(2)));
+    daemon.stops();
+    fs::write(place.path("b"), "a file").unwrap();
+    let (daemon, _) = Daemon::start(&place, START);
     // Elsewhere, and from now on there.
     about(&place, "attach :b --socket elsewhere").text();
     let log = daemon.stops();
@@ -122,6 +145,55 @@ fn what_cannot_be_attached_again_keeps_nothing_else_from_it() {
     daemon.kill();
     let (daemon, _) = Daemon::start(&place, START);
     assert_eq!(served(&place, ":a"), Value::Null, "that was forgotten, too");
+    daemon.stops();
+}
+
+#[test]
+fn a_copy_of_a_store_takes_no_socket_of_the_original() {
+    let place = place();
+    let (daemon, _) = Daemon::start(&place, START);
+    for (name, more) in [("in", ""), ("out", "--socket out")] {
+        about(&place, &format!("create :{name} 1M")).text();
+        about(&place, &format!("attach :{name} {more}")).text();
+    }
+    daemon.stops();
+    assert!(place.command("cp", "-a vms copy").status().unwrap().success());
+    let (copy, _) = Daemon::start(&place, "--store copy --no-background");
+    assert_eq!(served(&place, "copy:in")["socket"], json!(place.path("copy/sockets/in.sock")));
+    assert_eq!(served(&place, "copy:out"), Value::Null);
+    assert!(about(&place, "show copy:out").text().contains("attach it anew"));
+    copy.stops();
+    // It says so still, though its file was written anew.
+    let (copy, _) = Daemon::start(&place, "--store copy --no-background");
+    let (daemon, _) = Daemon::start(&place, START);
+    connect(&place, "out");
+    assert_eq!(served(&place, "copy:out"), Value::Null);
+    about(&place, "attach copy:out").text();
+    assert_eq!(served(&place, "copy:out")["socket"], json!(place.path("copy/sockets/out.sock")));
+    copy.stops();
+    daemon.stops();
+}
+
+#[test]
+fn what_cannot_be_written_down_is_tried_again() {
+    let place = place();
+    let (daemon, _) = Daemon::start(&place, START);
+    about(&place, "create :web 1M").text();
+    about(&place, "attach :web").text();
+    let file = written_down(&place, "vms/sockets");
+    daemon.stops();
+    let in_the_way = file.with_extension("json.new");
+    fs::create_dir(&in_the_way).unwrap();
+    let (daemon, _) = Daemon::start(&place, START);
+    assert_eq!(served(&place, ":web")["queues"], 1, "there is nothing to write");
+    for _ in 0..2 {
+        about(&place, "detach :web").fails(1, &["cannot write down what is attached"]);
+    }
+    fs::remove_dir(&in_the_way).unwrap();
+    about(&place, "detach :web").fails(1, &["it is not attached"]);
+    daemon.kill();
+    let (daemon, _) = Daemon::start(&place, START);
+    assert_eq!(served(&place, ":web"), Value::Null, "it was detached");
     daemon.stops();
 }
 
@@ -142,12 +214,15 @@ fn a_file_that_makes_no_sense_does_not_stop_the_daemon() {
         (&sound.replace(r#""version":0"#, r#""version":7"#), "version 7"),
         (&sound.replace(r#""queues":1"#, r#""queues":0"#), "queues"),
         (&sound.replace(&id, &"0".repeat(32)), "is deleted"),
-        (&sound.replace(r#""socket":"/"#, r#""socket":"./"#), "absolute"),
+        (&sound.replace(r#""socket":""#, r#""socket":"../"#), "absolute"),
     ] {
         assert_ne!(text, sound);
         fs::write(&file, text).unwrap();
         let (daemon, _) = Daemon::start(&place, &start);
         assert_eq!(served(&place, ":web"), Value::Null);
+        if ["EOF", "version 7"].contains(&word) {
+            assert_eq!(fs::read_to_string(file.with_extension("json.bad")).unwrap(), text, "it is kept");
+        }
         let log = daemon.stops();
         assert!(log.contains(word), "no {word} in {log}");
     }
@@ -202,18 +277,22 @@ fn end_of(place: &Place, job: &Value) -> Value {
 fn jobs_say_how_far_they_are_and_end_when_told() {
     let (place, daemon) = with_data();
     let job = end_of(&place, &api(&place, "POST", "/v1/store/scrub"));
-    assert_eq!((&job["result"]["layers"], &job["done-bytes"]), (&json!(2), &job["total-bytes"]), "{job}");
+    assert_eq!(job["result"]["layers"], 2, "{job}");
+    assert!(job["total-bytes"].as_u64().unwrap() > 32 << 20, "{job}");
     let diff = "/v1/volumes/web/snapshots/s/diff";
     let job = end_of(&place, &api(&place, "POST", diff));
     assert_eq!(job["result"]["bytes"], 16 << 20, "{job}");
-    assert!(job["done-bytes"] == 64 << 20, "{job}");
-    let job = api(&place, "POST", diff);
-    api(&place, "DELETE", &format!("/v1/jobs/{}", job["id"]));
-    assert_eq!(end_of(&place, &job)["state"], "cancelled");
+    assert_eq!(job["total-bytes"], 64 << 20, "{job}");
+    let is_cancelled = |_| {
+        let job = api(&place, "POST", diff);
+        api(&place, "DELETE", &format!("/v1/jobs/{}", job["id"]));
+        end_of(&place, &job)["state"] == "cancelled"
+    };
+    // It may be done before it is told.
+    assert!((0..100).any(is_cancelled));
     let copy = json!({ "path": place.path("copy") }).to_string();
     let (_, job) = ask_at(&place, "vms/daemon.sock", "POST", "/v1/backup", &copy);
     let job = end_of(&place, &job);
-    assert_eq!(job["done-bytes"], job["total-bytes"], "{job}");
     assert!(job["total-bytes"].as_u64().unwrap() > 16 << 20, "{job}");
     about(&place, "store seal vms").text();
     for path in ["/v1/store/account", "/v1/store/gc"] {

@@ -4,6 +4,8 @@
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
+use std::thread;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -315,7 +317,14 @@ fn one_process_has_a_store() {
     // Nobody answers for it.
     about(&place, "list vms").fails(1, &["vms", "in use by process", "serve"]);
     place.sapwood("daemon --store vms").fails(1, &["vms", "in use by process"]);
-    server.stops();
+    // A command waits a little: it may be a daemon that begins, or a command that ends.
+    let waiting = thread::scope(|scope| {
+        let waiting = scope.spawn(|| about(&place, "list vms"));
+        thread::sleep(Duration::from_millis(500));
+        server.stops();
+        waiting.join().unwrap()
+    });
+    waiting.text();
     let (daemon, _) = Daemon::start(&place, "--store vms");
     place.sapwood("daemon --store vms").fails(1, &["vms", "in use by process", "daemon"]);
     place.sapwood("serve vms:web --socket other").fails(1, &["use sapwood attach"]);

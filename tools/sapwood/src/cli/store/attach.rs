@@ -15,7 +15,8 @@ use crate::volumes::live::{AttachSnapshot, AttachVolume, DetachSnapshot, DetachV
 
 /// Have the daemon of a store serve a volume, or a snapshot for reading, over vhost-user-blk
 ///
-/// When the daemon ends, the next one serves it again, at the same socket, until it is detached.
+/// When the daemon ends, the next one serves it again, at the same socket, until it is detached. If it could not, what is
+/// not given here is as it was.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   sapwood attach /srv/vms:web
@@ -28,14 +29,14 @@ pub struct Attach {
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
 
-    /// Queues, each with a thread of its own
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    /// Queues, each with a thread of its own [default: 1]
+    #[arg(long, value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
-    queues: u16,
+    queues: Option<u16>,
 
-    /// Memory for the map of what the volume holds itself, for example 256M
-    #[arg(long, value_name = "SIZE", default_value = "64M")]
-    map_cache: Size,
+    /// Memory for the map of what the volume holds itself, for example 256M [default: 64M]
+    #[arg(long, value_name = "SIZE")]
+    map_cache: Option<Size>,
 
     /// Print nothing
     #[arg(short, long)]
@@ -72,10 +73,10 @@ impl Attach {
         let shown = address.name.to_string();
         // The daemon has another folder.
         let socket = self.socket.map(std::path::absolute).transpose()?;
-        let queues = Some(self.queues);
+        let (queues, map_cache) = (self.queues, self.map_cache.map(|size| size.0));
         let serving = match address.name {
             Name::Volume(volume) => {
-                access.ask(AttachVolume { volume, socket, queues, map_cache: Some(self.map_cache.0) })?
+                access.ask(AttachVolume { volume, socket, queues, map_cache, transient: false })?
             }
             Name::Snapshot(SnapshotName { volume, snapshot }) => {
                 access.ask(AttachSnapshot { volume, snapshot, socket, queues })?

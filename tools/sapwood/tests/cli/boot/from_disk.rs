@@ -96,6 +96,9 @@ fn what_is_said_of_a_volume_is_checked() {
     lab.boot_any("--skip-probe vms:none").fails(1, &["none", "no such volume"]);
     lab.boot_any("--skip-probe vms:web@imported").fails(1, &["web@imported", "a volume is wanted"]);
     lab.boot_any("--skip-probe vms:web,readonly").fails(1, &["vms:web", "readonly"]);
+    lab.place.sapwood("create vms:data 1M").text();
+    lab.boot_any("--skip-probe vms:web --disk vms:data")
+        .fails(1, &["start sapwood daemon --store vms", "two volumes"]);
     let script = "--print-qemu --extract-kernel out vms:web";
     let text = lab.boot_any(script).text();
     assert!(text.contains("-- vms:web & server0") && text.contains("-kernel out/kernel"), "{text}");
