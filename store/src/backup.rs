@@ -67,7 +67,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         let (target, _lock) = directory::begin(&self.storage, to)?;
         let mut done = BackedUp::default();
         let files = self.files_of(&moment, &target)?;
-        let sizes = files.iter().map(|(from, _)| self.allocated(from));
+        let sizes = files.iter().map(|(from, _)| self.data_bytes(from));
         pace.expect(sizes.sum::<Result<u64>>()?);
         for (from, to) in files {
             done.bytes += self.copy_file(io, &from, &to, pace).await?;
@@ -118,6 +118,21 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         let runs = moment.view.index_runs()?.into_iter();
         files.extend(runs.map(|(number, _)| both(Directory::index, run_name(number))));
         Ok(files)
+    }
+
+    /// Bytes of a file that are copied: all but its holes.
+    fn data_bytes(&self, path: &Path) -> Result<u64> {
+        let file = self.storage.open(path, OpenOptions::READ.buffered());
+        let file = file.map_err(|error| StoreError::io(path, "open", error))?;
+        let size = file.size().map_err(|error| StoreError::io(path, "measure", error))?;
+        let (mut at, mut bytes) = (0, 0);
+        while at < size {
+            let data = file.next_data(at..size).map_err(|error| StoreError::io(path, "look into", error))?;
+            let Some(data) = data else { break };
+            bytes += data.end - data.start;
+            at = data.end;
+        }
+        Ok(bytes)
     }
 
     /// Copies a file that nobody writes, without its holes; durable but for its name. How many bytes.

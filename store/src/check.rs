@@ -7,7 +7,7 @@ use std::fmt;
 
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
-use sapwood_blockdev::storage::Storage;
+use sapwood_blockdev::storage::{OpenOptions, Storage};
 use sapwood_image::ErrorKind;
 use sapwood_image::layer::{Layer, StoreBase};
 use sapwood_image::sealed::PackKind as Kind;
@@ -16,7 +16,7 @@ use sapwood_image::sealed::index::Run;
 use crate::catalog::rows::{NodeRow, NodeState, PackKind, VolumeRow};
 use crate::catalog::{Child, Look, View};
 use crate::collect::roots;
-use crate::error::Result;
+use crate::error::{Result, StoreError};
 use crate::id::Id;
 use crate::scrub::layers_of;
 use crate::store::Store;
@@ -276,16 +276,24 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
 
     async fn check_layers(&self, io: &Io<E>, check: &mut Check<'_>) {
         for Named { layer, by, size, parent } in check.layers() {
-            // Somebody is about to open it: then it is there.
-            let Some(_examined) = self.usage.examine(layer) else { continue };
             let path = self.directory.layer(layer);
-            let opened = Layer::open_alone(&self.storage, io, &path, self.options.tuning).await;
-            let info = match opened {
-                Ok(opened) => opened.info(),
+            let looking = async {
+                let opened = Layer::open_alone(&self.storage, io, &path, self.options.tuning).await;
+                opened.map(|opened| opened.info())
+            };
+            let info = match self.unless_wanted(layer, looking).await {
+                Some(Ok(info)) => info,
                 // In use: then it is there.
-                Err(error) if matches!(error.kind, ErrorKind::Locked { .. }) => continue,
-                Err(error) => {
+                Some(Err(error)) if matches!(error.kind, ErrorKind::Locked { .. }) => continue,
+                Some(Err(error)) => {
                     check.damage(by, error);
+                    continue;
+                }
+                // Somebody is about to open it, and will find out what it is.
+                None => {
+                    if let Err(error) = self.storage.open(&path, OpenOptions::READ) {
+                        check.damage(by, StoreError::io(&path, "open", error));
+                    }
                     continue;
                 }
             };

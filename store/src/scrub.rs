@@ -8,7 +8,7 @@
 use std::collections::BTreeMap;
 use std::future::{Future, poll_fn};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -18,7 +18,7 @@ use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
 use sapwood_blockdev::units::BLOCK_SIZE;
-use sapwood_image::layer::{CheckReport, check};
+use sapwood_image::layer::check;
 use sapwood_image::sealed::Root;
 use sapwood_image::sealed::collect::{Bad, Findings, Lost, Pace, Scrub};
 use sapwood_image::{ErrorKind, ImageError};
@@ -178,15 +178,14 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         Ok(lost)
     }
 
-    /// Checks a layer. As soon as somebody waits to write it, that is given up.
-    async fn check_unless_wanted(&self, io: &Io<E>, id: Id, path: &Path) -> Result<CheckReport, ImageError> {
-        let given_up = || Err(ImageError::new(path, ErrorKind::Cancelled));
-        let Some(_examined) = self.usage.examine(id) else { return given_up() };
-        // It ends, and its lock of the file with it, before others are told.
-        let mut checking = pin!(check(&self.storage, io, path));
+    /// What `examining` the file of a layer gives; none as soon as somebody waits to write the layer.
+    pub(crate) async fn unless_wanted<T>(&self, id: Id, examining: impl Future<Output = T>) -> Option<T> {
+        let _examined = self.usage.examine(id)?;
+        // It ends before others are told. Only reads that are under way keep the file, and its lock, a little longer.
+        let mut examining = pin!(examining);
         poll_fn(|cx| match self.usage.is_wanted(id) {
-            true => Poll::Ready(given_up()),
-            false => checking.as_mut().poll(cx),
+            true => Poll::Ready(None),
+            false => examining.as_mut().poll(cx).map(Some),
         })
         .await
     }
@@ -194,13 +193,13 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
     /// Checks a layer of a disk of `size` bytes: what of it is damaged, if anything.
     async fn scrub_layer(&self, io: &Io<E>, id: Id, size: u64, found: &mut Scrubbed) -> Result<Option<Own>> {
         let path = self.directory.layer(id);
-        let report = match self.check_unless_wanted(io, id, &path).await {
-            Ok(report) => report,
-            Err(ImageError { kind: ErrorKind::Locked { .. } | ErrorKind::Cancelled, .. }) => {
+        let report = match self.unless_wanted(id, check(&self.storage, io, &path)).await {
+            Some(Ok(report)) => report,
+            None | Some(Err(ImageError { kind: ErrorKind::Locked { .. }, .. })) => {
                 found.in_use.push(path);
                 return Ok(None);
             }
-            Err(error) => {
+            Some(Err(error)) => {
                 // It is no layer, or cannot be read: all of it is lost.
                 let why = error.to_string();
                 found.damaged_layers.push(DamagedLayer { id, path, errors: vec![why.clone()] });

@@ -24,9 +24,9 @@ use crate::resolve::Resolver;
 use crate::usage::Usage;
 
 /// How often it is looked whether others have let go of a layer.
-const EXAMINED_PAUSE: Duration = Duration::from_millis(2);
-/// How often after they have: what they had begun to read may keep its file locked a little longer.
-const EXAMINED_TRIES: usize = 100;
+const LOCKED_PAUSE: Duration = Duration::from_millis(2);
+/// How often when nobody has it: what somebody had begun to read may keep its file locked a little longer.
+const LOCKED_TRIES: usize = 100;
 
 /// How a store is used.
 #[derive(Clone, Debug)]
@@ -216,15 +216,16 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         options: &OpenLayer,
     ) -> Result<Arc<Layer<E>>> {
         let (path, _wanted) = (self.directory.layer(id), self.usage.want(id));
-        let mut tries = 0;
+        // Also when nobody is seen to examine it: who did may have left just before.
+        let mut tries = LOCKED_TRIES;
         loop {
             if self.usage.is_examined(id) {
-                tries = EXAMINED_TRIES;
+                tries = LOCKED_TRIES;
             }
             match Layer::open_in_store(&self.storage, io, &path, options, &self.resolver()).await {
                 Err(ImageError { kind: ErrorKind::Locked { .. }, .. }) if tries > 0 => {
                     tries -= 1;
-                    io.sleep_until(io.now() + EXAMINED_PAUSE).await;
+                    io.sleep_until(io.now() + LOCKED_PAUSE).await;
                 }
                 opened => return Ok(opened?),
             }

@@ -155,10 +155,10 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Touching<'a, S, E> {
             .filter(|range| !range.is_empty())
             .collect();
         let (left, is_known) = match layer {
-            Some(layer) => match self.uncovered(layer, &ranges).await {
-                Some(left) => (left, true),
+            Some(layer) => match self.store.unless_wanted(layer, self.uncovered(layer, &ranges)).await {
+                Some(Some(left)) => (left, true),
                 // In use, or itself damaged: it may cover some of it.
-                None => (ranges, false),
+                None | Some(None) => (ranges, false),
             },
             None => (ranges, true),
         };
@@ -179,7 +179,6 @@ impl<'a, S: Storage, E: Engine<File = S::File>> Touching<'a, S, E> {
     /// What of ranges of bytes a layer does not hold itself; none when it cannot be asked.
     async fn uncovered(&self, layer: Id, ranges: &[Range<u64>]) -> Option<Vec<Range<u64>>> {
         let (storage, path) = (&self.store.storage, self.store.directory.layer(layer));
-        let _examined = self.store.usage.examine(layer)?;
         let opened = Layer::open_alone(storage, self.io, &path, self.store.options.tuning).await.ok()?;
         let mut source = FrozenSource::new(opened, self.io);
         let size = source.size();

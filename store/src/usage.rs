@@ -22,8 +22,8 @@ struct State {
     left: BTreeSet<Id>,
     /// Layers whose files are read as such, and by how many.
     examined: BTreeMap<Id, usize>,
-    /// Layers that somebody waits to write.
-    wanted: BTreeSet<Id>,
+    /// Layers that are waited for to be written, and by how many.
+    wanted: BTreeMap<Id, usize>,
     /// What is done with the whole store, once at a time.
     jobs: BTreeSet<&'static str>,
 }
@@ -98,7 +98,7 @@ impl Usage {
     /// is already.
     pub(crate) fn examine(self: &Arc<Self>, id: Id) -> Option<Hold> {
         let mut state = self.state();
-        if state.wanted.contains(&id) {
+        if state.wanted.contains_key(&id) {
             return None;
         }
         *state.examined.entry(id).or_default() += 1;
@@ -110,14 +110,14 @@ impl Usage {
         self.state().examined.contains_key(&id)
     }
 
-    /// Has whoever examines a layer let go of it, and others keep off it. A volume's layer is opened by one at a time.
+    /// Has whoever examines a layer let go of it, and others keep off it.
     pub(crate) fn want(self: &Arc<Self>, id: Id) -> Hold {
-        self.state().wanted.insert(id);
+        *self.state().wanted.entry(id).or_default() += 1;
         Hold { usage: Arc::clone(self), id, what: What::Wanted }
     }
 
     pub(crate) fn is_wanted(&self, id: Id) -> bool {
-        self.state().wanted.contains(&id)
+        self.state().wanted.contains_key(&id)
     }
 
     /// Lets the file of a layer stay: one that is made and not named by the catalog yet, or that somebody reads.
@@ -173,9 +173,24 @@ impl Drop for Hold {
             What::Sealing => drop(state.sealing.remove(&self.id)),
             What::Job(job) => drop(state.jobs.remove(job)),
             What::Examined => release(&mut state.examined, self.id),
-            What::Wanted => drop(state.wanted.remove(&self.id)),
+            What::Wanted => release(&mut state.wanted, self.id),
             What::Layer => release(&mut state.layers, self.id),
             What::Node => release(&mut state.pinned, self.id),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_layer_is_wanted_until_nobody_wants_it() {
+        let (usage, id) = (Arc::<Usage>::default(), Id([1; 16]));
+        let (first, second) = (usage.want(id), usage.want(id));
+        drop(first);
+        assert!(usage.is_wanted(id) && usage.examine(id).is_none());
+        drop(second);
+        assert!(!usage.is_wanted(id) && usage.examine(id).is_some());
     }
 }

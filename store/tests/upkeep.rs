@@ -781,7 +781,11 @@ fn an_import_ends_where_the_room_does_and_leaves_nothing() {
 }
 
 fn backup(lab: &Lab, to: PathBuf, pace: Pace) -> Result<sapwood_store::BackedUp, (String, String)> {
-    lab.with(move |store, io| async move { store.backup(&io, engine(), &to, &pace).await })
+    lab.with(move |store, io| async move {
+        let done = store.backup(&io, engine(), &to, &pace).await?;
+        assert_eq!(pace.progress(), (done.bytes, done.bytes), "as much as there was to be done");
+        Ok(done)
+    })
 }
 
 /// What others do with a store meanwhile: imports, writes, snapshots, seals, deletions, collections. How often.

@@ -30,7 +30,8 @@ impl<E: Engine> Chain<E> {
         })
     }
 
-    /// Whether it begins with what a store says that its snapshot is now. What a path leads to it began with when it was opened.
+    /// Whether it begins with what a store says that its snapshot is now. What a path leads to it began with when it was opened. What
+    /// was sealed further down is not noticed here: a disk in use learns that by `reopen_base`.
     fn is_still(&self, next: &NextLink<E>) -> bool {
         match (&next.resolved, &*self.links[0]) {
             (Some(Resolved::Frozen { layer, .. }), Link::Layer(link)) => link.id() == layer,
@@ -42,7 +43,7 @@ impl<E: Engine> Chain<E> {
 
 impl<S: Storage, E: Engine<File = S::File>> Opener<'_, S, E> {
     /// Whether what was opened, the first link, can be put on `below`, which its layer has below it, as one that names `next`.
-    /// Otherwise all has to be opened: where an index or a chain gets too large, something was sealed, or there is a loop.
+    /// Otherwise all has to be opened: where an index or a chain gets too large, what it begins with was sealed, or there is a loop.
     pub(super) fn fits_on(&self, below: &Chain<E>, next: Option<&NextLink<E>>) -> bool {
         let first = match below.stages.first() {
             Some(Stage::Index { index, .. }) => index.len(),

@@ -115,14 +115,16 @@ impl<E: Engine> Pool<E> {
     }
 
     /// Keeps a layer open if there is a place, or one that can be had by closing another; says whether
-    /// there was one.
+    /// there was one. If it is kept already, this takes the place.
     pub(super) fn keep(&self, layer: &LayerId, opened: &Opened<E>) -> bool {
         // Closed after the lock was given up.
-        let _closed;
+        let (_closed, _replaced);
         let mut state = self.state();
-        let is_full = state.entries.len() >= self.files_max;
+        let kept = state.entries.get(layer);
+        let is_full = kept.is_none() && state.entries.len() >= self.files_max;
         let layers = || state.entries.values().filter(|entry| entry.is_layer()).count();
-        let no_layer = matches!(opened, Opened::Layer(_)) && layers() >= self.layers_max;
+        let is_more = matches!(opened, Opened::Layer(_)) && !kept.is_some_and(Entry::is_layer);
+        let no_layer = is_more && layers() >= self.layers_max;
         if is_full || no_layer {
             _closed = state.take_idle(no_layer);
             if _closed.is_none() {
@@ -131,7 +133,7 @@ impl<E: Engine> Pool<E> {
         }
         state.now += 1;
         let entry = Entry { opened: opened.clone(), used: state.now };
-        state.entries.insert(*layer, entry);
+        _replaced = state.entries.insert(*layer, entry);
         true
     }
 }
@@ -206,6 +208,20 @@ mod tests {
         drop(used);
         assert!(pool.keep(&[7; 16], &Opened::File(file("c"))));
         assert!(pool.get(&[0; 16]).is_none() && pool.get(&[7; 16]).is_some());
+    }
+
+    #[test]
+    fn what_is_kept_already_closes_nothing_else() {
+        let folder = tempfile::tempdir().unwrap();
+        let file =
+            |name: u8| HostStorage.open(&folder.path().join(name.to_string()), OpenOptions::CREATE).unwrap();
+        let pool: Pool<BlockingEngine> = Pool::new(6, 8);
+        (0..3).for_each(|n| assert!(pool.keep(&[n; 16], &Opened::File(file(n)))));
+        let again = || HostStorage.open(&folder.path().join("2"), OpenOptions::READ).unwrap();
+        assert!(pool.keep(&[2; 16], &Opened::File(again())));
+        let used: Vec<_> = (0..3).map(|n| pool.get(&[n; 16]).expect("all are kept")).collect();
+        assert!(pool.keep(&[2; 16], &Opened::File(again())), "it has a place when all are used");
+        drop(used);
     }
 
     #[test]

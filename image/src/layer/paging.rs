@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::task::{Poll, Waker};
 
 use super::core::Core;
@@ -85,9 +85,9 @@ impl<E: Engine> Drop for Held<'_, E> {
     }
 }
 
-/// A node being read by this task.
+/// A node being read by this task. It does not keep the layer: without that, nobody waits for the node.
 struct Claim<E: Engine> {
-    layer: Arc<Layer<E>>,
+    layer: Weak<Layer<E>>,
     key: NodeKey,
     from: NodeRef,
     epoch: u64,
@@ -95,7 +95,8 @@ struct Claim<E: Engine> {
 
 impl<E: Engine> Drop for Claim<E> {
     fn drop(&mut self) {
-        let mut core = self.layer.core();
+        let Some(layer) = self.layer.upgrade() else { return };
+        let mut core = layer.core();
         core.segments.leave(self.epoch);
         core.loading.remove(&self.key).into_iter().flatten().for_each(Waker::wake);
     }
@@ -214,7 +215,7 @@ impl<E: Engine> Layer<E> {
         }
         let from = core.map.source(key)?;
         core.loading.insert(key, Vec::new());
-        Some(Claim { layer: Arc::clone(self), key, from, epoch: core.segments.enter() })
+        Some(Claim { layer: Arc::downgrade(self), key, from, epoch: core.segments.enter() })
     }
 
     /// Reads a node.
@@ -260,7 +261,7 @@ impl<E: Engine> Layer<E> {
     }
 
     /// Reads leaves of one branch, in the background, as far as they are stored: several with one read
-    /// where they lie together.
+    /// where they lie together. That ends with the first read after which nobody uses the layer any more.
     fn read_ahead(self: &Arc<Self>, io: &Io<E>, ahead: Range<u32>) {
         // Claimed at once: whoever wants them next waits for them.
         let mut rest: Vec<Claim<E>> = {
@@ -268,7 +269,7 @@ impl<E: Engine> Layer<E> {
             ahead.filter_map(|leaf| self.claim(&mut core, NodeKey::Leaf(leaf))).collect()
         };
         rest.sort_by_key(|claim| claim.from.0);
-        let (layer, reactor) = (Arc::clone(self), io.clone());
+        let (layer, reactor) = (Arc::downgrade(self), io.clone());
         io.spawn(async move {
             while !rest.is_empty() {
                 let start = rest[0].from.stored().unwrap_or_default().0;
@@ -277,26 +278,31 @@ impl<E: Engine> Layer<E> {
                 };
                 let after = rest.split_off(rest.iter().take_while(|claim| near(claim)).count().max(1));
                 // What cannot be read ahead is read, and complained about, when it is needed.
-                let _ = layer.read_group(&reactor, start, rest).await;
+                let _ = Self::read_group(&layer, &reactor, start, rest).await;
                 rest = after;
             }
         });
     }
 
-    async fn read_group(&self, io: &Io<E>, start: u64, claims: Vec<Claim<E>>) -> Result<(), ImageError> {
-        let file = self.file();
-        let reader = Reader { io, file: &file, path: self.path() };
+    /// Reads nodes that lie together from `start`; none when one cannot be read, or nobody uses the layer any more.
+    async fn read_group(layer: &Weak<Self>, io: &Io<E>, start: u64, claims: Vec<Claim<E>>) -> Option<()> {
+        // Not kept during the read, which may be the last that keeps the file's lock.
+        let open = layer.upgrade()?;
+        let (file, path) = (open.file(), open.path().to_owned());
+        drop(open);
+        let reader = Reader { io, file: &file, path: &path };
         let span = |claim: &Claim<E>| claim.from.stored().unwrap_or_default();
         let end = claims.iter().map(|c| span(c).0 + span(c).1 as u64).max().unwrap_or(start);
-        let bytes = reader.read_bytes(start, end).await?;
-        self.core().node_reads += 1;
+        let bytes = reader.read_bytes(start, end).await.ok()?;
+        let layer = layer.upgrade()?;
+        layer.core().node_reads += 1;
         for claim in claims {
             let (offset, len) = span(&claim);
             let at = (offset - start) as usize;
-            let node = self.decode(&reader, claim.key, offset, &bytes[at..at + len])?;
-            self.core().map.insert(claim.key, claim.from, node);
+            let node = layer.decode(&reader, claim.key, offset, &bytes[at..at + len]).ok()?;
+            layer.core().map.insert(claim.key, claim.from, node);
         }
-        Ok(())
+        Some(())
     }
 }
 
@@ -318,5 +324,52 @@ pub(crate) fn device_error(error: &ImageError) -> DeviceError {
         ErrorKind::Io { source, .. } => DeviceError::Io(Errno::from_io_error(source).unwrap_or(Errno::IO)),
         ErrorKind::Device(error) => *error,
         _ => DeviceError::Corrupt,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layer::{CreateLayer, OpenLayer, create};
+    use sapwood_blockdev::buffer::SharedBuf;
+    use sapwood_blockdev::device::{Command, run};
+    use sapwood_blockdev::engine::BlockingEngine;
+    use sapwood_blockdev::io::block_on;
+    use sapwood_blockdev::storage::HostStorage;
+    use sapwood_blockdev::units::GuestOffset;
+
+    #[test]
+    fn what_is_read_ahead_does_not_keep_a_layer() {
+        let folder = tempfile::tempdir().unwrap();
+        let (path, io) = (folder.path().join("disk"), Io::new(BlockingEngine::new().unwrap()));
+        let open = async |io: &Io<BlockingEngine>, path: &std::path::Path| {
+            Layer::open(&HostStorage, io, path, &OpenLayer::default()).await.unwrap()
+        };
+        let (of_task, to_make) = (io.clone(), path.clone());
+        let layer = block_on(&io, async move {
+            let options = CreateLayer { size: Some(1 << 30), ..CreateLayer::default() };
+            create(&HostStorage, &of_task, &to_make, &options).await.unwrap();
+            open(&of_task, &to_make).await
+        });
+        let mut queue = layer.queue_on(io.clone());
+        for leaf in 0..4 {
+            let write = Command::Write(SharedBuf::heap(4096).into());
+            run(&mut queue, GuestOffset(leaf << 21), 4096, write).unwrap();
+        }
+        drop(queue);
+        let of_task = io.clone();
+        let layer = block_on(&io, async move {
+            layer.close(&of_task).await.unwrap();
+            drop(layer);
+            let layer = open(&of_task, &path).await;
+            layer.with_branch(&of_task, 0, |_| ()).await.unwrap();
+            layer
+        });
+        layer.read_ahead(&io, 0..4);
+        assert_eq!(layer.core().loading.len(), 4);
+        assert_eq!(Arc::strong_count(&layer), 1);
+        drop(layer);
+        io.poll(&mut Vec::new());
+        assert_eq!(io.tasks(), 0, "it ends");
     }
 }

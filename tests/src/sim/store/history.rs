@@ -10,6 +10,7 @@ use super::action::{Action, Outcome, Progress, cut_off};
 use super::model::{Content, Model, zeroes};
 use super::rig::{Done, Failure, Rig};
 use super::setup::{Course, Setup};
+use super::together::Past;
 use crate::sim::crash::Cut;
 use crate::sim::faults::{Faults, Kind, Planned};
 use crate::sim::persist::Persistence;
@@ -40,6 +41,9 @@ pub struct History {
     pub(super) rig: Rig,
     pub(super) mark: u64,
     pub(super) log: Vec<String>,
+    /// How many things were done while others were, and how many of them refused for that.
+    pub(super) at_a_time: usize,
+    pub(super) refused: usize,
 }
 
 /// What became of an action.
@@ -77,7 +81,8 @@ impl History {
         let world = World::new(Config::blocking(seed));
         let setup = course.setup(seed, options);
         let (rig, rng) = (Rig::new(&world, &setup), Rng::new(seed).fork(7));
-        Self { course, rng, models: vec![Model::default()], setup, rig, mark: 0, log: Vec::new() }
+        let (models, log) = (vec![Model::default()], Vec::new());
+        Self { course, rng, models, setup, rig, mark: 0, log, at_a_time: 0, refused: 0 }
     }
 
     fn next_action(&mut self) -> Action {
@@ -124,6 +129,7 @@ impl History {
     }
 
     fn compare(&mut self, action: &Action, report: &Report) -> Result<(), String> {
+        self.log.push(format!("    {report:?}"));
         let outcomes: Vec<_> = self.models.iter().flat_map(|model| model.outcomes(action)).collect();
         let expected: Vec<Outcome> = outcomes.iter().map(|(outcome, _)| *outcome).collect();
         let fits = outcomes.into_iter().filter(|(outcome, _)| report.fits(*outcome));
@@ -361,11 +367,11 @@ fn differences(found: &BTreeSet<String>, expected: &BTreeSet<String>) -> String 
     format!("too much: {:?}; missing: {:?}", found - expected, expected - found)
 }
 
-/// A history of `steps` without any failure: the time when it has ended.
+/// A history of `steps` without any failure.
 ///
 /// # Errors
 /// In what the store differs from the model, and what was done.
-pub fn undisturbed(course: Course, seed: u64, steps: u64, options: &StoreOptions) -> Result<Time, String> {
+pub fn undisturbed(course: Course, seed: u64, steps: u64, options: &StoreOptions) -> Result<Past, String> {
     let mut history = History::new(course, seed, options);
     let mut go = || {
         history.begin()?;
@@ -383,8 +389,10 @@ pub fn undisturbed(course: Course, seed: u64, steps: u64, options: &StoreOptions
         history.verify()?;
         Ok(history.rig.world.now())
     };
-    let result: Result<Time, String> = go();
-    result.map_err(|message| format!("seed {seed}: {}", history.told(&message)))
+    let end: Result<Time, String> = go();
+    let end = end.map_err(|message| format!("seed {seed}: {}", history.told(&message)))?;
+    let History { log, at_a_time, refused, .. } = history;
+    Ok(Past { log, end, at_a_time, refused })
 }
 
 /// A history of a few sessions, each of which is cut off.

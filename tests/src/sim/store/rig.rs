@@ -202,12 +202,10 @@ impl Rig {
 
     fn close(&self, layer: Arc<Layer<SimEngine>>) -> Done {
         let io = self.io.clone();
-        let closed = self.run(async move { layer.close(&io).await });
-        self.settle();
-        Ok(closed?)
+        Ok(self.run(async move { layer.close(&io).await })?)
     }
 
-    /// Waits for what a layer reads ahead: until then its file stays locked, also when it is closed.
+    /// Waits for what is still read ahead.
     fn settle(&self) {
         self.io.poll(&mut Vec::new());
         while self.io.in_flight() > 0 {

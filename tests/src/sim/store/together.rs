@@ -2,11 +2,14 @@
 //!
 //! Threads take turns ([`turns`](crate::sim::turns)) whenever one waits for its engine. The catalog's engine takes no turns, as a
 //! change of the catalog holds a lock that others would wait for: it is made in one piece. What was done must be what is left when
-//! the same is done in some order, one after the other; but anything may be refused for what somebody else does with it.
+//! the same is done in some order, one after the other; but anything may be refused for what somebody else does with it, which
+//! cannot become of all of them.
 
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
+
+use sapwood_blockdev::engine::Time;
 
 use super::action::{Action, SNAPSHOTS, VOLUMES, cut_off, marks, writes};
 use super::history::{End, History, Report};
@@ -17,6 +20,19 @@ use crate::sim::turns::turns;
 
 /// Time after which threads are said to block each other: far more than they need.
 const BLOCKED_AFTER: Duration = Duration::from_secs(60);
+
+/// What a history was.
+#[derive(PartialEq, Eq)]
+pub struct Past {
+    /// What was done, and said.
+    pub log: Vec<String>,
+    /// When it has ended.
+    pub end: Time,
+    /// How many things were done while others were.
+    pub at_a_time: usize,
+    /// How many of these were refused for what others did.
+    pub refused: usize,
+}
 
 impl Action {
     /// Something with archives, if there is anything to do it with: mostly with those of `of`.
@@ -170,8 +186,13 @@ impl History {
         let reports = perform(self.rng.fork(self.mark), &self.rig, &actions)?;
         let is_cut = |report: &Report| end.is_some_and(|end| self.is_cut_off(report, end));
         let cut: Vec<bool> = reports.iter().map(is_cut).collect();
-        let said: Vec<_> = reports.iter().map(|report| &report.done).collect();
-        self.log.push(format!("    {said:?}"));
+        self.log.push(format!("    {reports:?}"));
+        let refused = reports.iter().filter(|report| report.fits(Err("in-use"))).count();
+        if refused == reports.len() {
+            return Err(format!("all of {actions:?} are refused: {reports:?}"));
+        }
+        self.at_a_time += reports.len();
+        self.refused += refused;
         let power = end.is_some_and(|end| end != End::Kill);
         let mut left = Vec::new();
         for order in orders(actions.len()) {
