@@ -1,3 +1,7 @@
+//! The arbiter before a host in virtual time, and in random histories.
+
+use std::collections::HashMap;
+
 use super::*;
 use crate::limits::{Limits, Rate};
 use crate::random::random;
@@ -265,6 +269,26 @@ fn flows_of_a_disk_take_turns_and_keep_their_order() {
     assert_eq!((arbiter.dispatch(at(0), &mut granted), granted.len(), arbiter.in_flight()), (None, 6, 0));
 }
 
+/// Lets only time go on, and requests end, until nothing is left.
+fn finish(arbiter: &mut Arbiter, mut now: u64, mut under_way: usize, waiting: &mut HashMap<NodeId, i64>) {
+    for step in 0.. {
+        assert!(step < 100_000, "{waiting:?}");
+        arbiter.finished(under_way);
+        let mut granted = Vec::new();
+        let next = arbiter.dispatch(at(now), &mut granted);
+        under_way = granted.len();
+        granted.iter().for_each(|flow| *waiting.get_mut(&flow.disk).unwrap() -= 1);
+        match next {
+            Some(next) => {
+                assert!(next > at(now), "it waits for what has been");
+                now = next.as_nanos() as u64;
+            }
+            None if under_way == 0 => break,
+            None => {}
+        }
+    }
+}
+
 /// Anything that may happen, in any order: no request is lost or granted twice, nothing waits while it need not, and time alone
 /// brings everything to its end.
 #[test]
@@ -282,7 +306,7 @@ fn any_history_ends_with_every_request_granted_once() {
         };
         let mut groups = vec![Arbiter::ROOT];
         let mut disks = Vec::new();
-        let (mut waiting, mut under_way) = (std::collections::HashMap::new(), 0_usize);
+        let (mut waiting, mut under_way) = (HashMap::new(), 0_usize);
         for _ in 0..300 {
             let n = random(&mut state);
             let parent = groups[(n >> 8) as usize % groups.len()];
@@ -321,23 +345,7 @@ fn any_history_ends_with_every_request_granted_once() {
             granted.iter().for_each(|flow| *waiting.get_mut(&flow.disk).unwrap() -= 1);
             assert!(waiting.values().all(|count| *count >= 0), "seed {seed}");
         }
-        // Now only time goes on, and requests end.
-        for step in 0.. {
-            assert!(step < 100_000, "seed {seed}: {waiting:?}");
-            arbiter.finished(under_way);
-            let mut granted = Vec::new();
-            let next = arbiter.dispatch(at(now), &mut granted);
-            under_way = granted.len();
-            granted.iter().for_each(|flow| *waiting.get_mut(&flow.disk).unwrap() -= 1);
-            match next {
-                Some(next) => {
-                    assert!(next > at(now), "seed {seed}: it waits for what has been");
-                    now = next.as_nanos() as u64;
-                }
-                None if under_way == 0 => break,
-                None => {}
-            }
-        }
+        finish(&mut arbiter, now, under_way, &mut waiting);
         assert!(waiting.values().all(|count| *count == 0), "seed {seed}: {waiting:?}");
     }
 }

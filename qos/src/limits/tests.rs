@@ -1,3 +1,5 @@
+//! Limits in virtual time: windows, bursts, changes.
+
 use super::*;
 use crate::random::random;
 

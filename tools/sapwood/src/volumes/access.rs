@@ -53,13 +53,23 @@ impl Access {
     /// The same for one who opens the store with a folder for sockets.
     pub fn open(host: Host, root: &Path, sockets: Option<&Path>) -> anyhow::Result<Self> {
         let begin = Instant::now();
+        // A link may have come here with a copy of another store: it counts only while somebody has this one.
+        let is_link = socket_of(root).is_symlink();
         loop {
-            if let Some(socket) = daemon_of(root)? {
+            if !is_link && let Some(socket) = daemon_of(root)? {
                 return Ok(Self::Daemon(socket));
             }
             match Service::open(host, root, sockets.map(Path::to_owned)) {
                 Ok(service) => return Ok(Self::Direct(service)),
-                Err(error) if error.kind == "locked" && begin.elapsed() < LOCKED_TIME_MAX => sleep(PAUSE),
+                Err(error) if error.kind == "locked" => {
+                    if is_link && let Some(socket) = daemon_of(root)? {
+                        return Ok(Self::Daemon(socket));
+                    }
+                    if begin.elapsed() > LOCKED_TIME_MAX {
+                        return Err(error.into());
+                    }
+                    sleep(PAUSE);
+                }
                 Err(error) => return Err(error.into()),
             }
         }
