@@ -167,11 +167,10 @@ fn a_diff_is_what_a_guest_has_written_after_kills_too() -> Result<()> {
     daemon.sapwood(&["create", ":go", "1M"])?;
 
     let volumes = [("root", 2), ("data", 1), ("go", 1)];
-    let attach = |daemon: &Daemon| -> Result<Vec<Disk>> {
-        volumes.iter().map(|(volume, queues)| Ok(daemon.attach(volume, *queues)?.reconnecting())).collect()
-    };
+    let attach = |(volume, queues)| Ok(daemon.attach(volume, queues)?.reconnecting());
+    let disks = volumes.into_iter().map(attach).collect::<Result<Vec<Disk>>>()?;
     let script = WRITE_BLOCKS.replace("BLOCKS", &BLOCKS.to_string()).replace("EACH", &EACH.to_string());
-    let writing = Guest::boot(&GuestSpec::new(attach(&daemon)?, script), &assets)?;
+    let writing = Guest::boot(&GuestSpec::new(disks, script), &assets)?;
     writing.wait_for("full", READY_LIMIT)?;
     daemon.sapwood(&["snapshot", "data@before"])?;
     // The sign for the guest.
@@ -184,8 +183,8 @@ fn a_diff_is_what_a_guest_has_written_after_kills_too() -> Result<()> {
         daemon.sapwood(&["snapshot", &format!("data@s{written}")])?;
         let after = writing.so_far().values("block").len();
         taken.push((format!("@s{written}"), before..=after + 1));
+        // What was attached is attached again, and the guest goes on.
         daemon = daemon.kill_and_restart()?;
-        attach(&daemon)?;
     }
     let report = writing.succeed()?;
     let blocks: Vec<u64> =

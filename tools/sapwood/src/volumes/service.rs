@@ -222,7 +222,7 @@ impl Service {
     /// layers that nobody reads any more go.
     pub fn after_seal(&self) {
         for attached in self.all_attached() {
-            // While a snapshot of it is taken: then it is tried again after the next one was sealed.
+            // What it reads stays where it is meanwhile. It is tried again after the next snapshot was sealed.
             if let Err(error) = attached.reopen_base(self) {
                 log::warn!("what lies below a volume cannot be opened again yet: {error}");
             }

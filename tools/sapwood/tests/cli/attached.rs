@@ -175,6 +175,20 @@ fn a_copy_of_a_store_takes_no_socket_of_the_original() {
 }
 
 #[test]
+fn what_is_asked_of_a_copy_is_not_done_to_the_original() {
+    let place = place();
+    // Its store holds a link to the socket.
+    let (daemon, _) = Daemon::start(&place, "--store vms --socket control --sockets run --no-background");
+    about(&place, "create :web 1M").text();
+    assert!(place.path("vms/daemon.sock").is_symlink());
+    assert!(place.command("cp", "-a vms copy").status().unwrap().success());
+    place.sapwood("delete copy:web").text();
+    place.sapwood("show copy:web").fails(1, &["web"]);
+    about(&place, "show :web").text();
+    daemon.stops();
+}
+
+#[test]
 fn what_cannot_be_written_down_is_tried_again() {
     let place = place();
     let (daemon, _) = Daemon::start(&place, START);
