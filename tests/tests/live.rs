@@ -5,6 +5,7 @@
 use std::cell::Cell;
 use std::collections::VecDeque;
 use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 use sapwood_blockdev::buffer::SharedBuf;
 use sapwood_blockdev::device::{BlockDevice, Command, DeviceQueue, Done, Request, drain};
 use sapwood_blockdev::engine::{BlockingEngine, Engine, UringEngine};
-use sapwood_blockdev::io::{Io, block_on};
+use sapwood_blockdev::io::{Io, block_on, run_alone};
 use sapwood_blockdev::storage::{HostFile, HostStorage};
 use sapwood_blockdev::units::GuestOffset;
 use sapwood_image::ImageError;
@@ -42,8 +43,7 @@ fn path(folder: &Path, number: u64) -> PathBuf {
 }
 
 fn run_io<E: Engine, T: 'static>(make: Make<E>, f: impl AsyncFnOnce(Io<E>) -> T + 'static) -> T {
-    let io = Io::new(make());
-    block_on(&io.clone(), f(io))
+    run_alone(Io::new(make()), |io| f(io))
 }
 
 fn open<E: Engine<File = HostFile>>(make: Make<E>, path: PathBuf, read_only: bool) -> Arc<Layer<E>> {
@@ -157,8 +157,13 @@ fn contents(thread: u64, n: u64, began: u64) -> Vec<u8> {
     words.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<u8>>().repeat(BLOCK as usize / 32)
 }
 
+/// How many files are open, but for those that each thread may be opening for a read in place of another one.
 fn open_files() -> usize {
-    fs::read_dir("/proc/self/fd").unwrap().count()
+    let look = |_| {
+        thread::sleep(Duration::from_millis(1));
+        fs::read_dir("/proc/self/fd").unwrap().count()
+    };
+    (0..50).map(look).min().unwrap()
 }
 
 /// Looks whether the disk of a layer is what had been written at one moment from `since` to `until`.
@@ -232,26 +237,31 @@ fn every_snapshot_is_a_consistent_cut<E: Engine<File = HostFile>>(make: Make<E>)
                 thread::sleep(Duration::from_millis(1));
             }
         };
-        wait(WRITES);
-        let mut files = 0;
-        for number in 1..=SNAPSHOTS {
-            let since = clock.load(Ordering::SeqCst);
-            let (taken, path) = (Arc::clone(&volume), path(folder, number));
-            run_io(make, async move |io| snapshot(taken, io, path, || ()).await).unwrap();
-            times.push((since, clock.load(Ordering::SeqCst)));
+        // Whatever fails, all threads come to their ends.
+        let failed = catch_unwind(AssertUnwindSafe(|| {
             wait(WRITES);
-            let info = volume.layer().info();
-            assert_eq!(info.depth as u64, number);
-            assert!(info.map_bytes <= 8 << 20 && info.index_bytes <= 8 << 20, "{info:?}");
-            if number == SNAPSHOTS / 2 {
-                files = open_files();
+            let mut files = 0;
+            for number in 1..=SNAPSHOTS {
+                let since = clock.load(Ordering::SeqCst);
+                let (taken, path) = (Arc::clone(&volume), path(folder, number));
+                run_io(make, async move |io| snapshot(taken, io, path, || ()).await).unwrap();
+                times.push((since, clock.load(Ordering::SeqCst)));
+                wait(WRITES);
+                let info = volume.layer().info();
+                assert_eq!(info.depth as u64, number);
+                assert!(info.map_bytes <= 8 << 20 && info.index_bytes <= 8 << 20, "{info:?}");
+                if number == SNAPSHOTS / 2 {
+                    files = open_files();
+                }
             }
-        }
-        assert!(open_files() <= files + 2, "{} files are open, {files} half-way", open_files());
+            assert!(open_files() <= files + 2, "{} files are open, {files} half-way", open_files());
+        }));
         stop.store(true, Ordering::Relaxed);
-        logs.extend(writers.into_iter().map(|writer| writer.join().unwrap()));
+        let ended: Vec<_> = writers.into_iter().map(|writer| writer.join()).collect();
         let closed = Arc::clone(&volume);
         run_io(make, async move |io| closed.close(&io).await).unwrap();
+        failed.unwrap_or_else(|panic| resume_unwind(panic));
+        logs.extend(ended.into_iter().map(Result::unwrap));
     });
     drop(volume);
     for (number, (since, until)) in (0..).zip(times) {
