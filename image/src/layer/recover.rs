@@ -303,7 +303,9 @@ impl<E: Engine> Layer<E> {
     ) -> Result<bool, ImageError> {
         let (slot, tuning) = (&newest.slot, self.core().tuning);
         let reach = reach(reader, self.core().segments.count());
-        let mut replay = Replay::new(reader, self.header(), &tuning, slot.log);
+        let replay = Replay::new(reader, self.header(), &tuning, slot.log);
+        // After a clean stop there is nothing to read.
+        let mut replay = if slot.clean { replay.expecting_its_end() } else { replay };
         let mut found_end = false;
         while let Some(record) = if is_ended { None } else { replay.next().await? } {
             let is_next = |run: &Run| matches!(run, Run::CheckpointEnd { generation, .. } if *generation == slot.generation + 1);

@@ -17,7 +17,7 @@ use sapwood_blockdev::buffer::AlignedBuf;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::units::{BLOCK_BYTES, BLOCK_SIZE};
 
-/// Bytes read ahead along each lane of the log, once it is known to go on.
+/// Bytes read ahead along each lane of the log.
 const WINDOW_BYTES: u64 = 1 << 20;
 
 /// A record that is believed.
@@ -38,7 +38,7 @@ pub(super) struct Replay<'a, E: Engine> {
     disk_end_max: u64,
     /// After the last record that was believed.
     pub(super) position: LogPosition,
-    /// Bytes that are read at least: mostly the log has ended, and there is nothing to read.
+    /// Bytes that are read at least.
     ahead: u64,
     /// What was read ahead along each lane.
     windows: [Window; LANES],
@@ -61,7 +61,13 @@ impl<'a, E: Engine> Replay<'a, E> {
         let segments_max = Segments::count_max(header.segment_blocks);
         let disk_end_max = size_max(header.segment_blocks);
         let windows = std::array::from_fn(|_| Window { bytes: AlignedBuf::zeroed(0), at: 0 });
-        Self { reader, header, tuning, segments_max, disk_end_max, position, ahead: 0, windows }
+        let ahead = WINDOW_BYTES;
+        Self { reader, header, tuning, segments_max, disk_end_max, position, ahead, windows }
+    }
+
+    /// The same where the log has most likely ended: nothing is read ahead until a record is found.
+    pub(super) fn expecting_its_end(self) -> Self {
+        Self { ahead: 0, ..self }
     }
 
     /// The next record, or `None` at the end of the log.
