@@ -5,7 +5,14 @@ use sapwood_tests::sim::explore::first_failure;
 use sapwood_tests::sim::layer::LayerSubject;
 
 /// Seeds within which a breach must be noticed.
-const SEEDS_MAX: u64 = 2000;
+fn seeds_max(mutation: Mutation) -> u64 {
+    match mutation {
+        // The log of the older slot must be damaged, and must hold what the newer one has not stored: `damage` has that, too. A
+        // checkpoint must end while the cleaner opens a lane and nobody writes, and the power must take that record only.
+        Mutation::FallbackWithoutLog | Mutation::SlotNamesUnsynced => 20_000,
+        _ => 2000,
+    }
+}
 
 #[test]
 fn every_breach_of_the_commit_protocol_is_noticed() {
@@ -16,11 +23,12 @@ fn every_breach_of_the_commit_protocol_is_noticed() {
             continue;
         }
         let tuning = Tuning { mutation: Some(mutation), ..Tuning::default() };
-        let (tried, failure) = first_failure(&LayerSubject { tuning, on_device: false }, 0..SEEDS_MAX);
+        let (tried, failure) =
+            first_failure(&LayerSubject { tuning, on_device: false }, 0..seeds_max(mutation));
         match failure {
             Some(failure) => println!("{mutation:?}: seed {}, {}", tried - 1, failure.message),
             None => missed.push(mutation),
         }
     }
-    assert!(missed.is_empty(), "not noticed in {SEEDS_MAX} histories each: {missed:?}");
+    assert!(missed.is_empty(), "not noticed: {missed:?}");
 }

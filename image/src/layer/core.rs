@@ -461,12 +461,14 @@ impl Core {
     }
 
     /// The position that a checkpoint frozen at `frozen` may name: the newest one, when only the
-    /// checkpoint's own records came since.
+    /// checkpoint's own records and such that change no map came since, and all of them are durable. One
+    /// before a named position that a power cut took would leave a gap between those around it.
     pub(super) fn checkpoint_position(&self, frozen: LogPosition) -> LogPosition {
-        if self.log.guest_sequence <= frozen.sequence && self.log.flights.is_empty() {
-            self.log.published
-        } else {
-            frozen
+        let newest = self.log.published;
+        let is_durable = self.sync.durable >= newest.sequence || breaks!(self.tuning, SlotNamesUnsynced);
+        match self.log.guest_sequence <= frozen.sequence && self.log.flights.is_empty() && is_durable {
+            true => newest,
+            false => frozen,
         }
     }
 

@@ -43,6 +43,8 @@ pub enum Mutation {
     UsageAsOfNow,
     /// A slot names a checkpoint that was not synced.
     SlotBeforeSync,
+    /// A slot names a position of the log up to which it was not synced.
+    SlotNamesUnsynced,
     /// Segments are freed before the slot that allows it is durable.
     SlotNotSynced,
     /// A segment is reused although the older slot still needs it.
@@ -80,7 +82,7 @@ pub enum Mutation {
 impl Mutation {
     /// Every mutation that histories of one disk can show; those of changes of base have histories
     /// of their own.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::ReportBeforeEarlierRecord,
         Self::PublishOutOfOrder,
         Self::FlushJoinsSubmittedSync,
@@ -96,6 +98,7 @@ impl Mutation {
         Self::FuzzyCheckpoint,
         Self::UsageAsOfNow,
         Self::SlotBeforeSync,
+        Self::SlotNamesUnsynced,
         Self::SlotNotSynced,
         Self::ReuseAfterOneSlot,
         Self::ReuseWithoutEpochs,

@@ -149,10 +149,14 @@ impl Shape {
         let base_sectors = rng.between(1, sectors + 16);
         let churn = style == Style::Churn;
         let full = style == Style::Failing && rng.percent(30);
+        let sectors_max = sectors + rng.between(0, 64);
+        let base = rng.pick(&[Base::Nothing, Base::Raw(base_sectors), Base::Layer(base_sectors)]);
+        // There is room for the base and for making the disk.
+        let room = if matches!(base, Base::Layer(_)) { 512 << 10 } else { 256 << 10 };
         Self {
             sectors,
-            sectors_max: sectors + rng.between(0, 64),
-            base: rng.pick(&[Base::Nothing, Base::Raw(base_sectors), Base::Layer(base_sectors)]),
+            sectors_max,
+            base,
             segment_size: rng.pick(&[64 << 10, 64 << 10, 128 << 10]),
             checkpoint_bytes: rng.pick(&[64 << 10, 256 << 10, 1 << 20]),
             checkpoint_interval: Duration::from_millis(if churn {
@@ -164,7 +168,7 @@ impl Shape {
             write_cache: churn || !rng.percent(20),
             queues: rng.pick(&[1, 2, 2, 3]),
             alignment: rng.pick(&[512, 4096]),
-            capacity: full.then(|| rng.between(base_sectors * 512 + (256 << 10), 2 << 20)),
+            capacity: full.then(|| rng.between(base_sectors * 512 + room, 2 << 20)),
         }
     }
 }
