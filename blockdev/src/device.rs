@@ -145,6 +145,10 @@ pub trait DeviceQueue {
     /// Blocks until polling may bring something new, or `deadline`. May return early.
     fn wait(&mut self, deadline: Option<Time>);
 
+    /// Lets nothing wait any more that a device could do but holds back, such as for a limit: the caller takes no more
+    /// requests, and waits for all to end.
+    fn hurry(&mut self) {}
+
     /// Requests submitted and not yet reported, and whatever else the device does on this queue's
     /// engine, which must end before the queue is dropped. That ends without a report: poll, look
     /// here, and only then wait (as [`drain`] does).

@@ -330,6 +330,7 @@ impl<D: BlockDevice<Engine: WatchFd>> Loop<D> {
     /// Stops taking requests and waits for those in flight.
     fn stop(&mut self) -> Option<u16> {
         self.queue.with_engine(|engine| engine.watch(None));
+        self.queue.hurry();
         // What is outstanding may be the device's own work, whose end is no report: look before
         // every wait.
         loop {

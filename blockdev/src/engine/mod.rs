@@ -91,8 +91,8 @@ pub trait WatchFd: Engine {
     fn watch(&mut self, fd: Option<std::sync::Arc<std::os::fd::OwnedFd>>);
 }
 
-/// CLOCK_MONOTONIC.
-fn monotonic_now() -> Time {
+/// What the host's engines take for now: CLOCK_MONOTONIC, the same in all threads.
+pub fn monotonic_now() -> Time {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     Duration::new(now.tv_sec.unsigned_abs(), now.tv_nsec.unsigned_abs().try_into().unwrap_or(0))
 }

@@ -105,6 +105,16 @@ impl Arbiter {
         }
     }
 
+    /// Moves a node to another group, of which it is not a part. What it had there counts no more.
+    pub fn move_to(&mut self, id: NodeId, parent: NodeId, now: Duration) {
+        let was_active = self.node(id).state != State::Idle;
+        self.rest(id);
+        self.node_mut(id).parent = Some(parent);
+        if was_active {
+            self.activate(id, now);
+        }
+    }
+
     /// Another bound for requests under way. Those that are go on.
     pub fn set_in_flight_max(&mut self, max: Option<usize>) {
         self.in_flight_max = max.map(|max| max.max(1));
@@ -114,6 +124,28 @@ impl Arbiter {
     pub fn arrive(&mut self, flow: Flow, bytes: u64, now: Duration) {
         self.node_mut(flow.disk).push(flow, bytes);
         self.activate(flow.disk, now);
+    }
+
+    /// Grants everything that waits in a queue of a disk, whatever the limits say, and counts it: reads, writes.
+    pub fn release(&mut self, disk: NodeId, queue: u16, now: Duration) -> [usize; 2] {
+        [Direction::Read, Direction::Write].map(|direction| {
+            let flow = Flow { disk, queue, direction };
+            let waiting = self.node(disk).waiting(flow);
+            for _ in 0..waiting {
+                self.activate(disk, now);
+                self.serve(flow, None, now);
+            }
+            waiting
+        })
+    }
+
+    /// Forgets what waits in a queue of a disk.
+    pub fn forget(&mut self, disk: NodeId, queue: u16) {
+        let node = self.node_mut(disk);
+        node.forget(queue);
+        if node.is_over() {
+            self.rest(disk);
+        }
     }
 
     /// So many requests that were granted have ended.

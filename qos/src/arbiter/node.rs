@@ -218,6 +218,23 @@ impl Node {
         bytes
     }
 
+    /// How many requests of a flow wait.
+    pub(super) fn waiting(&self, flow: Flow) -> usize {
+        match &self.kind {
+            Kind::Group(_) => 0,
+            Kind::Disk(disk) => disk.flows.get(index(flow)).map_or(0, VecDeque::len),
+        }
+    }
+
+    /// Forgets what waits in a queue of a disk.
+    pub(super) fn forget(&mut self, queue: u16) {
+        let disk = self.disk_mut();
+        disk.turns.retain(|index| index / 2 != usize::from(queue));
+        for flow in disk.flows.iter_mut().skip(usize::from(queue) * 2).take(2) {
+            flow.clear();
+        }
+    }
+
     /// The directions in which requests of a disk wait; of a group, all.
     pub(super) fn wanted(&self) -> Mask {
         match &self.kind {

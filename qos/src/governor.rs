@@ -1,0 +1,350 @@
+//! One [`Arbiter`] for the disks of a process, shared by the threads of their queues.
+//!
+//! A thread keeps the requests that wait (see [`crate::limited`]); the arbiter knows how many there are, and grants. Whoever looks
+//! grants to all: what another thread may begin is put into its mailbox, and it is woken. Of all that wait for a limit one thread
+//! has the *alarm*: it looks again when the first limit lets something through, while the others sleep until they are woken.
+//!
+//! Disks without limits pass by, without a lock, for as long as nobody shares by weight or reservation (`is_governed`).
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::Waker;
+
+use sapwood_blockdev::engine::{Time, monotonic_now};
+
+use crate::arbiter::{Arbiter, Flow, NodeId, Settings};
+use crate::limits::Direction;
+
+/// Requests under way at most, of all disks, where they share by weight or reservation, if nobody says another number.
+pub const IN_FLIGHT_DEFAULT: usize = 32;
+
+/// A queue of a disk.
+type Key = (NodeId, u16);
+
+/// See the module's documentation.
+#[derive(Debug)]
+pub struct Governor {
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    arbiter: Arbiter,
+    /// What was set, by node.
+    settings: HashMap<NodeId, (Option<NodeId>, Settings)>,
+    /// Requests under way at most while anybody shares.
+    in_flight_max: usize,
+    disks: HashMap<NodeId, Arc<Shown>>,
+    queues: HashMap<Key, Arc<Mail>>,
+    alarm: Option<(Time, Key)>,
+    granted: Vec<Flow>,
+}
+
+/// A disk's place among the others, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    governor: Arc<Governor>,
+    node: NodeId,
+    shown: Arc<Shown>,
+}
+
+/// What of a disk is seen without the lock.
+#[derive(Debug, Default)]
+struct Shown {
+    is_governed: AtomicBool,
+    /// For how long requests that were granted had waited, in nanoseconds, all together.
+    waited_ns: AtomicU64,
+}
+
+/// What other threads tell a queue's.
+#[derive(Debug)]
+struct Mail {
+    /// Requests that may begin: reads, writes.
+    granted: [AtomicU32; 2],
+    /// It is to look, perhaps to take the alarm.
+    nudged: AtomicBool,
+    waker: Waker,
+}
+
+/// Requests that may begin: reads, writes.
+pub(crate) type Grants = [usize; 2];
+
+/// A queue's access to the governor.
+#[derive(Debug)]
+pub(crate) struct Member {
+    seat: Arc<Seat>,
+    queue: u16,
+    mail: Arc<Mail>,
+    /// When this thread is to look again, if it has the alarm.
+    alarm: Option<Time>,
+}
+
+impl Seat {
+    pub(crate) fn new(governor: &Arc<Governor>, parent: NodeId, settings: &Settings, now: Time) -> Arc<Self> {
+        let (governor, shown) = (Arc::clone(governor), Arc::<Shown>::default());
+        let mut state = governor.state();
+        let node = state.arbiter.add_disk(parent, settings, now);
+        state.settings.insert(node, (Some(parent), settings.clone()));
+        state.disks.insert(node, Arc::clone(&shown));
+        Governor::settle(state, now);
+        Arc::new(Self { governor, node, shown })
+    }
+
+    pub(crate) fn node(&self) -> NodeId {
+        self.node
+    }
+
+    pub(crate) fn is_governed(&self) -> bool {
+        self.shown.is_governed.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn add_waited(&self, waited: Time) {
+        let nanos = waited.as_nanos().try_into().unwrap_or(u64::MAX);
+        self.shown.waited_ns.fetch_add(nanos, Ordering::Relaxed);
+    }
+
+    pub(crate) fn waited(&self) -> Time {
+        Time::from_nanos(self.shown.waited_ns.load(Ordering::Relaxed))
+    }
+
+    /// A queue of the disk, whose thread `waker` wakes.
+    pub(crate) fn join(self: &Arc<Self>, waker: Waker) -> Member {
+        let granted = [AtomicU32::new(0), AtomicU32::new(0)];
+        let mail = Arc::new(Mail { granted, nudged: AtomicBool::new(false), waker });
+        let mut state = self.governor.state();
+        let is_free = |queue: &u16| !state.queues.contains_key(&(self.node, *queue));
+        let queue = (0..u16::MAX).find(is_free).expect("a disk has fewer queues");
+        state.queues.insert((self.node, queue), Arc::clone(&mail));
+        Member { seat: Arc::clone(self), queue, mail, alarm: None }
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.governor.remove(self.node, monotonic_now());
+    }
+}
+
+impl Governor {
+    /// A governor for disks that together have not more than `in_flight_max` requests under way while any of them has a weight
+    /// or a reservation.
+    pub fn new(in_flight_max: usize, now: Time) -> Arc<Self> {
+        let state = State {
+            arbiter: Arbiter::new(None, now),
+            settings: HashMap::from([(Arbiter::ROOT, (None, Settings::default()))]),
+            in_flight_max,
+            disks: HashMap::new(),
+            queues: HashMap::new(),
+            alarm: None,
+            granted: Vec::new(),
+        };
+        Arc::new(Self { state: Mutex::new(state) })
+    }
+
+    /// Adds a group to the group `parent`, which may be [`Arbiter::ROOT`].
+    pub fn add_group(&self, parent: NodeId, settings: &Settings, now: Time) -> NodeId {
+        let mut state = self.state();
+        let node = state.arbiter.add_group(parent, settings, now);
+        state.settings.insert(node, (Some(parent), settings.clone()));
+        Self::settle(state, now);
+        node
+    }
+
+    /// Changes what a disk, a group or all together may do, and in which group it is. What waits goes by it at once.
+    pub fn change(&self, node: NodeId, parent: NodeId, settings: &Settings, now: Time) {
+        let mut state = self.state();
+        let old = state.settings.insert(node, (Some(parent), settings.clone()));
+        let (old_parent, old_settings) = old.expect("a node that was added");
+        if node == Arbiter::ROOT {
+            state.settings.insert(node, (None, settings.clone()));
+        } else if old_parent != Some(parent) {
+            state.arbiter.move_to(node, parent, now);
+        }
+        if old_settings != *settings {
+            state.arbiter.change(node, settings, now);
+        }
+        Self::settle(state, now);
+    }
+
+    /// Removes a group without members.
+    pub fn remove_group(&self, node: NodeId, now: Time) {
+        self.remove(node, now);
+    }
+
+    fn remove(&self, node: NodeId, now: Time) {
+        let mut state = self.state();
+        state.arbiter.remove(node);
+        state.settings.remove(&node);
+        state.disks.remove(&node);
+        Self::settle(state, now);
+    }
+
+    /// Requests that were granted and have not ended.
+    pub fn in_flight(&self) -> usize {
+        self.state().arbiter.in_flight()
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// After a change: who is governed, and what may begin now.
+    fn settle(mut state: MutexGuard<'_, State>, now: Time) {
+        state.find_governed();
+        let next = state.dispatch(now);
+        let mut delivered = state.deliver(None);
+        // Whoever has the alarm may have it for too late.
+        if next.is_some_and(|next| state.alarm.is_none_or(|(at, _)| next < at)) {
+            let holder = state.alarm.map(|(_, key)| key).or_else(|| state.queues.keys().next().copied());
+            if let Some(mail) = holder.and_then(|key| state.queues.get(&key)) {
+                mail.nudged.store(true, Ordering::Release);
+                delivered.others.push(Arc::clone(mail));
+            }
+        }
+        drop(state);
+        delivered.wake();
+    }
+}
+
+impl State {
+    /// Finds out which disks have to ask.
+    fn find_governed(&mut self) {
+        let default = Settings::default();
+        let shares = |settings: &Settings| {
+            settings.weight != default.weight || settings.reserve_iops != default.reserve_iops
+        };
+        let sharing = self.settings.values().any(|(_, settings)| shares(settings));
+        self.arbiter.set_in_flight_max(sharing.then_some(self.in_flight_max));
+        for (node, shown) in &self.disks {
+            let (mut is_governed, mut next) = (sharing, Some(*node));
+            while let Some((parent, settings)) = next.and_then(|node| self.settings.get(&node)) {
+                is_governed |= !settings.limits.is_empty();
+                next = *parent;
+            }
+            shown.is_governed.store(is_governed, Ordering::Relaxed);
+        }
+    }
+
+    /// Has the arbiter grant; when to look again.
+    fn dispatch(&mut self, now: Time) -> Option<Time> {
+        self.arbiter.dispatch(now, &mut self.granted)
+    }
+
+    /// Tells everybody what they may begin; what `me` may is returned.
+    fn deliver(&mut self, me: Option<Key>) -> Delivered {
+        let mut delivered = Delivered::default();
+        let mut last = None;
+        for flow in self.granted.drain(..) {
+            let (key, direction) = ((flow.disk, flow.queue), usize::from(flow.direction == Direction::Write));
+            if me == Some(key) {
+                delivered.own[direction] += 1;
+            } else if let Some(mail) = self.queues.get(&key) {
+                mail.granted[direction].fetch_add(1, Ordering::Release);
+                if last.replace(key) != Some(key) {
+                    delivered.others.push(Arc::clone(mail));
+                }
+            }
+        }
+        delivered
+    }
+}
+
+/// What was granted.
+#[derive(Default)]
+struct Delivered {
+    own: Grants,
+    /// Whose threads have mail.
+    others: Vec<Arc<Mail>>,
+}
+
+impl Delivered {
+    /// Wakes the others; without the lock, which they want first.
+    fn wake(self) -> Grants {
+        for mail in self.others {
+            mail.waker.wake_by_ref();
+        }
+        self.own
+    }
+}
+
+impl Member {
+    fn key(&self) -> Key {
+        (self.seat.node, self.queue)
+    }
+
+    /// The disk's place.
+    pub(crate) fn seat(&self) -> &Seat {
+        &self.seat
+    }
+
+    /// When this thread has to look again at the latest, whatever it waits for.
+    pub(crate) fn alarm(&self) -> Option<Time> {
+        self.alarm
+    }
+
+    /// Whether others have granted or told something.
+    pub(crate) fn has_mail(&self) -> bool {
+        let is_granted = self.mail.granted.iter().any(|granted| granted.load(Ordering::Relaxed) > 0);
+        is_granted || self.mail.nudged.load(Ordering::Relaxed)
+    }
+
+    /// What others granted.
+    pub(crate) fn take_mail(&self) -> Grants {
+        self.mail.granted.each_ref().map(|granted| match granted.load(Ordering::Relaxed) {
+            0 => 0,
+            _ => granted.swap(0, Ordering::Acquire) as usize,
+        })
+    }
+
+    /// Whether this thread was told to look.
+    pub(crate) fn is_nudged(&self) -> bool {
+        self.mail.nudged.load(Ordering::Relaxed) && self.mail.nudged.swap(false, Ordering::Acquire)
+    }
+
+    /// Tells of requests that wait from now on, by their bytes, and of how many that were granted have ended; what may begin.
+    pub(crate) fn exchange(
+        &mut self,
+        arrived: impl Iterator<Item = (Direction, u64)>,
+        finished: usize,
+        now: Time,
+    ) -> Grants {
+        let key = self.key();
+        let mut state = self.seat.governor.state();
+        state.arbiter.finished(finished);
+        for (direction, bytes) in arrived {
+            state.arbiter.arrive(Flow { disk: key.0, queue: key.1, direction }, bytes, now);
+        }
+        let next = state.dispatch(now);
+        let is_mine =
+            state.alarm.is_none_or(|(at, holder)| holder == key || next.is_some_and(|next| next < at));
+        if is_mine {
+            state.alarm = next.map(|next| (next, key));
+            self.alarm = next;
+        } else {
+            self.alarm = None;
+        }
+        let delivered = state.deliver(Some(key));
+        drop(state);
+        delivered.wake()
+    }
+
+    /// Lets everything begin that waits in this queue, whatever the limits say.
+    pub(crate) fn release(&mut self, now: Time) -> Grants {
+        self.seat.governor.state().arbiter.release(self.seat.node, self.queue, now)
+    }
+
+    /// Leaves, with so many requests that were granted and not reported.
+    pub(crate) fn leave(&mut self, finished: usize, now: Time) {
+        let key = self.key();
+        let mut state = self.seat.governor.state();
+        state.queues.remove(&key);
+        state.arbiter.forget(key.0, key.1);
+        // What was granted and never begun has ended, too.
+        state.arbiter.finished(finished + self.take_mail().into_iter().sum::<usize>());
+        if state.alarm.is_some_and(|(_, holder)| holder == key) {
+            state.alarm = None;
+        }
+        Governor::settle(state, now);
+    }
+}
