@@ -212,10 +212,10 @@ value sum $(sha256sum </dev/vdb | cut -c1-64)
         arguments.extend(words(&["--append", "quiet systemd.show_status=no", "--timeout", "590"]));
         let spec = BootSpec { arguments, script: WRITE_REBOOT_LOOK.to_owned(), limit: GUEST_LIMIT };
         let guest = Guest::boot_from_disk(&spec, &sapwood_program()?)?;
-        let (code, report) = guest.exit()?;
+        let (code, report, context) = guest.exit()?;
         say("from its own disk, twice", &report);
         println!("{}", report.lines.join("\n"));
-        ensure!(code == Some(0), "a power-off is success: {code:?}");
+        ensure!(code == Some(0), "a power-off is success: {context}");
         ensure!(report.values("boots") == ["1", "2"], "it boots, reboots and comes back");
         ensure!(report.values("cpus") == ["2", "2"] && report.values("readonly") == ["0 0 1", "0 0 1"]);
         let sums = report.values("data");
@@ -285,10 +285,10 @@ value sum $(sha256sum </dev/vdb | cut -c1-64)
     #[ignore = "needs KVM: cargo xtask test --only nested"]
     fn a_panic_has_its_exit_code() -> Result<()> {
         let guest = boot(&sapwood_boot()?, GuestSpec::diskless("echo c >/proc/sysrq-trigger"))?;
-        let (code, report) = guest.exit()?;
+        let (code, report, context) = guest.exit()?;
         say("panic", &report);
-        ensure!(report.lines.iter().any(|line| line.contains("Kernel panic")), "{}", report.tail(20));
-        ensure!(code == Some(EXIT_PANIC), "exit code {code:?}: {}", report.tail(20));
+        ensure!(report.lines.iter().any(|line| line.contains("Kernel panic")), "{context}");
+        ensure!(code == Some(EXIT_PANIC), "{context}");
         Ok(())
     }
 }

@@ -223,15 +223,18 @@ impl Guest {
         Ok(self.end()?.0)
     }
 
-    /// Waits until the VMM has ended, and gives its exit code (`None`: a signal ended it) and what the guest said. The
-    /// script need not have ended.
+    /// Waits until the VMM has ended, and gives its exit code (`None`: a signal ended it), what the guest said, and what the
+    /// VMM and the kernel wrote. The script need not have ended.
     ///
     /// # Errors
     /// It takes longer than it may; the message holds the output.
-    pub fn exit(mut self) -> Result<(Option<i32>, GuestReport)> {
+    pub fn exit(mut self) -> Result<(Option<i32>, GuestReport, String)> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         match self.vmm.wait(left) {
-            Ok(status) => Ok((status.code(), self.lines.finish(self.started))),
+            Ok(status) => {
+                let context = format!("{status}: {}\n{}", self.vmm.stderr(), self.console());
+                Ok((status.code(), self.lines.finish(self.started), context))
+            }
             Err(error) => bail!("{error:#}\n{}", self.state()),
         }
     }
