@@ -122,7 +122,7 @@ impl Seat {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        self.governor.remove(self.node, monotonic_now());
+        Governor::remove(self.governor.state(), self.node, monotonic_now());
     }
 }
 
@@ -167,13 +167,19 @@ impl Governor {
         Self::settle(state, now);
     }
 
-    /// Removes a group without members.
+    /// Removes a group, which is not [`Arbiter::ROOT`]; what is in it goes to the group that it was in.
     pub fn remove_group(&self, node: NodeId, now: Time) {
-        self.remove(node, now);
+        let mut state = self.state();
+        let State { arbiter, settings, .. } = &mut *state;
+        let above = settings[&node].0.expect("the root stays");
+        for (member, (parent, _)) in settings.iter_mut().filter(|(_, (parent, _))| *parent == Some(node)) {
+            arbiter.move_to(*member, above, now);
+            *parent = Some(above);
+        }
+        Self::remove(state, node, now);
     }
 
-    fn remove(&self, node: NodeId, now: Time) {
-        let mut state = self.state();
+    fn remove(mut state: MutexGuard<'_, State>, node: NodeId, now: Time) {
         state.arbiter.remove(node);
         state.settings.remove(&node);
         state.disks.remove(&node);

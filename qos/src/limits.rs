@@ -8,6 +8,7 @@
 use std::num::NonZeroU64;
 use std::time::Duration;
 
+use crate::arbiter::{WEIGHT_DEFAULT, WEIGHT_MAX};
 use crate::bucket::{Bucket, NANO};
 
 /// What may be done at once although it was not saved for: as much as comes in this time. A thread that wakes so late loses nothing,
@@ -101,6 +102,32 @@ pub enum LimitError {
         name: &'static str,
         /// What was given.
         length: Duration,
+    },
+    /// A burst without a rate in the long run.
+    #[error("{name}-max without {name}: a burst is more than a limit for a while; give that, too")]
+    Alone {
+        /// Of which rate.
+        name: &'static str,
+    },
+    /// A length without a burst.
+    #[error("{name}-max-length without {name}-max: give the rate of the burst, too")]
+    NoBurst {
+        /// Of which rate.
+        name: &'static str,
+    },
+    /// A weight.
+    #[error("weight: {value}: give 1 to {WEIGHT_MAX}; it is {WEIGHT_DEFAULT} if none is given")]
+    Weight {
+        /// What was given.
+        value: u64,
+    },
+    /// A name that there is not.
+    #[error("{name}: there are {known}")]
+    Unknown {
+        /// What was given.
+        name: String,
+        /// What there is.
+        known: String,
     },
 }
 

@@ -10,6 +10,7 @@
 //! - [`name`]: `volume` and `volume@snapshot`;
 //! - [`Store`]: everything that is done, in `store`, `volume`, `snapshot`, `switch`, `attach`, `live` and
 //!   `notes`;
+//! - [`limits`]: what guests may do;
 //! - [`Content`]: what is sealed; `publish` makes new packs a part of the store, for `seal`, `import` and `archive`;
 //!   `export` writes archives, `diff` says what two snapshots do not have in common;
 //! - `collect` frees what nobody needs, `merge` keeps the index short;
@@ -31,6 +32,7 @@ mod error;
 mod export;
 mod id;
 mod import;
+pub mod limits;
 mod live;
 mod merge;
 #[cfg(feature = "mutations")]
@@ -64,6 +66,7 @@ pub use error::{Result, StoreError, StoreErrorKind};
 pub use export::Exporting;
 pub use id::Id;
 pub use import::{Imported, Importing};
+pub use limits::{AllLimits, LimitsChange};
 pub use live::Prepared;
 pub use merge::Upkeep;
 #[cfg(feature = "mutations")]

@@ -5,6 +5,7 @@ use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::Storage;
 use sapwood_blockdev::units::SECTOR_SIZE;
 use sapwood_image::layer::SIZE_MAX;
+use sapwood_qos::names::Named;
 use serde_json::Map;
 
 use crate::catalog::rows::{Notes, VolumeRow};
@@ -41,6 +42,8 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
             parent,
             layer: None,
             notes: Notes::default(),
+            limits: Named::new(),
+            group: None,
             space: None,
             more: Map::new(),
         }

@@ -17,7 +17,7 @@ use sapwood_image::layer::{CreateInStore, Layer, OpenLayer, create_in_store};
 use sapwood_store::catalog::Look;
 use sapwood_store::rows::{IndexRow, PackKind, PackRow, SpaceSettings};
 use sapwood_store::tree::State;
-use sapwood_store::{Name, NotesChange, SnapshotName, SnapshotReader, Store, StoreOptions, directory};
+use sapwood_store::{AllLimits, LimitsChange, Name, NotesChange, SnapshotName, SnapshotReader, Store, StoreOptions, directory};
 
 const BLOCK: usize = 4096;
 const SIZE: u64 = 1 << 20;
@@ -323,6 +323,54 @@ fn notes_settings_and_numbers_are_kept() {
     assert_eq!(view.packs().unwrap(), [(2, pack.clone()), (300, pack)]);
     assert_eq!(view.index_runs().unwrap(), [(5, run)]);
     assert_eq!((view.counter("packs").unwrap(), view.counter("runs").unwrap()), (300, 0));
+}
+
+#[test]
+fn limits_are_kept_with_the_volume_and_its_groups() {
+    let mut lab = Lab::new();
+    lab.store().create("v", SIZE).unwrap();
+    let named = |pairs: &[(&str, u64)]| pairs.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
+    let set = |pairs: &[(&str, u64)]| LimitsChange { limits: named(pairs), ..LimitsChange::default() };
+    let put = |group: &str| LimitsChange { group: Some(Some(group.to_owned())), ..LimitsChange::default() };
+    let kind = |result: sapwood_store::Result<()>| result.unwrap_err().kind.name();
+    lab.store().limit_volume("v", &set(&[("iops-total", 500), ("iops-total-max", 900)])).unwrap();
+    lab.store().limit_volume("v", &set(&[("weight", 200)])).unwrap();
+    for wrong in [set(&[("iops", 1)]), set(&[("iops", 0)]), set(&[("iops-total-max", 3)]), set(&[("weight", 1 << 40)])] {
+        assert_eq!(kind(lab.store().limit_volume("v", &wrong)), "invalid");
+    }
+    assert_eq!(kind(lab.store().limit_volume("v", &put("tenant"))), "not-found");
+    assert_eq!(kind(lab.store().limit_volume("w", &set(&[]))), "not-found");
+    lab.store().limit_group("tenant", &set(&[("bps-total", 1 << 20)])).unwrap();
+    lab.store().limit_group("all", &set(&[])).unwrap();
+    lab.store().limit_group("tenant", &put("all")).unwrap();
+    lab.store().limit_volume("v", &put("tenant")).unwrap();
+    assert_eq!(kind(lab.store().limit_group("all", &put("tenant"))), "invalid", "groups in each other");
+    assert_eq!(kind(lab.store().limit_group("a/b", &set(&[]))), "invalid");
+    assert_eq!(kind(lab.store().delete_group("all")), "in-use");
+    assert_eq!(kind(lab.store().delete_group("tenant")), "in-use");
+    // A snapshot, a new name and a new start change nothing of it; a clone has none.
+    lab.snapshot("v@s");
+    lab.store().rename_volume("v", "w").unwrap();
+    lab.store().clone_snapshot(&at("w@s"), &["clone".to_owned()]).unwrap();
+    lab.open();
+    let limits = lab.store().limits().unwrap();
+    let row = &limits.volumes["w"].1;
+    assert_eq!(row.limits, named(&[("iops-total", 500), ("iops-total-max", 900), ("weight", 200)]));
+    assert_eq!((row.group.as_deref(), limits.groups["tenant"].group.as_deref()), (Some("tenant"), Some("all")));
+    assert_eq!((limits.volumes.len(), limits.groups.len()), (1, 2));
+    let none = LimitsChange { reset: true, group: Some(None), ..LimitsChange::default() };
+    lab.store().limit_volume("w", &none).unwrap();
+    lab.store().delete_group("tenant").unwrap();
+    lab.store().delete_group("all").unwrap();
+    assert_eq!(kind(lab.store().delete_group("all")), "not-found");
+    assert_eq!(lab.store().limits().unwrap(), AllLimits::default());
+    for number in 0..8 {
+        lab.store().limit_group(&format!("g{number}"), &set(&[])).unwrap();
+    }
+    let nest = |number: u32| lab.store().limit_group(&format!("g{number}"), &put(&format!("g{}", number + 1)));
+    (0..7).for_each(|number| nest(number).unwrap());
+    lab.store().limit_group("g8", &set(&[])).unwrap();
+    assert_eq!(kind(nest(7)), "invalid", "too deep");
 }
 
 #[test]

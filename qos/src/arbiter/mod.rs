@@ -25,7 +25,7 @@ use std::time::Duration;
 
 use crate::limits::{Direction, Work};
 use node::{Kind, Mask, Node, State};
-pub use node::{NodeId, Settings};
+pub use node::{NodeId, Settings, WEIGHT_DEFAULT, WEIGHT_MAX};
 
 /// A flow of requests that keep their order: those of one queue in one direction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

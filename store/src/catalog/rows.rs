@@ -6,6 +6,7 @@
 use std::collections::BTreeMap;
 
 use sapwood_image::sealed::{Child, Hash, Place, Root};
+use sapwood_qos::names::Named;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -54,6 +55,12 @@ pub struct VolumeRow {
     /// What users say of it.
     #[serde(flatten)]
     pub notes: Notes,
+    /// What its guest may do, by name (`sapwood_qos::names`).
+    #[serde(default, skip_serializing_if = "Named::is_empty")]
+    pub limits: Named,
+    /// The group whose limits are its, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// What it takes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub space: Option<Space>,
@@ -61,6 +68,20 @@ pub struct VolumeRow {
     #[serde(flatten)]
     pub more: Map<String, Value>,
 }
+
+/// A group of volumes that share limits.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupRow {
+    /// What they may do together, by name (`sapwood_qos::names`).
+    #[serde(default)]
+    pub limits: Named,
+    /// The group that it is in.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+}
+
+/// All groups by name.
+pub type GroupRows = BTreeMap<String, GroupRow>;
 
 /// What holds the contents of a snapshot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

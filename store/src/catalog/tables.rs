@@ -11,7 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::meta::{self, Meta};
-use super::rows::{AccountRow, IndexRow, NodeRow, PackRow, SpaceSettings, VolumeRow};
+use super::rows::{AccountRow, GroupRows, IndexRow, NodeRow, PackRow, SpaceSettings, VolumeRow};
 use crate::error::{Result, StoreError, StoreErrorKind};
 use crate::id::Id;
 
@@ -44,6 +44,8 @@ const ALL: [Table; 10] =
 
 /// The key of the limits of space.
 const SPACE: &[u8] = b"space";
+/// The key of the groups of volumes.
+const GROUPS: &[u8] = b"groups";
 /// The key of what the last account has found.
 const ACCOUNT: &[u8] = b"account";
 
@@ -220,6 +222,11 @@ pub trait Look {
     /// The limits of space.
     fn space_settings(&self) -> Result<SpaceSettings> {
         Ok(self.row(SETTINGS, SPACE)?.unwrap_or_default())
+    }
+
+    /// The groups of volumes.
+    fn groups(&self) -> Result<GroupRows> {
+        Ok(self.row(SETTINGS, GROUPS)?.unwrap_or_default())
     }
 
     /// What the last account has found of the whole store.
@@ -440,6 +447,11 @@ impl Change {
     /// Sets the limits of space.
     pub fn put_space_settings(&mut self, settings: &SpaceSettings) -> Result<()> {
         self.put(SETTINGS, SPACE, settings)
+    }
+
+    /// Sets the groups of volumes.
+    pub fn put_groups(&mut self, groups: &GroupRows) -> Result<()> {
+        self.put(SETTINGS, GROUPS, groups)
     }
 
     /// Sets what an account has found of the whole store.
