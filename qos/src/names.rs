@@ -47,7 +47,10 @@ impl Settings {
     /// A name that there is not, a burst without a rate, what [`Limits::check`] refuses.
     pub fn from_named(named: &Named) -> Result<Self, LimitError> {
         if let Some(name) = named.keys().find(|name| !all().any(|known| known == **name)) {
-            return Err(LimitError::Unknown { name: name.clone(), known: all().collect::<Vec<_>>().join(", ") });
+            return Err(LimitError::Unknown {
+                name: name.clone(),
+                known: all().collect::<Vec<_>>().join(", "),
+            });
         }
         let value = |name: &str| named.get(name).copied().filter(|value| *value > 0);
         let rate = |name: &'static str| -> Result<Option<Rate>, LimitError> {
@@ -129,10 +132,16 @@ mod tests {
         for (pairs, why) in [
             (named(&[("iops", 1)]), "iops: there are iops-total, "),
             (named(&[("bps-read-max", 1)]), "bps-read-max without bps-read"),
-            (named(&[("bps-read", 1), ("bps-read-max-length", 1)]), "bps-read-max-length without bps-read-max"),
+            (
+                named(&[("bps-read", 1), ("bps-read-max-length", 1)]),
+                "bps-read-max-length without bps-read-max",
+            ),
             (named(&[("iops-read", 10), ("iops-read-max", 9)]), "iops-read-max: 9 is less"),
             (named(&[("iops-read", RATE_MAX + 1)]), "iops-read: "),
-            (named(&[("iops-read", 1), ("iops-read-max", 1), ("iops-read-max-length", 90_000)]), "max-length: "),
+            (
+                named(&[("iops-read", 1), ("iops-read-max", 1), ("iops-read-max-length", 90_000)]),
+                "max-length: ",
+            ),
             (named(&[("weight", 10_001)]), "weight: 10001"),
             (named(&[("weight", u64::MAX)]), "weight: "),
             (named(&[("reserve-iops", RATE_MAX + 1)]), "reserve-iops: "),

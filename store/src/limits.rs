@@ -54,7 +54,7 @@ pub fn settings(subject: &str, limits: &Named) -> Result<Settings> {
 fn changed(subject: &str, row: GroupRow, change: &LimitsChange, groups: &GroupRows) -> Result<GroupRow> {
     let before = if change.reset { Named::new() } else { row.limits };
     let limits = merge(&before, &change.limits);
-    settings(subject, &change.limits.iter().map(|(name, _)| (name.clone(), 0)).collect())?;
+    settings(subject, &change.limits.keys().map(|name| (name.clone(), 0)).collect())?;
     settings(subject, &limits)?;
     let group = change.group.clone().unwrap_or(row.group);
     if let Some(group) = group.as_ref().filter(|group| !groups.contains_key(*group)) {

@@ -17,7 +17,9 @@ use sapwood_image::layer::{CreateInStore, Layer, OpenLayer, create_in_store};
 use sapwood_store::catalog::Look;
 use sapwood_store::rows::{IndexRow, PackKind, PackRow, SpaceSettings};
 use sapwood_store::tree::State;
-use sapwood_store::{AllLimits, LimitsChange, Name, NotesChange, SnapshotName, SnapshotReader, Store, StoreOptions, directory};
+use sapwood_store::{
+    AllLimits, LimitsChange, Name, NotesChange, SnapshotName, SnapshotReader, Store, StoreOptions, directory,
+};
 
 const BLOCK: usize = 4096;
 const SIZE: u64 = 1 << 20;
@@ -329,13 +331,16 @@ fn notes_settings_and_numbers_are_kept() {
 fn limits_are_kept_with_the_volume_and_its_groups() {
     let mut lab = Lab::new();
     lab.store().create("v", SIZE).unwrap();
-    let named = |pairs: &[(&str, u64)]| pairs.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
+    let named =
+        |pairs: &[(&str, u64)]| pairs.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect();
     let set = |pairs: &[(&str, u64)]| LimitsChange { limits: named(pairs), ..LimitsChange::default() };
     let put = |group: &str| LimitsChange { group: Some(Some(group.to_owned())), ..LimitsChange::default() };
     let kind = |result: sapwood_store::Result<()>| result.unwrap_err().kind.name();
     lab.store().limit_volume("v", &set(&[("iops-total", 500), ("iops-total-max", 900)])).unwrap();
     lab.store().limit_volume("v", &set(&[("weight", 200)])).unwrap();
-    for wrong in [set(&[("iops", 1)]), set(&[("iops", 0)]), set(&[("iops-total-max", 3)]), set(&[("weight", 1 << 40)])] {
+    for wrong in
+        [set(&[("iops", 1)]), set(&[("iops", 0)]), set(&[("iops-total-max", 3)]), set(&[("weight", 1 << 40)])]
+    {
         assert_eq!(kind(lab.store().limit_volume("v", &wrong)), "invalid");
     }
     assert_eq!(kind(lab.store().limit_volume("v", &put("tenant"))), "not-found");
@@ -356,7 +361,10 @@ fn limits_are_kept_with_the_volume_and_its_groups() {
     let limits = lab.store().limits().unwrap();
     let row = &limits.volumes["w"].1;
     assert_eq!(row.limits, named(&[("iops-total", 500), ("iops-total-max", 900), ("weight", 200)]));
-    assert_eq!((row.group.as_deref(), limits.groups["tenant"].group.as_deref()), (Some("tenant"), Some("all")));
+    assert_eq!(
+        (row.group.as_deref(), limits.groups["tenant"].group.as_deref()),
+        (Some("tenant"), Some("all"))
+    );
     assert_eq!((limits.volumes.len(), limits.groups.len()), (1, 2));
     let none = LimitsChange { reset: true, group: Some(None), ..LimitsChange::default() };
     lab.store().limit_volume("w", &none).unwrap();
@@ -367,7 +375,8 @@ fn limits_are_kept_with_the_volume_and_its_groups() {
     for number in 0..8 {
         lab.store().limit_group(&format!("g{number}"), &set(&[])).unwrap();
     }
-    let nest = |number: u32| lab.store().limit_group(&format!("g{number}"), &put(&format!("g{}", number + 1)));
+    let nest =
+        |number: u32| lab.store().limit_group(&format!("g{number}"), &put(&format!("g{}", number + 1)));
     (0..7).for_each(|number| nest(number).unwrap());
     lab.store().limit_group("g8", &set(&[])).unwrap();
     assert_eq!(kind(nest(7)), "invalid", "too deep");

@@ -9,6 +9,7 @@ mod convert;
 pub mod create;
 mod flatten;
 pub mod info;
+pub mod limits;
 mod map;
 mod online;
 mod options;
@@ -72,6 +73,7 @@ enum Command {
     Unprotect(store::notes::Unprotect),
     Describe(store::notes::Describe),
     Label(store::notes::Label),
+    Limit(store::limit::Limit),
     Attach(store::attach::Attach),
     Detach(store::attach::Detach),
     #[command(hide = true)]
@@ -129,6 +131,7 @@ impl Cli {
             Command::Unprotect(command) => command.run(&host()).map(|()| 0),
             Command::Describe(command) => command.run(&host()).map(|()| 0),
             Command::Label(command) => command.run(&host()).map(|()| 0),
+            Command::Limit(command) => command.run(&host()).map(|()| 0),
             Command::Attach(command) => command.run(&host()).map(|()| 0),
             Command::Detach(command) => command.run(&host()).map(|()| 0),
             Command::BootWorker(worker) => worker.run(),

@@ -19,10 +19,12 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 use signal_hook::iterator::Signals;
 
+use super::limits::LimitOptions;
 use super::reading::Reading;
 use super::store::DefaultStore;
 use super::{output, size};
 use crate::boot::{CHILD_OF, end_with, remove_folder_of, with_options};
+use crate::control::limits::DiskLimits;
 use crate::control::{Control, Served};
 use crate::host::{Host, HostEngine, serving};
 use crate::volumes::access::Access;
@@ -85,6 +87,9 @@ pub struct Serve {
     space_slack: Option<size::Size>,
 
     #[command(flatten)]
+    limits: LimitOptions,
+
+    #[command(flatten)]
     reading: Reading,
 
     #[command(flatten)]
@@ -112,6 +117,8 @@ impl Serve {
         if let Some(address) = Address::of_disk(self.path.as_os_str(), self.store.given())? {
             return self.serve_volume(host, address, &mut signals);
         }
+        // Before the disk is opened: what makes no sense changes nothing.
+        self.limits.settings()?;
         let options = OpenDisk { tuning: self.tuning(), ..self.reading.open(self.format, self.readonly) };
         let (io, storage, path) = (host.io()?, host.storage(), self.path.clone());
         let opening = {
@@ -151,6 +158,9 @@ impl Serve {
         if self.control.is_some() || self.format.is_some() || self.readonly || self.reading.is_given() {
             bail!("{}: a volume is served without --control, --format and --readonly", self.path.display());
         }
+        if !self.limits.named()?.is_empty() {
+            bail!("{}: the limits of a volume are those that sapwood limit sets", self.path.display());
+        }
         let Access::Direct(service) = Access::to(*host, &address.store)? else {
             bail!("{}: the daemon of the store has it: use sapwood attach", self.path.display());
         };
@@ -178,9 +188,15 @@ impl Serve {
 
     /// Serves until a signal comes and all requests are drained.
     fn serve(&self, host: Host, disk: &Arc<Disk<HostEngine>>, signals: &mut Signals) -> anyhow::Result<()> {
-        let server = Arc::new(Server::start(Arc::clone(disk), self.options(), move || host.engine())?);
-        let served =
-            Served { host, disk: Arc::clone(disk), path: self.path.clone(), server: Arc::clone(&server) };
+        let (limited, limits) = DiskLimits::new(Arc::clone(disk), self.limits.named()?)?;
+        let server = Arc::new(Server::start(limited, self.options(), move || host.engine())?);
+        let served = Served {
+            host,
+            disk: Arc::clone(disk),
+            path: self.path.clone(),
+            server: Arc::clone(&server),
+            limits: Arc::new(limits),
+        };
         let control = self.control.as_ref().map(|path| Control::start(path, served)).transpose()?;
         let Geometry { size, read_only, .. } = disk.geometry();
         output::print(&self.ready_line(disk.format().name(), size, read_only))?;

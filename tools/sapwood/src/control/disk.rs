@@ -13,6 +13,7 @@ use sapwood_vhost::Server;
 use serde_json::{Value, json};
 
 use super::jobs::Job;
+use super::limits::DiskLimits;
 use super::wire::{Rebase, Resize};
 use crate::cli::create::probe_base;
 use crate::cli::reading::BaseReading;
@@ -29,6 +30,8 @@ pub struct Served {
     pub path: PathBuf,
     /// Who serves it.
     pub server: Arc<Server>,
+    /// What its guest may do.
+    pub limits: Arc<DiskLimits>,
 }
 
 impl Served {

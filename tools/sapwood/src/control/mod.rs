@@ -5,6 +5,7 @@
 //! - `wire`: what requests and answers look like, for both ends;
 //! - `jobs`: work that takes long, each on a thread of its own;
 //! - `disk`: what can be asked of a served disk;
+//! - `limits`: what its guest may do;
 //! - `http`: errors, bodies and jobs, as all control sockets have them;
 //! - `routes`: from a request about a served disk to an answer;
 //! - `listen`: the socket, one thread, and the bounds that a peer cannot pass;
@@ -18,6 +19,7 @@ pub mod client;
 mod disk;
 pub mod http;
 pub mod jobs;
+pub mod limits;
 pub mod listen;
 mod routes;
 pub mod wire;

@@ -13,7 +13,7 @@ use super::Shared;
 use super::disk::Served;
 use super::http::{self, Answer, Body, Error, HasJobs, Route, json_of, json_text, parse};
 use super::jobs::{Job, Jobs};
-use super::wire::{Failure, Nothing, Rebase, Resize};
+use super::wire::{Failure, Limit, Nothing, Rebase, Resize};
 use crate::cli::info;
 
 /// The OpenAPI document.
@@ -33,6 +33,8 @@ fn routes() -> Vec<Route<Shared>> {
         ("get", "/v1", get(version)),
         ("get", "/v1/openapi.json", get(document)),
         ("get", "/v1/disk", get(show_disk)),
+        ("get", "/v1/disk/limits", get(show_limits)),
+        ("post", "/v1/disk/limits", post(limit)),
         ("post", "/v1/disk/resize", post(resize)),
         ("post", "/v1/disk/flatten", post(flatten)),
         ("post", "/v1/disk/rebase", post(rebase)),
@@ -61,6 +63,15 @@ async fn show_disk(State(shared): Asked) -> Answer {
     value["frontend-connected"] = shared.served.server.is_connected().into();
     value["job"] = shared.jobs.running().into();
     Ok(json_of(StatusCode::OK, &value))
+}
+
+async fn show_limits(State(shared): Asked) -> Answer {
+    Ok(json_of(StatusCode::OK, &shared.served.limits.get()))
+}
+
+async fn limit(State(shared): Asked, body: Body) -> Answer {
+    let asked: Limit = parse(body)?;
+    Ok(json_of(StatusCode::OK, &shared.served.limits.change(&asked)?))
 }
 
 /// Starts a job for a disk that can have it done.

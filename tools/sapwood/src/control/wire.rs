@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use sapwood_image::ImageError;
+use sapwood_qos::names::Named;
 use sapwood_store::StoreError;
 use sapwood_vhost::ServerError;
 use serde::{Deserialize, Serialize};
@@ -94,6 +95,18 @@ pub struct Resize {
     /// Allow the disk to become smaller.
     #[serde(default)]
     pub shrink: bool,
+}
+
+/// The body of `POST /v1/disk/limits`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limit {
+    /// Values by name; 0 takes one away.
+    #[serde(default)]
+    pub limits: Named,
+    /// Forget all values that are not named.
+    #[serde(default)]
+    pub reset: bool,
 }
 
 /// The body of `POST /v1/disk/rebase`.

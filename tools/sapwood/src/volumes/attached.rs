@@ -15,6 +15,8 @@ use sapwood_blockdev::units::GuestOffset;
 use sapwood_image::Disk;
 use sapwood_image::layer::Tuning;
 use sapwood_image::volume::Volume;
+use sapwood_qos::arbiter::NodeId;
+use sapwood_qos::limited::Limited;
 use sapwood_store::{Attachment, Id, SnapshotName, SnapshotReader};
 use sapwood_vhost::{Options, Server};
 
@@ -62,8 +64,8 @@ struct Running {
 
 /// What a virtual machine sees.
 enum Device {
-    Volume(Arc<Counted<Volume<HostEngine>>>),
-    Snapshot(Arc<Counted<Disk<HostEngine>>>),
+    Volume(Arc<Counted<Limited<Volume<HostEngine>>>>),
+    Snapshot(Arc<Counted<Limited<Disk<HostEngine>>>>),
 }
 
 /// What ends with the detaching.
@@ -75,6 +77,8 @@ enum Held {
 /// See the module's documentation.
 pub struct Attached {
     id: Id,
+    /// The disk, as whoever limits it knows it.
+    node: NodeId,
     serve: Serve,
     device: Device,
     server: Server,
@@ -163,10 +167,16 @@ impl Attached {
     pub fn volume(service: &Service, name: &str, serve: Serve) -> Result<Arc<Self>, Failure> {
         check_socket(&serve.socket)?;
         let running = Running::open(service, name, serve.tuning)?;
-        let counted = Counted::new(Arc::clone(&running.volume));
-        match start(service, &counted, &serve) {
-            Ok(server) => Ok(Arc::new(Self {
-                id: running.attachment.volume,
+        let (id, volume) = (running.attachment.volume, Arc::clone(&running.volume));
+        let started = service.throttle().limit(service.store(), id, volume).and_then(|limited| {
+            let (node, counted) = (limited.node(), Counted::new(limited));
+            let server = start(service, &counted, &serve)?;
+            Ok((node, counted, server))
+        });
+        match started {
+            Ok((node, counted, server)) => Ok(Arc::new(Self {
+                id,
+                node,
                 serve,
                 device: Device::Volume(counted),
                 server,
@@ -187,10 +197,12 @@ impl Attached {
             let disk = store.open_snapshot(&io, &reader).await?;
             Ok::<_, Failure>((disk, reader))
         })?;
-        let counted = Counted::new(Arc::clone(&disk));
+        let limited = service.throttle().limit(service.store(), reader.id, Arc::clone(&disk))?;
+        let (node, counted) = (limited.node(), Counted::new(limited));
         let server = start(service, &counted, &serve)?;
         Ok(Arc::new(Self {
             id: reader.id,
+            node,
             serve,
             device: Device::Snapshot(counted),
             server,
@@ -201,6 +213,11 @@ impl Attached {
     /// The id of what is attached.
     pub fn id(&self) -> Id {
         self.id
+    }
+
+    /// The disk, as whoever limits it knows it.
+    pub fn node(&self) -> NodeId {
+        self.node
     }
 
     /// How it was asked to be served.

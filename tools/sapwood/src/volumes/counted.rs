@@ -75,6 +75,10 @@ impl<Q: DeviceQueue> DeviceQueue for CountedQueue<Q> {
         self.inner.wait(deadline);
     }
 
+    fn hurry(&mut self) {
+        self.inner.hurry();
+    }
+
     fn outstanding(&self) -> usize {
         self.inner.outstanding()
     }

@@ -24,12 +24,14 @@ pub mod change;
 mod counted;
 pub mod daemon;
 mod events;
+pub mod limit;
 pub mod live;
 pub mod look;
 mod memory;
 pub mod operation;
 mod routes;
 pub mod service;
+mod throttle;
 pub mod transfer;
 pub mod upkeep;
 

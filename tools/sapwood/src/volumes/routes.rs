@@ -19,7 +19,7 @@ use tokio::time::timeout;
 
 use super::operation::{Long, Method, Operation, Quick, read};
 use super::service::{Service, system};
-use super::{change, live, look, transfer, upkeep};
+use super::{change, limit, live, look, transfer, upkeep};
 use crate::control::http::{self, Answer, Body, Error, Route, json_of, json_text, parse};
 use crate::control::wire::Failure;
 
@@ -46,6 +46,10 @@ fn routes() -> Vec<Route<Service>> {
         long::<upkeep::Account>(),
         long::<upkeep::BackUp>(),
         long::<transfer::Import>(),
+        quick::<limit::ShowLimits>(),
+        quick::<limit::LimitVolume>(),
+        quick::<limit::LimitGroup>(),
+        quick::<limit::DeleteGroup>(),
         quick::<look::ListEvents>(),
         quick::<look::ShowTree>(),
         quick::<look::ListVolumes>(),

@@ -14,6 +14,7 @@ use sapwood_blockdev::engine::BlockingEngine;
 use sapwood_blockdev::io::{Io, run_alone};
 use sapwood_blockdev::storage::HostStorage;
 use sapwood_image::ErrorKind;
+use sapwood_qos::governor::IN_FLIGHT_DEFAULT;
 use sapwood_store::catalog::Look;
 use sapwood_store::{Id, SnapshotName, Store, StoreError, StoreErrorKind, StoreOptions};
 
@@ -22,6 +23,7 @@ use super::background::Signal;
 use super::events::Log;
 use super::memory::Memory;
 use super::operation::Long;
+use super::throttle::Throttle;
 use crate::control::http::HasJobs;
 use crate::control::jobs::{self, Jobs, Refused};
 use crate::control::wire::{Failure, Job};
@@ -42,6 +44,7 @@ pub struct Service {
     attached: Mutex<BTreeMap<Id, Arc<Attached>>>,
     /// Where it is written down what is attached.
     memory: Option<Memory>,
+    throttle: Throttle,
     jobs: Jobs,
     events: Log,
     background: Signal,
@@ -69,6 +72,7 @@ impl Service {
             sockets,
             attached: Mutex::default(),
             memory,
+            throttle: Throttle::new(IN_FLIGHT_DEFAULT),
             jobs,
             events: Log::default(),
             background: Signal::default(),
@@ -166,6 +170,16 @@ impl Service {
         self.attached.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// What guests may do.
+    pub fn throttle(&self) -> &Throttle {
+        &self.throttle
+    }
+
+    /// Has everything that is attached do what the catalog says now.
+    pub fn apply_limits(&self) -> Result<(), Failure> {
+        self.throttle.apply(&self.store, || self.all_attached())
+    }
+
     /// Everything that is attached.
     pub fn all_attached(&self) -> Vec<Arc<Attached>> {
         self.table().values().cloned().collect()
@@ -182,6 +196,11 @@ impl Service {
         let is_new = !table.contains_key(&attached.id());
         if is_new {
             table.insert(attached.id(), Arc::clone(attached));
+        }
+        drop(table);
+        // What was changed before it was here.
+        if let Err(error) = self.apply_limits() {
+            log::error!("limits are not applied: {error}");
         }
         is_new
     }

@@ -15,6 +15,7 @@ pub mod export;
 mod gc;
 pub mod import;
 mod init;
+pub mod limit;
 pub mod list;
 pub mod notes;
 pub mod rename;
