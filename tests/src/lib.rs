@@ -1,5 +1,5 @@
 //! Tests that need more than one crate, and the tools they share: real guests, a vhost-user client,
-//! a model of a disk, damaged images and large ones, counters, mounted file systems, and the simulated world.
+//! a model of a disk, damaged images and large ones, counters, a client that keeps a pace, mounted file systems, and the simulated world.
 
 pub mod corpus;
 pub mod counting;
@@ -10,6 +10,7 @@ pub mod lacking;
 pub mod load;
 pub mod model;
 pub mod mounts;
+pub mod pace;
 pub mod qcow2;
 pub mod sealed;
 pub mod sim;

@@ -14,7 +14,7 @@ use crate::control::wire::Failure;
 #[command(next_help_heading = "Limits")]
 pub struct LimitOptions {
     /// Requests a second
-    #[arg(long, visible_alias = "iops-total", value_name = "N")]
+    #[arg(long, alias = "iops-total", value_name = "N")]
     iops: Option<u64>,
 
     /// Reads a second
@@ -26,7 +26,7 @@ pub struct LimitOptions {
     iops_write: Option<u64>,
 
     /// Bytes a second, for example 100M
-    #[arg(long, visible_alias = "bps-total", value_name = "SIZE")]
+    #[arg(long, alias = "bps-total", value_name = "SIZE")]
     bps: Option<Size>,
 
     /// Bytes read a second
