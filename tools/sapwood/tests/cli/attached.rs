@@ -11,7 +11,7 @@ use sapwood_tests::frontend::Command;
 use sapwood_tests::model::{Model, Run};
 use serde_json::{Value, json};
 
-use crate::control::ask_at;
+use crate::control::{ask_at, has_ended};
 use crate::daemon::{Daemon, connect};
 use crate::harness::Place;
 use crate::store::{about, place};
@@ -271,15 +271,16 @@ fn with_data() -> (Place, Daemon) {
     (place, daemon)
 }
 
-fn api(place: &Place, method: &str, path: &str) -> Value {
+/// What the daemon of the store answers.
+pub fn api(place: &Place, method: &str, path: &str) -> Value {
     ask_at(place, "vms/daemon.sock", method, path, "").1
 }
 
 /// Waits for the end of a job.
-fn end_of(place: &Place, job: &Value) -> Value {
+pub fn end_of(place: &Place, job: &Value) -> Value {
     for _ in 0..6000 {
         let job = api(place, "GET", &format!("/v1/jobs/{}", job["id"]));
-        if job["state"] != "running" {
+        if has_ended(&job) {
             return job;
         }
         thread::sleep(Duration::from_millis(5));
