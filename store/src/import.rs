@@ -111,6 +111,14 @@ impl<W: Watch> Watch for AllOrNothing<'_, W> {
 }
 
 impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
+    /// Refuses what [`Self::import`] refuses before it reads anything.
+    ///
+    /// # Errors
+    /// Names that are taken or are none.
+    pub fn check_import(&self, name: &SnapshotName) -> Result<()> {
+        self.catalog.hold_still(|look| look.check_import(name))
+    }
+
     /// Imports a disk as a new volume over one snapshot, which is sealed. What the store has already is not stored again.
     ///
     /// # Errors
@@ -124,7 +132,7 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         watch: &mut impl Watch,
     ) -> Result<Imported> {
         let Importing { name, workers } = *importing;
-        self.catalog.hold_still(|look| look.check_import(name))?;
+        self.check_import(name)?;
         self.check_room(self.options.pack_bytes)?;
         let pin = Arc::new(self.content.pins().pin(&[]));
         let job = Job { workers, pin: &pin, base: None, start: 0 };

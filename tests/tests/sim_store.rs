@@ -10,49 +10,51 @@ use sapwood_tests::sim::persist::Persistence;
 use sapwood_tests::sim::store::history::{cut, cut_init, killed_writer, undisturbed};
 use sapwood_tests::sim::store::rig::Rig;
 use sapwood_tests::sim::store::setup::Course;
+use sapwood_tests::sim::store::together::Past;
 use sapwood_tests::sim::world::{Config, World};
 
 /// Seeds within which a breach must be noticed.
 const SEEDS_MAX: u64 = 3000;
 
+/// Histories of so many steps without any failure.
+fn undisturbed_all(course: Course, seeds: impl IntoIterator<Item = u64>, steps: u64) -> Vec<Past> {
+    let one = |seed| undisturbed(course, seed, steps, &StoreOptions::default());
+    seeds.into_iter().map(|seed| one(seed).unwrap_or_else(|error| panic!("{error}"))).collect()
+}
+
+/// Histories that are cut off now and then.
+fn cut_all(course: Course, seeds: impl IntoIterator<Item = u64>) {
+    for seed in seeds {
+        cut(course, seed, &StoreOptions::default()).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
 #[test]
 fn random_histories_hold_what_the_model_says() {
-    for seed in seeds(150) {
-        undisturbed(Course::Small, seed, 50, &StoreOptions::default())
-            .unwrap_or_else(|error| panic!("{error}"));
-    }
+    undisturbed_all(Course::Small, seeds(150), 50);
 }
 
 #[test]
 fn random_histories_cut_anywhere_lose_nothing_that_was_reported() {
     // A commit that failed was taken for one that was not made, and the layer that it named was removed.
     let found = [1236];
-    for seed in found.into_iter().chain(seeds(600)) {
-        cut(Course::Small, seed, &StoreOptions::default()).unwrap_or_else(|error| panic!("{error}"));
-    }
+    cut_all(Course::Small, found.into_iter().chain(seeds(600)));
 }
 
 #[test]
 fn large_disks_and_archives_hold_what_the_model_says() {
-    for seed in seeds(60) {
-        undisturbed(Course::Large, seed, 40, &StoreOptions::default())
-            .unwrap_or_else(|error| panic!("{error}"));
-    }
+    undisturbed_all(Course::Large, seeds(60), 40);
 }
 
 #[test]
 fn large_disks_and_archives_cut_anywhere_lose_nothing_that_was_reported() {
-    for seed in seeds(400) {
-        cut(Course::Large, seed, &StoreOptions::default()).unwrap_or_else(|error| panic!("{error}"));
-    }
+    cut_all(Course::Large, seeds(400));
 }
 
 #[test]
 fn several_things_at_a_time_are_as_in_some_order() {
     let (mut at_a_time, mut refused) = (0, 0);
-    for seed in seeds(100) {
-        let past = undisturbed(Course::Together, seed, 30, &StoreOptions::default())
-            .unwrap_or_else(|error| panic!("{error}"));
+    for past in undisturbed_all(Course::Together, seeds(100), 30) {
         (at_a_time, refused) = (at_a_time + past.at_a_time, refused + past.refused);
     }
     // It is one in 24.
@@ -70,9 +72,7 @@ fn a_seed_replays_with_several_things_at_a_time() {
 
 #[test]
 fn several_things_at_a_time_cut_anywhere_lose_nothing_that_was_reported() {
-    for seed in seeds(300) {
-        cut(Course::Together, seed, &StoreOptions::default()).unwrap_or_else(|error| panic!("{error}"));
-    }
+    cut_all(Course::Together, seeds(300));
 }
 
 #[test]

@@ -7,7 +7,7 @@
 //! - [`setup`]: what stores and disks are like;
 //! - [`rig`]: a process that has a store open, and does it; `inspect` is what it finds there;
 //! - [`history`]: random actions, ends, and the comparison;
-//! - `together`: several at a time.
+//! - [`together`]: several at a time.
 
 pub mod action;
 mod archives;
@@ -16,4 +16,4 @@ mod inspect;
 pub mod model;
 pub mod rig;
 pub mod setup;
-mod together;
+pub mod together;

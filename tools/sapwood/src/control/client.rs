@@ -69,7 +69,7 @@ pub fn follow(
     let mut interrupts = Interrupts::take()?;
     let mut job = begin()?;
     let mut pause = PAUSES.0;
-    while job.state == State::Running {
+    while matches!(job.state, State::Waiting | State::Running) {
         progress::show(bar, job.done_bytes, job.total_bytes);
         sleep(pause);
         pause = (pause * 2).min(PAUSES.1);

@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
 use sapwood_image::ErrorKind;
@@ -32,6 +32,8 @@ pub struct Job {
     done_bytes: AtomicU64,
     total_bytes: AtomicU64,
     cancelled: AtomicBool,
+    /// It is not its turn yet.
+    waits: AtomicBool,
     /// Of work that goes by one: stops it, and says how far it has come.
     pace: Mutex<Option<Arc<Pace>>>,
     end: Mutex<Option<End>>,
@@ -61,7 +63,15 @@ pub struct Jobs {
     running_max: usize,
     /// Log how they go. Where the only one who asks is told anyway, not.
     is_logged: bool,
-    table: Arc<Mutex<Table>>,
+    shared: Arc<Shared>,
+}
+
+/// What the threads of jobs see, too.
+#[derive(Default)]
+struct Shared {
+    table: Mutex<Table>,
+    /// Told when a job has ended, or is to end: others wait for their turn.
+    changed: Condvar,
 }
 
 #[derive(Default)]
@@ -80,6 +90,16 @@ impl Table {
         let same = running().find(|job| job.about == about);
         let any = running().next().filter(|_| running().count() >= running_max);
         same.or(any).map(|job| job.id)
+    }
+
+    fn find(&self, id: u64) -> Option<&Job> {
+        self.jobs.iter().find(|job| job.id == id).map(|job| &**job)
+    }
+
+    /// A job of the same kind that was started before this one, and has not ended.
+    fn before(&self, job: &Job) -> Option<u64> {
+        let mut earlier = self.jobs.iter().filter(|other| other.id < job.id && other.kind == job.kind);
+        earlier.find(|other| !other.has_ended()).map(|other| other.id)
     }
 
     /// Enters how a job ended.
@@ -159,6 +179,7 @@ impl Job {
     fn view(&self, with_result: bool) -> wire::Job {
         let (mut done_bytes, total_bytes) = self.progress();
         let (state, error, result) = match lock(&self.end).as_ref().map(|end| &end.result) {
+            None if self.waits.load(Ordering::Relaxed) => (State::Waiting, None, None),
             None => (State::Running, None, None),
             Some(Ok(result)) => (State::Done, None, with_result.then(|| Arc::clone(result))),
             Some(Err(error)) => match Failure::of(error) {
@@ -176,7 +197,7 @@ impl Job {
 impl Jobs {
     /// Jobs of which at most so many run at a time.
     pub fn new(running_max: usize) -> Self {
-        Self { running_max, is_logged: true, table: Arc::default() }
+        Self { running_max, is_logged: true, shared: Arc::default() }
     }
 
     /// The same, of which nothing is logged.
@@ -191,7 +212,7 @@ impl Jobs {
         about: &str,
         work: impl FnOnce(&Arc<Job>) -> anyhow::Result<R> + Send + 'static,
     ) -> Result<wire::Job, Refused> {
-        let mut table = lock(&self.table);
+        let mut table = lock(&self.shared.table);
         if table.closed {
             return Err(Refused::Stopping);
         }
@@ -205,10 +226,11 @@ impl Jobs {
             done_bytes: AtomicU64::new(0),
             total_bytes: AtomicU64::new(0),
             cancelled: AtomicBool::new(false),
+            waits: AtomicBool::new(false),
             pace: Mutex::new(None),
             end: Mutex::new(None),
         });
-        let (running, is_logged, entered) = (Arc::clone(&job), self.is_logged, Arc::clone(&self.table));
+        let (running, is_logged, entered) = (Arc::clone(&job), self.is_logged, Arc::clone(&self.shared));
         let thread = thread::Builder::new().name(kind.into()).spawn(move || {
             if is_logged {
                 log::info!("job {}: {} begins", running.id, running.kind);
@@ -219,7 +241,8 @@ impl Jobs {
                 Ok(_) => log::info!("job {}: {} is done", running.id, running.kind),
                 Err(error) => log::warn!("job {}: {}: {error:#}", running.id, running.kind),
             }
-            lock(&entered).end(&running, result);
+            lock(&entered.table).end(&running, result);
+            entered.changed.notify_all();
         });
         // Nobody waits for those that have ended.
         table.threads.retain(|thread| !thread.is_finished());
@@ -231,46 +254,62 @@ impl Jobs {
         Ok(view)
     }
 
+    /// Waits for the end of all jobs of the same kind that were started before, so that one works at a time, first come first
+    /// served. When the job is cancelled it goes on no more.
+    pub fn wait_for_turn(&self, job: &Job) -> ControlFlow<()> {
+        let mut table = lock(&self.shared.table);
+        while !job.is_cancelled()
+            && let Some(first) = table.before(job)
+        {
+            if !job.waits.swap(true, Ordering::Relaxed) && self.is_logged {
+                log::info!("job {}: {} waits for the end of job {first}", job.id, job.kind);
+            }
+            table = self.shared.changed.wait(table).unwrap_or_else(PoisonError::into_inner);
+        }
+        job.waits.store(false, Ordering::Relaxed);
+        if job.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    }
+
     /// All that are remembered, the newest last, without their results.
     pub fn list(&self) -> Vec<wire::Job> {
-        lock(&self.table).jobs.iter().map(|job| job.view(false)).collect()
+        lock(&self.shared.table).jobs.iter().map(|job| job.view(false)).collect()
     }
 
     /// The one that runs, or the newest of them.
     pub fn running(&self) -> Option<u64> {
-        lock(&self.table).jobs.iter().rev().find(|job| !job.has_ended()).map(|job| job.id)
+        lock(&self.shared.table).jobs.iter().rev().find(|job| !job.has_ended()).map(|job| job.id)
     }
 
     /// One of them.
     pub fn get(&self, id: u64) -> Option<wire::Job> {
-        self.find(id).map(|job| job.view(true))
+        lock(&self.shared.table).find(id).map(|job| job.view(true))
     }
 
     /// Tells a job to stop where it can; nothing happens to one that has ended.
     pub fn cancel(&self, id: u64) -> Option<Result<wire::Job, Refused>> {
-        let job = self.find(id)?;
+        // Locked, so that a job that is about to wait for its turn hears it.
+        let table = lock(&self.shared.table);
+        let job = table.find(id)?;
         if UNCANCELLABLE.contains(&job.kind) && !job.has_ended() {
             return Some(Err(Refused::Uncancellable(id)));
         }
         job.cancel();
+        self.shared.changed.notify_all();
         Some(Ok(job.view(true)))
-    }
-
-    fn find(&self, id: u64) -> Option<Arc<Job>> {
-        lock(&self.table).jobs.iter().find(|job| job.id == id).cloned()
     }
 
     /// Cancels what runs, and starts nothing more.
     pub fn stop(&self) {
-        let mut table = lock(&self.table);
+        let mut table = lock(&self.shared.table);
         table.closed = true;
         table.jobs.iter().for_each(|job| job.cancel());
+        self.shared.changed.notify_all();
     }
 
     /// Cancels what runs, waits for its end, and starts nothing more.
     pub fn close(&self) {
         self.stop();
-        let threads = std::mem::take(&mut lock(&self.table).threads);
+        let threads = std::mem::take(&mut lock(&self.shared.table).threads);
         for thread in threads {
             if thread.join().is_err() {
                 log::error!("a job's thread panicked");
@@ -387,6 +426,52 @@ mod tests {
         assert_eq!(jobs.get(first).unwrap().state, State::Done, "it began first, but did not end first");
         jobs.close();
         assert!(jobs.get(last).is_some());
+    }
+
+    #[test]
+    fn jobs_take_turns_in_the_order_in_which_they_were_started() {
+        let jobs = Arc::new(Jobs::new(5));
+        let (go, wait_for_it) = channel::<()>();
+        let (told, hear) = channel();
+        let first = id(jobs.start("import", "0", move |_| Ok(wait_for_it.recv()?)));
+        let waits = |about: u64| {
+            let (told, all) = (told.clone(), Arc::clone(&jobs));
+            id(jobs.start("import", &about.to_string(), move |job| {
+                if all.wait_for_turn(job).is_break() {
+                    return Err(ImageError::new("disk", ErrorKind::Cancelled).into());
+                }
+                Ok(told.send(about)?)
+            }))
+        };
+        let others = [1, 2, 3].map(waits);
+        let until = |job: u64, state: State| {
+            while jobs.get(job).unwrap().state != state {
+                thread::yield_now();
+            }
+        };
+        others.iter().for_each(|job| until(*job, State::Waiting));
+        let other = id(jobs.start("export", "4", |_| Ok(Value::Null)));
+        until(other, State::Done);
+        jobs.cancel(others[1]).unwrap().unwrap_or_else(|_| panic!("it can be"));
+        until(others[1], State::Cancelled);
+        assert_eq!([others[0], others[2]].map(|job| jobs.get(job).unwrap().state), [State::Waiting; 2]);
+        go.send(()).unwrap();
+        others
+            .iter()
+            .zip([State::Done, State::Cancelled, State::Done])
+            .for_each(|(job, state)| until(*job, state));
+        until(first, State::Done);
+        assert_eq!(hear.try_iter().collect::<Vec<_>>(), [1, 3]);
+        let _held = id(jobs.start("import", "5", |job| {
+            while job.report(0, 0).is_continue() {
+                thread::yield_now();
+            }
+            Ok(Value::Null)
+        }));
+        let last = waits(6);
+        until(last, State::Waiting);
+        jobs.close();
+        assert_eq!(jobs.get(last).unwrap().state, State::Cancelled);
     }
 
     #[test]

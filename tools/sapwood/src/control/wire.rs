@@ -141,6 +141,8 @@ pub struct Nothing {}
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum State {
+    /// It is not its turn yet.
+    Waiting,
     /// It is under way.
     Running,
     /// It has done its work.

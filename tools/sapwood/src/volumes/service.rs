@@ -153,11 +153,16 @@ impl Service {
         self.run(|store, io| async move {
             let mut task = pin!(task(store, io));
             poll_fn(|cx| match job.is_cancelled() {
-                true => Poll::Ready(Err(Failure::new(ErrorKind::Cancelled.name(), "it was cancelled"))),
+                true => Poll::Ready(Err(cancelled())),
                 false => task.as_mut().poll(cx).map_err(Into::into),
             })
             .await
         })
+    }
+
+    /// Waits until no job of the same kind works that was started before.
+    pub fn wait_for_turn(&self, job: &jobs::Job) -> Result<(), Failure> {
+        if self.jobs.wait_for_turn(job).is_break() { Err(cancelled()) } else { Ok(()) }
     }
 
     /// Starts a long operation as a job.
@@ -302,6 +307,10 @@ impl HasJobs for Service {
     fn jobs(&self) -> &Jobs {
         &self.jobs
     }
+}
+
+fn cancelled() -> Failure {
+    Failure::new(ErrorKind::Cancelled.name(), "it was cancelled")
 }
 
 fn not_found(name: &str, what: &str) -> Failure {

@@ -166,27 +166,37 @@ impl Long for Import {
 
     fn run(self, service: &Arc<Service>, job: &Arc<Job>) -> Result<Imported, Failure> {
         check_absolute(&self.path)?;
-        let (options, workers, job) = (self.open()?, workers(self.threads)?, Arc::clone(job));
+        let options = self.open()?;
         let archive = archive(service, &self)?;
         let from_archive = archive.as_ref().and_then(|info| Some(info.name.split_once('@')?.1.to_owned()));
         let snapshot = self.snapshot.or(from_archive).unwrap_or_else(|| SNAPSHOT.to_owned());
         let name = SnapshotName { volume: self.volume, snapshot };
         let shown = name.to_string();
+        // What can be refused at once is.
+        let side = match archive {
+            Some(_) => None,
+            None => {
+                service.store().check_import(&name)?;
+                Some(service.host().side(&self.path, options)?)
+            }
+        };
+        // What is not published yet is not found: two at a time would both store what they have in common.
+        service.wait_for_turn(job)?;
+        let (workers, job) = (workers(self.threads)?, Arc::clone(job));
         let mut watch = move |stats: &SealStats| report(&job, stats);
-        let imported = if archive.is_some() {
-            let path = self.path.clone();
-            service.run(|store, io| async move {
-                let importing = Importing { name: &name, workers: &workers };
-                store.import_archive(&io, &importing, &path, &mut watch).await
-            })?
-        } else {
-            let side = service.host().side(&self.path, options)?;
+        let imported = if let Some(side) = side {
             service.run(|store, io| async move {
                 let mut source = DiskSource::new(side);
                 let importing = Importing { name: &name, workers: &workers };
                 let imported = store.import(&io, &importing, &mut source, &mut watch).await?;
                 source.into_side().close()?;
                 Ok::<_, Failure>(imported)
+            })?
+        } else {
+            let path = self.path.clone();
+            service.run(|store, io| async move {
+                let importing = Importing { name: &name, workers: &workers };
+                store.import_archive(&io, &importing, &path, &mut watch).await
             })?
         };
         service.changed();

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
-use crate::control::{ask_at, fits, follow};
+use crate::control::{ask_at, fits, follow, has_ended};
 use crate::daemon::Daemon;
 use crate::harness::Place;
 use crate::store::place;
@@ -48,7 +48,7 @@ impl Api<'_> {
         let mut job = self.ask("post", path, parameters, body, 202);
         for _ in 0..2000 {
             job = self.ask("get", "/v1/jobs/{id}", &[&job["id"].to_string()], &Value::Null, 200);
-            if job["state"] != "running" {
+            if has_ended(&job) {
                 break;
             }
             std::thread::sleep(std::time::Duration::from_millis(5));

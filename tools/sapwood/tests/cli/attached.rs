@@ -11,12 +11,28 @@ use sapwood_tests::frontend::Command;
 use sapwood_tests::model::{Model, Run};
 use serde_json::{Value, json};
 
-use crate::control::ask_at;
+use crate::control::{ask_at, has_ended};
 use crate::daemon::{Daemon, connect};
 use crate::harness::Place;
 use crate::store::{about, place};
 
 const START: &str = "--store vms --no-background";
+
+/// Starts the daemon of the store, again where one was.
+fn start(place: &Place) -> Daemon {
+    Daemon::start(place, START).0
+}
+
+/// A store with a daemon, and these volumes attached, each with these options.
+fn with_attached(volumes: &[(&str, &str)]) -> (Place, Daemon) {
+    let place = place();
+    let daemon = start(&place);
+    for (name, options) in volumes {
+        about(&place, &format!("create :{name} 8M")).text();
+        about(&place, &format!("attach :{name} {options}")).text();
+    }
+    (place, daemon)
+}
 
 /// How a volume or snapshot is served now.
 fn served(place: &Place, name: &str) -> Value {
@@ -35,12 +51,8 @@ fn written_down(place: &Place, folder: &str) -> PathBuf {
 
 #[test]
 fn what_was_attached_is_attached_again_until_it_is_detached() {
-    let place = place();
-    let (daemon, _) = Daemon::start(&place, START);
-    about(&place, "create :web 8M").text();
-    about(&place, "create :db 1M").text();
-    about(&place, "attach :web --queues 3 --map-cache 8M --socket socket").text();
-    about(&place, "attach :db").text();
+    let web = ("web", "--queues 3 --map-cache 8M --socket socket");
+    let (place, daemon) = with_attached(&[web, ("db", "")]);
     about(&place, "snapshot :db@s").text();
     about(&place, "attach :db@s").text();
     let mut model = Model::zeroes(8 << 20);
@@ -50,7 +62,7 @@ fn what_was_attached_is_attached_again_until_it_is_detached() {
     about(&place, "rename :db other").text();
     daemon.kill();
     drop(frontend);
-    let (daemon, _) = Daemon::start(&place, START);
+    let daemon = start(&place);
     let mut frontend = connect(&place, "socket");
     model.verify(&mut frontend).unwrap();
     let web = served(&place, ":web");
@@ -68,28 +80,24 @@ fn what_was_attached_is_attached_again_until_it_is_detached() {
     assert!(!place.exists("socket") && !socket.exists(), "nobody is there");
     // Without the daemon, too.
     about(&place, "delete --with-snapshots :other").text();
-    let (daemon, _) = Daemon::start(&place, START);
+    let daemon = start(&place);
     model.verify(&mut connect(&place, "socket")).unwrap();
     assert_eq!(about(&place, "list --output=json vms").json().as_array().unwrap().len(), 1);
     about(&place, "detach :web").text();
     daemon.kill();
-    let (daemon, _) = Daemon::start(&place, START);
+    let daemon = start(&place);
     assert_eq!(served(&place, ":web"), Value::Null, "it was detached");
     daemon.stops();
 }
 
 #[test]
 fn what_cannot_be_attached_again_keeps_nothing_else_from_it() {
-    let place = place();
-    let (daemon, _) = Daemon::start(&place, START);
-    for name in ["a", "b", "c"] {
-        about(&place, &format!("create :{name} 1M")).text();
-        about(&place, &format!("attach :{name} --socket {name} --queues 2")).text();
-    }
+    let options = ["a", "b", "c"].map(|name| (name, format!("--socket {name} --queues 2")));
+    let (place, daemon) = with_attached(&options.each_ref().map(|(name, options)| (*name, options.as_str())));
     daemon.stops();
     fs::write(place.path("b"), "a file").unwrap();
     fs::create_dir(place.path("c")).unwrap();
-    let (daemon, _) = Daemon::start(&place, START);
+    let daemon = start(&place);
     connect(&place, "a");
     for name in ["b", "c"] {
         let text = about(&place, &format!("show :{name}")).text();
@@ -103,12 +111,12 @@ fn what_cannot_be_attached_again_keeps_nothing_else_from_it() {
     // The next one tries again.
     fs::remove_file(place.path("b")).unwrap();
     fs::remove_dir(place.path("c")).unwrap();
-    let (daemon, _) = Daemon::start(&place, START);
+    let daemon = start(&place);
     connect(&place, "b");
     assert_eq!(served(&place, ":c"), Value::Null, "it was forgotten");
     daemon.stops();
     fs::write(place.path("b"), "a file").unwrap();
-    let (daemon, _) = Daemon::start(&place, START);
+    let daemon = start(&place);
     // Elsewhere for a while, which changes nothing.
     let how = json!({ "transient": true }).to_string();
     for _ in 0..2 {
@@ -119,43 +127,38 @@ fn what_cannot_be_attached_again_keeps_nothing_else_from_it() {
     ask_at(&place, "vms/daemon.sock", "POST", "/v1/volumes/b/attach", &how);
     daemon.kill();
     fs::remove_file(place.path("b")).unwrap();
-    let (daemon, _) = Daemon::start(&place, START);
+    let daemon = start(&place);
     assert_eq!(served(&place, ":b")["socket"], json!(place.path("b")));
     daemon.stops();
     // As it was.
     fs::write(place.path("b"), "a file").unwrap();
-    let (daemon, _) = Daemon::start(&place, START);
+    let daemon = start(&place);
     fs::remove_file(place.path("b")).unwrap();
     about(&place, "attach :b").text();
     let b = served(&place, ":b");
     assert_eq!((&b["socket"], &b["queues"]), (&json!(place.path("b")), &json!(2)));
     daemon.stops();
     fs::write(place.path("b"), "a file").unwrap();
-    let (daemon, _) = Daemon::start(&place, START);
+    let daemon = start(&place);
     // Elsewhere, and from now on there.
     about(&place, "attach :b --socket elsewhere").text();
     let log = daemon.stops();
     assert!(log.contains("/b: it cannot be attached again"), "{log}");
-    let (daemon, _) = Daemon::start(&place, START);
+    let daemon = start(&place);
     connect(&place, "elsewhere");
     assert!(!about(&place, "show :b").text().contains("could not"));
     daemon.stops();
     let (daemon, _) = Daemon::start(&place, &format!("{START} --no-restore"));
     assert_eq!((served(&place, ":a"), served(&place, ":b")), (Value::Null, Value::Null));
     daemon.kill();
-    let (daemon, _) = Daemon::start(&place, START);
+    let daemon = start(&place);
     assert_eq!(served(&place, ":a"), Value::Null, "that was forgotten, too");
     daemon.stops();
 }
 
 #[test]
 fn a_copy_of_a_store_takes_no_socket_of_the_original() {
-    let place = place();
-    let (daemon, _) = Daemon::start(&place, START);
-    for (name, more) in [("in", ""), ("out", "--socket out")] {
-        about(&place, &format!("create :{name} 1M")).text();
-        about(&place, &format!("attach :{name} {more}")).text();
-    }
+    let (place, daemon) = with_attached(&[("in", ""), ("out", "--socket out")]);
     daemon.stops();
     assert!(place.command("cp", "-a vms copy").status().unwrap().success());
     let (copy, _) = Daemon::start(&place, "--store copy --no-background");
@@ -165,7 +168,7 @@ fn a_copy_of_a_store_takes_no_socket_of_the_original() {
     copy.stops();
     // It says so still, though its file was written anew.
     let (copy, _) = Daemon::start(&place, "--store copy --no-background");
-    let (daemon, _) = Daemon::start(&place, START);
+    let daemon = start(&place);
     connect(&place, "out");
     assert_eq!(served(&place, "copy:out"), Value::Null);
     about(&place, "attach copy:out").text();
@@ -190,15 +193,12 @@ fn what_is_asked_of_a_copy_is_not_done_to_the_original() {
 
 #[test]
 fn what_cannot_be_written_down_is_tried_again() {
-    let place = place();
-    let (daemon, _) = Daemon::start(&place, START);
-    about(&place, "create :web 1M").text();
-    about(&place, "attach :web").text();
+    let (place, daemon) = with_attached(&[("web", "")]);
     let file = written_down(&place, "vms/sockets");
     daemon.stops();
     let in_the_way = file.with_extension("json.new");
     fs::create_dir(&in_the_way).unwrap();
-    let (daemon, _) = Daemon::start(&place, START);
+    let daemon = start(&place);
     assert_eq!(served(&place, ":web")["queues"], 1, "there is nothing to write");
     for _ in 0..2 {
         about(&place, "detach :web").fails(1, &["cannot write down what is attached"]);
@@ -206,7 +206,7 @@ fn what_cannot_be_written_down_is_tried_again() {
     fs::remove_dir(&in_the_way).unwrap();
     about(&place, "detach :web").fails(1, &["it is not attached"]);
     daemon.kill();
-    let (daemon, _) = Daemon::start(&place, START);
+    let daemon = start(&place);
     assert_eq!(served(&place, ":web"), Value::Null, "it was detached");
     daemon.stops();
 }
@@ -253,7 +253,7 @@ fn a_file_that_makes_no_sense_does_not_stop_the_daemon() {
 fn with_data() -> (Place, Daemon) {
     const STEP: usize = 64 << 10;
     let place = place();
-    let (daemon, _) = Daemon::start(&place, START);
+    let daemon = start(&place);
     about(&place, "create :web 64M").text();
     about(&place, "attach :web --socket socket").text();
     let mut frontend = connect(&place, "socket");
@@ -271,15 +271,16 @@ fn with_data() -> (Place, Daemon) {
     (place, daemon)
 }
 
-fn api(place: &Place, method: &str, path: &str) -> Value {
+/// What the daemon of the store answers.
+pub fn api(place: &Place, method: &str, path: &str) -> Value {
     ask_at(place, "vms/daemon.sock", method, path, "").1
 }
 
 /// Waits for the end of a job.
-fn end_of(place: &Place, job: &Value) -> Value {
+pub fn end_of(place: &Place, job: &Value) -> Value {
     for _ in 0..6000 {
         let job = api(place, "GET", &format!("/v1/jobs/{}", job["id"]));
-        if job["state"] != "running" {
+        if has_ended(&job) {
             return job;
         }
         thread::sleep(Duration::from_millis(5));

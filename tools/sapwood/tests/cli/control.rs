@@ -30,12 +30,17 @@ pub fn ask_at(place: &Place, socket: &str, method: &str, path: &str, body: &str)
     (status, serde_json::from_str(body).unwrap_or_else(|error| panic!("{error}: {body}")))
 }
 
+/// Whether a job has ended, in one way or another.
+pub fn has_ended(job: &Value) -> bool {
+    !["waiting", "running"].contains(&job["state"].as_str().expect("a state"))
+}
+
 /// Waits for a job that was begun; how it is in the end.
 pub fn finish(place: &Place, begun: &Value) -> Value {
     for _ in 0..2000 {
         let (status, job) = ask(place, "GET", &format!("/v1/jobs/{}", begun["id"]), "");
         assert_eq!(status, 200, "{job}");
-        if job["state"] != "running" {
+        if has_ended(&job) {
             return job;
         }
         std::thread::sleep(Duration::from_millis(5));

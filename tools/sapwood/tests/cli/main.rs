@@ -10,6 +10,7 @@ mod control;
 mod daemon;
 mod device;
 mod harness;
+mod imports;
 mod layer;
 mod limits;
 mod online;
