@@ -1,12 +1,14 @@
-//! Who may do how much: limits of disks and groups of disks.
+//! Who may do how much, and who did how much: limits of disks and groups of disks, and their accounts.
 //!
-//! Nothing here does I/O, waits or looks at a clock: time is passed in, so that all of it is tested in virtual time.
+//! Nothing here does I/O or waits. Time is passed in, or is that of an engine, so that all of it is tested in virtual time.
 //!
 //! - [`limits`]: requests and bytes each second, with bursts, in the manner of QEMU's throttle options;
 //! - [`arbiter`]: who is next, by reservations and weights, in the manner of mClock;
+//! - [`account`]: what guests did with a disk, and how long that took;
 //! - `bucket`: the token bucket below it.
 #![forbid(unsafe_code)]
 
+pub mod account;
 pub mod arbiter;
 mod bucket;
 pub mod limits;
