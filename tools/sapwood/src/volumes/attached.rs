@@ -15,14 +15,15 @@ use sapwood_blockdev::units::GuestOffset;
 use sapwood_image::Disk;
 use sapwood_image::layer::Tuning;
 use sapwood_image::volume::Volume;
+use sapwood_qos::account::{Account, Accounted};
 use sapwood_store::{Attachment, Id, SnapshotName, SnapshotReader};
 use sapwood_vhost::{Options, Server};
 
 use super::answer::Serving;
-use super::counted::Counted;
 use super::service::{Service, system};
 use crate::control::wire::Failure;
 use crate::host::{HostEngine, serving};
+use crate::metrics::DiskStatistics;
 
 /// Disks that a daemon can serve before their files of layers below reach its limit of open files.
 const DISKS: u64 = 512;
@@ -62,8 +63,8 @@ struct Running {
 
 /// What a virtual machine sees.
 enum Device {
-    Volume(Arc<Counted<Volume<HostEngine>>>),
-    Snapshot(Arc<Counted<Disk<HostEngine>>>),
+    Volume(Arc<Accounted<Volume<HostEngine>>>),
+    Snapshot(Arc<Accounted<Disk<HostEngine>>>),
 }
 
 /// What ends with the detaching.
@@ -94,6 +95,13 @@ impl Device {
         match self {
             Self::Volume(volume) => volume.requests(),
             Self::Snapshot(disk) => disk.requests(),
+        }
+    }
+
+    fn account(&self) -> Account {
+        match self {
+            Self::Volume(volume) => volume.account(),
+            Self::Snapshot(disk) => disk.account(),
         }
     }
 }
@@ -163,12 +171,12 @@ impl Attached {
     pub fn volume(service: &Service, name: &str, serve: Serve) -> Result<Arc<Self>, Failure> {
         check_socket(&serve.socket)?;
         let running = Running::open(service, name, serve.tuning)?;
-        let counted = Counted::new(Arc::clone(&running.volume));
-        match start(service, &counted, &serve) {
+        let accounted = Accounted::new(Arc::clone(&running.volume));
+        match start(service, &accounted, &serve) {
             Ok(server) => Ok(Arc::new(Self {
                 id: running.attachment.volume,
                 serve,
-                device: Device::Volume(counted),
+                device: Device::Volume(accounted),
                 server,
                 held: Mutex::new(Some(Held::Volume(running))),
             })),
@@ -187,12 +195,12 @@ impl Attached {
             let disk = store.open_snapshot(&io, &reader).await?;
             Ok::<_, Failure>((disk, reader))
         })?;
-        let counted = Counted::new(Arc::clone(&disk));
-        let server = start(service, &counted, &serve)?;
+        let accounted = Accounted::new(Arc::clone(&disk));
+        let server = start(service, &accounted, &serve)?;
         Ok(Arc::new(Self {
             id: reader.id,
             serve,
-            device: Device::Snapshot(counted),
+            device: Device::Snapshot(accounted),
             server,
             held: Mutex::new(Some(Held::Snapshot(disk, reader))),
         }))
@@ -222,6 +230,21 @@ impl Attached {
     /// Requests that were taken since it was attached.
     pub fn requests(&self) -> u64 {
         self.device.requests()
+    }
+
+    /// What guests did with it since then; `name` is what it is called now.
+    pub fn statistics(&self, name: String) -> DiskStatistics {
+        let layer = match &self.device {
+            Device::Volume(volume) => Some(volume.inner().layer().info().into()),
+            Device::Snapshot(_) => None,
+        };
+        DiskStatistics {
+            name,
+            virtual_size: self.size(),
+            frontend_connected: self.server.is_connected(),
+            account: self.device.account(),
+            layer,
+        }
     }
 
     /// Size of the disk in bytes.

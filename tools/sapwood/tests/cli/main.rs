@@ -11,6 +11,7 @@ mod daemon;
 mod device;
 mod harness;
 mod layer;
+mod metrics;
 mod online;
 mod qcow2;
 mod raw;
