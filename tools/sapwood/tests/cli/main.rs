@@ -19,3 +19,4 @@ mod restart;
 mod serve;
 mod served;
 mod store;
+mod top;
