@@ -1,15 +1,17 @@
-//! Who may do how much: limits of disks and groups of disks.
+//! Who may do how much, and who did how much: limits of disks and groups of disks, and their accounts.
 //!
-//! Time is passed in, so that it is tested in virtual time:
+//! Nothing here does I/O or waits. Time is passed in, or is that of an engine, so that all of it is tested in virtual time.
 //!
 //! - [`limits`]: requests and bytes each second, with bursts, in the manner of QEMU's throttle options;
 //! - [`names`]: these, and the settings of shares, by name;
 //! - [`arbiter`]: who is next, by reservations and weights, in the manner of mClock;
 //! - `bucket`: the token bucket below it;
+//! - [`account`]: what guests did with a disk, and how long that took;
 //! - [`governor`]: one arbiter for the threads of a process;
 //! - [`limited`]: a disk whose requests wait for it.
 #![forbid(unsafe_code)]
 
+pub mod account;
 pub mod arbiter;
 mod bucket;
 pub mod governor;

@@ -27,6 +27,11 @@ impl<D> Limited<D> {
         Arc::new(Self { inner, seat: Seat::new(governor, parent, settings, monotonic_now()) })
     }
 
+    /// The disk itself.
+    pub fn inner(&self) -> &Arc<D> {
+        &self.inner
+    }
+
     /// The disk, as the governor knows it.
     pub fn node(&self) -> NodeId {
         self.seat.node()

@@ -4,6 +4,7 @@ mod boot;
 mod cli;
 mod control;
 mod host;
+mod metrics;
 mod volumes;
 
 use std::process::ExitCode;

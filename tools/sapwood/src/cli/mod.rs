@@ -21,6 +21,7 @@ mod resize;
 pub mod serve;
 mod size;
 mod store;
+mod top;
 
 use clap::{Parser, Subcommand};
 
@@ -54,6 +55,7 @@ enum Command {
     Commit(commit::Commit),
     Compact(compact::Compact),
     Serve(serve::Serve),
+    Top(top::Top),
     Boot(boot::Boot),
     Store(store::Store),
     Daemon(store::daemon::DaemonCommand),
@@ -112,6 +114,7 @@ impl Cli {
             Command::Commit(command) => command.run(&host()).map(|()| 0),
             Command::Compact(command) => command.run(&host()).map(|()| 0),
             Command::Serve(command) => command.run(&host()).map(|()| 0),
+            Command::Top(command) => command.run(&host()).map(|()| 0),
             Command::Boot(command) => command.run(&host()),
             Command::Store(command) => command.run(&host()),
             Command::Daemon(command) => command.run(&host()).map(|()| 0),

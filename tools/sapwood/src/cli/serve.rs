@@ -13,6 +13,7 @@ use sapwood_blockdev::io::{Io, block_on};
 use sapwood_blockdev::storage::HostStorage;
 use sapwood_image::layer::{self, Tuning};
 use sapwood_image::{Disk, ErrorKind, Format, ImageError, OpenDisk};
+use sapwood_qos::account::Accounted;
 use sapwood_vhost::{Options, Server};
 use sapwood_vmm::run::allow_descriptors;
 use signal_hook::consts::{SIGINT, SIGTERM};
@@ -27,6 +28,9 @@ use crate::boot::{CHILD_OF, end_with, remove_folder_of, with_options};
 use crate::control::limits::DiskLimits;
 use crate::control::{Control, Served};
 use crate::host::{Host, HostEngine, serving};
+use crate::metrics::listen::Loopback;
+use crate::metrics::page::Page;
+use crate::metrics::{self, Statistics};
 use crate::volumes::access::Access;
 use crate::volumes::address::Address;
 use crate::volumes::attached::{self, Attached};
@@ -62,6 +66,10 @@ pub struct Serve {
     /// may connect
     #[arg(long, value_name = "PATH")]
     control: Option<PathBuf>,
+
+    /// Where this host's Prometheus gets its page, for example 127.0.0.1:9123; the control socket has the same page
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<Loopback>,
 
     /// Refuse writes; other readers may use the disk too. Needed for qcow2
     #[arg(long, alias = "read-only")]
@@ -155,8 +163,16 @@ impl Serve {
 
     /// Serves a volume of a store, which this process opens for that.
     fn serve_volume(&self, host: &Host, address: Address, signals: &mut Signals) -> anyhow::Result<()> {
-        if self.control.is_some() || self.format.is_some() || self.readonly || self.reading.is_given() {
-            bail!("{}: a volume is served without --control, --format and --readonly", self.path.display());
+        if self.control.is_some()
+            || self.metrics.is_some()
+            || self.format.is_some()
+            || self.readonly
+            || self.reading.is_given()
+        {
+            bail!(
+                "{}: a volume is served without --control, --metrics, --format and --readonly",
+                self.path.display()
+            );
         }
         if !self.limits.named()?.is_empty() {
             bail!("{}: the limits of a volume are those that sapwood limit sets", self.path.display());
@@ -189,20 +205,28 @@ impl Serve {
     /// Serves until a signal comes and all requests are drained.
     fn serve(&self, host: Host, disk: &Arc<Disk<HostEngine>>, signals: &mut Signals) -> anyhow::Result<()> {
         let (limited, limits) = DiskLimits::new(Arc::clone(disk), self.limits.named()?)?;
-        let server = Arc::new(Server::start(limited, self.options(), move || host.engine())?);
+        let accounted = Accounted::new(limited);
+        let server = Arc::new(Server::start(Arc::clone(&accounted), self.options(), move || host.engine())?);
         let served = Served {
             host,
             disk: Arc::clone(disk),
+            accounted,
             path: self.path.clone(),
             server: Arc::clone(&server),
             limits: Arc::new(limits),
         };
+        let metrics = self.metrics.map(|address| {
+            let served = served.clone();
+            let page = move || Ok(Page::alone(Statistics::of_served(&served)));
+            metrics::listen::start(address, Arc::new(page))
+        });
+        let metrics = metrics.transpose()?;
         let control = self.control.as_ref().map(|path| Control::start(path, served)).transpose()?;
         let Geometry { size, read_only, .. } = disk.geometry();
         output::print(&self.ready_line(disk.format().name(), size, read_only))?;
         signals.forever().next();
         log::info!("stopping: a second signal ends this at once");
-        drop(control);
+        drop((control, metrics));
         server.stop();
         Ok(())
     }

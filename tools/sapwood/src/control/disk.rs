@@ -9,6 +9,8 @@ use sapwood_blockdev::io::{Io, run_alone};
 use sapwood_image::info::{DiskInfo, info_of};
 use sapwood_image::layer::{BaseSpec, Layer};
 use sapwood_image::{Disk, ErrorKind, Format, ImageError};
+use sapwood_qos::account::Accounted;
+use sapwood_qos::limited::Limited;
 use sapwood_vhost::Server;
 use serde_json::{Value, json};
 
@@ -26,6 +28,8 @@ pub struct Served {
     pub host: Host,
     /// The disk,
     pub disk: Arc<Disk<HostEngine>>,
+    /// what guests do with it,
+    pub accounted: Arc<Accounted<Limited<Disk<HostEngine>>>>,
     /// as it was named.
     pub path: PathBuf,
     /// Who serves it.

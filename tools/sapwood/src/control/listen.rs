@@ -1,9 +1,10 @@
-//! The socket: one thread, and bounds that no peer can pass.
+//! A socket: one thread, and bounds that no peer can pass.
 //!
 //! A connection is for one request. It has a time to come, a largest head and body, and a time to be
 //! over; only so many are served at once, and who comes then waits in the kernel's queue.
 
-use std::os::unix::net::UnixListener as Bound;
+use std::net::TcpListener as BoundTcp;
+use std::os::unix::net::UnixListener as BoundUnix;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -15,7 +16,8 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use sapwood_vhost::SocketFile;
-use tokio::net::{UnixListener, UnixStream};
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, UnixListener};
 use tokio::runtime::{Builder, Runtime};
 use tokio::sync::{Semaphore, oneshot};
 use tokio::task::JoinSet;
@@ -37,6 +39,12 @@ struct Service {
     connection_time_max: Duration,
 }
 
+/// What is listened at. The file of a unix socket goes with it.
+enum Bound {
+    Unix(BoundUnix, SocketFile),
+    Tcp(BoundTcp),
+}
+
 /// A listening socket and its thread. Dropping it stops both.
 pub struct Listener {
     stop: Option<oneshot::Sender<()>>,
@@ -49,14 +57,22 @@ impl Listener {
     pub fn start(path: &Path, router: Router, connection_time_max: Duration) -> anyhow::Result<Self> {
         let (file, bound) = SocketFile::bind(path)?;
         bound.set_nonblocking(true).context("cannot use the control socket")?;
+        Self::run(Bound::Unix(bound, file), Service { router, connection_time_max })
+    }
+
+    /// The same at an address of this host.
+    pub fn start_tcp(bound: BoundTcp, router: Router, connection_time_max: Duration) -> anyhow::Result<Self> {
+        bound.set_nonblocking(true).context("cannot use the address")?;
+        Self::run(Bound::Tcp(bound), Service { router, connection_time_max })
+    }
+
+    fn run(bound: Bound, service: Service) -> anyhow::Result<Self> {
         let runtime = Builder::new_current_thread().enable_all().build().context("cannot start a runtime")?;
         let (stop, stopped) = oneshot::channel();
         let thread = thread::Builder::new().name("control".into()).spawn(move || {
-            let service = Service { router, connection_time_max };
             if let Err(error) = run(&runtime, bound, service, stopped) {
                 log::error!("the control socket: {error}");
             }
-            drop(file);
             // Waits for what was begun on the runtime's other threads.
             drop(runtime);
         })?;
@@ -81,24 +97,38 @@ fn run(
     stopped: oneshot::Receiver<()>,
 ) -> std::io::Result<()> {
     runtime.block_on(async {
-        let listener = UnixListener::from_std(bound)?;
+        let accepting = async {
+            match bound {
+                Bound::Unix(bound, _file) => {
+                    let listener = UnixListener::from_std(bound)?;
+                    accept(async || Ok(listener.accept().await?.0), &service).await;
+                }
+                Bound::Tcp(bound) => {
+                    let listener = TcpListener::from_std(bound)?;
+                    accept(async || Ok(listener.accept().await?.0), &service).await;
+                }
+            }
+            Ok(())
+        };
         tokio::select! {
-            () = accept(&listener, &service) => {}
-            _ = stopped => {}
+            result = accepting => result,
+            _ = stopped => Ok(()),
         }
-        Ok(())
     })
 }
 
-async fn accept(listener: &UnixListener, service: &Service) {
+async fn accept<S>(next: impl AsyncFn() -> std::io::Result<S>, service: &Service)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
     let places = Arc::new(Semaphore::new(CONNECTIONS_MAX));
     // Dropped, it ends what is left.
     let mut connections = JoinSet::new();
     loop {
         let place = Arc::clone(&places).acquire_owned().await.expect("it is never closed");
         while connections.try_join_next().is_some() {}
-        match listener.accept().await {
-            Ok((stream, _)) => {
+        match next().await {
+            Ok(stream) => {
                 let service = service.clone();
                 connections.spawn(async move {
                     answer(stream, service).await;
@@ -114,7 +144,7 @@ async fn accept(listener: &UnixListener, service: &Service) {
 }
 
 /// Answers one request.
-async fn answer(stream: UnixStream, service: Service) {
+async fn answer(stream: impl AsyncRead + AsyncWrite + Unpin, service: Service) {
     let mut http = http1::Builder::new();
     http.timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIME_MAX)

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use axum::routing::{get, post};
 use serde_json::{Value, json};
@@ -15,6 +15,8 @@ use super::http::{self, Answer, Body, Error, HasJobs, Route, json_of, json_text,
 use super::jobs::{Job, Jobs};
 use super::wire::{Failure, Limit, Nothing, Rebase, Resize};
 use crate::cli::info;
+use crate::metrics::Statistics;
+use crate::metrics::page::Page;
 
 /// The OpenAPI document.
 const DOCUMENT: &str = include_str!("../../../../docs/control-api.json");
@@ -35,6 +37,8 @@ fn routes() -> Vec<Route<Shared>> {
         ("get", "/v1/disk", get(show_disk)),
         ("get", "/v1/disk/limits", get(show_limits)),
         ("post", "/v1/disk/limits", post(limit)),
+        ("get", "/v1/statistics", get(statistics)),
+        ("get", "/metrics", get(metrics)),
         ("post", "/v1/disk/resize", post(resize)),
         ("post", "/v1/disk/flatten", post(flatten)),
         ("post", "/v1/disk/rebase", post(rebase)),
@@ -72,6 +76,14 @@ async fn show_limits(State(shared): Asked) -> Answer {
 async fn limit(State(shared): Asked, body: Body) -> Answer {
     let asked: Limit = parse(body)?;
     Ok(json_of(StatusCode::OK, &shared.served.limits.change(&asked)?))
+}
+
+async fn statistics(State(shared): Asked) -> Response {
+    json_of(StatusCode::OK, &Statistics::of_served(&shared.served))
+}
+
+async fn metrics(State(shared): Asked, headers: HeaderMap) -> Response {
+    Page::alone(Statistics::of_served(&shared.served)).response(&headers)
 }
 
 /// Starts a job for a disk that can have it done.

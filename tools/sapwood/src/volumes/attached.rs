@@ -15,16 +15,17 @@ use sapwood_blockdev::units::GuestOffset;
 use sapwood_image::Disk;
 use sapwood_image::layer::Tuning;
 use sapwood_image::volume::Volume;
+use sapwood_qos::account::{Account, Accounted};
 use sapwood_qos::arbiter::NodeId;
 use sapwood_qos::limited::Limited;
 use sapwood_store::{Attachment, Id, SnapshotName, SnapshotReader};
 use sapwood_vhost::{Options, Server};
 
 use super::answer::Serving;
-use super::counted::Counted;
 use super::service::{Service, system};
 use crate::control::wire::Failure;
 use crate::host::{HostEngine, serving};
+use crate::metrics::DiskStatistics;
 
 /// Disks that a daemon can serve before their files of layers below reach its limit of open files.
 const DISKS: u64 = 512;
@@ -64,8 +65,8 @@ struct Running {
 
 /// What a virtual machine sees.
 enum Device {
-    Volume(Arc<Counted<Limited<Volume<HostEngine>>>>),
-    Snapshot(Arc<Counted<Limited<Disk<HostEngine>>>>),
+    Volume(Arc<Accounted<Limited<Volume<HostEngine>>>>),
+    Snapshot(Arc<Accounted<Limited<Disk<HostEngine>>>>),
 }
 
 /// What ends with the detaching.
@@ -98,6 +99,13 @@ impl Device {
         match self {
             Self::Volume(volume) => volume.requests(),
             Self::Snapshot(disk) => disk.requests(),
+        }
+    }
+
+    fn account(&self) -> Account {
+        match self {
+            Self::Volume(volume) => volume.account(),
+            Self::Snapshot(disk) => disk.account(),
         }
     }
 }
@@ -169,16 +177,16 @@ impl Attached {
         let running = Running::open(service, name, serve.tuning)?;
         let (id, volume) = (running.attachment.volume, Arc::clone(&running.volume));
         let started = service.throttle().limit(service.store(), id, volume).and_then(|limited| {
-            let (node, counted) = (limited.node(), Counted::new(limited));
-            let server = start(service, &counted, &serve)?;
-            Ok((node, counted, server))
+            let (node, accounted) = (limited.node(), Accounted::new(limited));
+            let server = start(service, &accounted, &serve)?;
+            Ok((node, accounted, server))
         });
         match started {
-            Ok((node, counted, server)) => Ok(Arc::new(Self {
+            Ok((node, accounted, server)) => Ok(Arc::new(Self {
                 id,
                 node,
                 serve,
-                device: Device::Volume(counted),
+                device: Device::Volume(accounted),
                 server,
                 held: Mutex::new(Some(Held::Volume(running))),
             })),
@@ -198,13 +206,13 @@ impl Attached {
             Ok::<_, Failure>((disk, reader))
         })?;
         let limited = service.throttle().limit(service.store(), reader.id, Arc::clone(&disk))?;
-        let (node, counted) = (limited.node(), Counted::new(limited));
-        let server = start(service, &counted, &serve)?;
+        let (node, accounted) = (limited.node(), Accounted::new(limited));
+        let server = start(service, &accounted, &serve)?;
         Ok(Arc::new(Self {
             id: reader.id,
             node,
             serve,
-            device: Device::Snapshot(counted),
+            device: Device::Snapshot(accounted),
             server,
             held: Mutex::new(Some(Held::Snapshot(disk, reader))),
         }))
@@ -239,6 +247,21 @@ impl Attached {
     /// Requests that were taken since it was attached.
     pub fn requests(&self) -> u64 {
         self.device.requests()
+    }
+
+    /// What guests did with it since then; `name` is what it is called now.
+    pub fn statistics(&self, name: String) -> DiskStatistics {
+        let layer = match &self.device {
+            Device::Volume(volume) => Some(volume.inner().inner().layer().info().into()),
+            Device::Snapshot(_) => None,
+        };
+        DiskStatistics {
+            name,
+            virtual_size: self.size(),
+            frontend_connected: self.server.is_connected(),
+            account: self.device.account(),
+            layer,
+        }
     }
 
     /// Size of the disk in bytes.

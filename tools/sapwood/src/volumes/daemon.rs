@@ -19,10 +19,11 @@ use super::access::{Access, socket_of};
 use super::attached::check_socket;
 use super::background::Background;
 use super::service::Service;
-use super::{CONNECTION_TIME_MAX, routes};
+use super::{CONNECTION_TIME_MAX, look, routes};
 use crate::control::http::HasJobs;
 use crate::control::listen::Listener;
 use crate::host::Host;
+use crate::metrics::{self, listen::Loopback};
 
 /// The environment variable that names the socket of whoever supervises this process (`sd_notify(3)`).
 const NOTIFY_VARIABLE: &str = "NOTIFY_SOCKET";
@@ -36,6 +37,8 @@ pub struct Options {
     pub socket: Option<PathBuf>,
     /// The folder for sockets of volumes; by default in the store.
     pub sockets: Option<PathBuf>,
+    /// Where this host's Prometheus gets its page.
+    pub metrics: Option<Loopback>,
     /// Whether what was attached is attached again.
     pub restore: bool,
     /// Whether anything is done without being asked for.
@@ -46,6 +49,7 @@ pub struct Options {
 pub struct Daemon {
     service: Arc<Service>,
     listener: Listener,
+    metrics: Option<Listener>,
     link: Option<Link>,
     background: Option<Background>,
     socket: PathBuf,
@@ -101,8 +105,13 @@ impl Daemon {
             }
             false => None,
         };
+        let metrics = options.metrics.map(|address| {
+            let service = Arc::clone(service);
+            metrics::listen::start(address, Arc::new(move || look::page(&service)))
+        });
+        let metrics = metrics.transpose()?;
         let background = options.background.then(|| Background::start(service)).transpose()?;
-        Ok(Self { service: Arc::clone(service), listener, link, background, socket })
+        Ok(Self { service: Arc::clone(service), listener, metrics, link, background, socket })
     }
 
     /// What is served.
@@ -117,12 +126,13 @@ impl Daemon {
 
     /// Ends everything; what guests wrote is durable then.
     pub fn stop(self) -> anyhow::Result<()> {
-        let Self { service, listener, link, background, .. } = self;
+        let Self { service, listener, metrics, link, background, .. } = self;
         drop(link);
         // First: the listener waits for what is being answered, which may wait for these.
         service.background().stop();
         service.jobs().stop();
         drop(listener);
+        drop(metrics);
         drop(background);
         Ok(service.close()?)
     }

@@ -12,6 +12,8 @@ use super::answer::{Entries, Entry, Events, Forest, Stat, State};
 use super::operation::{Quick, operation};
 use super::service::Service;
 use crate::control::wire::Failure;
+use crate::metrics::Statistics;
+use crate::metrics::page::Page;
 
 /// All volumes, by name.
 #[derive(Debug, Serialize, Deserialize)]
@@ -59,6 +61,11 @@ pub struct ShowStore {}
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct ListEvents {}
 
+/// What guests do with all that is attached.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct ShowStatistics {}
+
 operation!(ListVolumes: Get "/v1/volumes" -> Entries);
 operation!(ListSnapshots: Get "/v1/volumes/{volume}/snapshots" -> Entries);
 operation!(ShowTree: Get "/v1/tree" -> Forest);
@@ -66,6 +73,7 @@ operation!(ShowVolume: Get "/v1/volumes/{volume}" -> Entry);
 operation!(ShowSnapshot: Get "/v1/volumes/{volume}/snapshots/{snapshot}" -> Entry);
 operation!(ShowStore: Get "/v1/store" -> Stat);
 operation!(ListEvents: Get "/v1/events" -> Events);
+operation!(ShowStatistics: Get "/v1/statistics" -> Statistics);
 
 impl Quick for ListVolumes {
     fn run(self, service: &Arc<Service>) -> Result<Entries, Failure> {
@@ -232,4 +240,31 @@ impl Quick for ListEvents {
     fn run(self, service: &Arc<Service>) -> Result<Events, Failure> {
         Ok(Events { events: service.events().list() })
     }
+}
+
+impl Quick for ShowStatistics {
+    fn run(self, service: &Arc<Service>) -> Result<Statistics, Failure> {
+        let view = service.store().catalog().view()?;
+        let mut disks = Vec::new();
+        for attached in service.all_attached() {
+            let id = attached.id();
+            let volume = view.volume(id)?.map(|row| row.name);
+            let name = match volume {
+                Some(name) => Some(name),
+                None if view.node(id)?.is_some() => named_below(&view, Some(id))?,
+                None => None,
+            };
+            // What has no name is being detached or deleted.
+            if let Some(name) = name {
+                disks.push(attached.statistics(name));
+            }
+        }
+        Ok(Statistics::now(disks))
+    }
+}
+
+/// The page for Prometheus.
+pub fn page(service: &Arc<Service>) -> Result<Page, Failure> {
+    let Statistics { disks, .. } = ShowStatistics {}.run(service)?;
+    Ok(Page { disks, store: Some(service.store().stat()?.into()) })
 }

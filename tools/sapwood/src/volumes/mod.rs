@@ -6,7 +6,7 @@
 //! - `address`: names of volumes and snapshots on the command line;
 //! - `answer`: what is answered;
 //! - `operation`: what an operation is; `look`, `change`, `live`, `transfer`, `upkeep`: the operations;
-//! - `counted`, `attached`: a volume that is served to virtual machines;
+//! - `attached`: a volume that is served to virtual machines;
 //! - `events`, `memory`, `service`: what operations run on;
 //! - `background`: what the daemon does by itself;
 //! - `routes`: from HTTP to an operation;
@@ -21,7 +21,6 @@ pub mod answer;
 pub mod attached;
 mod background;
 pub mod change;
-mod counted;
 pub mod daemon;
 mod events;
 pub mod limit;

@@ -11,7 +11,7 @@ use axum::Router;
 use axum::body::Bytes;
 use axum::extract::rejection::PathRejection;
 use axum::extract::{FromRequest, Path, Request, State};
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::response::Response;
 use axum::routing::{delete, get, post};
 use serde_json::{Map, Value, json};
@@ -22,6 +22,7 @@ use super::service::{Service, system};
 use super::{change, limit, live, look, transfer, upkeep};
 use crate::control::http::{self, Answer, Body, Error, Route, json_of, json_text, parse};
 use crate::control::wire::Failure;
+use crate::metrics::listen::answer as answer_page;
 
 /// The OpenAPI document.
 const DOCUMENT: &str = include_str!("../../../../docs/daemon-api.json");
@@ -51,6 +52,8 @@ fn routes() -> Vec<Route<Service>> {
         quick::<limit::LimitGroup>(),
         quick::<limit::DeleteGroup>(),
         quick::<look::ListEvents>(),
+        quick::<look::ShowStatistics>(),
+        ("get", "/metrics", get(metrics)),
         quick::<look::ShowTree>(),
         quick::<look::ListVolumes>(),
         quick::<change::CreateVolume>(),
@@ -132,6 +135,10 @@ async fn version(State(service): Asked) -> Response {
 
 async fn document() -> Response {
     json_text(DOCUMENT)
+}
+
+async fn metrics(State(service): Asked, headers: HeaderMap) -> Answer {
+    answer_page(Arc::new(move || look::page(&service)), headers).await
 }
 
 #[cfg(test)]

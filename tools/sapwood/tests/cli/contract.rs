@@ -21,7 +21,7 @@ const WRITERS: [&str; 9] = [
     "boot --skip-probe IN",
 ];
 
-const COMMANDS: [&str; 41] = [
+const COMMANDS: [&str; 42] = [
     "create",
     "info",
     "map",
@@ -63,10 +63,11 @@ const COMMANDS: [&str; 41] = [
     "label",
     "attach",
     "detach",
+    "top",
 ];
 
 /// Commands that do something without an argument, where a default store is named; here none is.
-const WITHOUT_ARGUMENTS: [&str; 10] = [
+const WITHOUT_ARGUMENTS: [&str; 11] = [
     "store init",
     "store stat",
     "store seal",
@@ -77,6 +78,7 @@ const WITHOUT_ARGUMENTS: [&str; 10] = [
     "daemon",
     "list",
     "tree",
+    "top",
 ];
 
 /// The code for "could not", which for compare must not be the one for "different".

@@ -13,6 +13,7 @@ use signal_hook::iterator::Signals;
 use super::super::serve::signals;
 use crate::cli::output;
 use crate::host::Host;
+use crate::metrics::listen::Loopback;
 use crate::volumes::address::default_store;
 use crate::volumes::daemon::{Daemon, Options, notify};
 use crate::volumes::look::ShowStore;
@@ -51,6 +52,10 @@ pub struct DaemonCommand {
     #[arg(long, value_name = "DIR")]
     sockets: Option<PathBuf>,
 
+    /// Where this host's Prometheus gets its page, for example 127.0.0.1:9123; the control socket has the same page
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<Loopback>,
+
     /// Attach nothing again, and forget what was attached
     #[arg(long)]
     no_restore: bool,
@@ -72,6 +77,7 @@ impl DaemonCommand {
             store,
             socket: self.socket,
             sockets: self.sockets,
+            metrics: self.metrics,
             restore: !self.no_restore,
             background: !self.no_background,
         };
