@@ -246,6 +246,7 @@ fn a_file_that_makes_no_sense_does_not_stop_the_daemon() {
     fs::write(&file, format!("{start_of}[{entry},{entry}]}}")).unwrap();
     let (daemon, _) = Daemon::start(&place, &start);
     assert_eq!(served(&place, ":web")["queues"], 1);
+    assert_eq!(fs::read_to_string(&file).unwrap().matches(&id).count(), 1, "and written down once");
     daemon.stops();
 }
 
