@@ -23,7 +23,7 @@ use crate::machine::cpuid::Processor;
 use crate::machine::memory::{self, GuestMemory, RAM_BYTES_MIN};
 use crate::machine::processor::{kick_signal, register_kick};
 use crate::machine::registers::{self, Entry};
-use crate::machine::{MachineError, require_capabilities};
+use crate::machine::{MachineError, make_vm, require_capabilities};
 
 const DEVICE: &str = "/dev/kvm";
 /// Where the guest's code lies.
@@ -85,7 +85,7 @@ pub fn probe() -> Result<(), ProbeError> {
     let kvm = Kvm::new().map_err(MachineError::Open)?;
     require_capabilities(&kvm)?;
     let memory = memory::create(RAM_BYTES_MIN).map_err(MachineError::from)?;
-    let vm = kvm.create_vm().map_err(MachineError::kvm("making a virtual machine"))?;
+    let vm = make_vm(&kvm)?;
     let vcpu = guest(&kvm, &vm, &memory)?;
     run(vcpu)
 }

@@ -10,6 +10,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config};
 use kvm_ioctls::{Cap, Kvm, VcpuFd, VmFd};
+use rustix::io::Errno;
 
 use crate::layout::{KVM_IDENTITY_MAP, KVM_TSS};
 use cpuid::Processor;
@@ -95,7 +96,7 @@ impl Machine {
             return Err(MachineError::Cpus { cpus, max });
         }
         let memory = memory::create(memory_bytes)?;
-        let vm = kvm.create_vm().map_err(MachineError::kvm("making a virtual machine"))?;
+        let vm = make_vm(&kvm)?;
         memory::attach(&vm, &memory)?;
         set_up_interrupts(&vm)?;
 
@@ -134,6 +135,30 @@ pub fn require_capabilities(kvm: &Kvm) -> Result<(), MachineError> {
     }
 }
 
+/// How often a call of KVM's is made again that a signal, or work that the kernel has for the thread, interrupted.
+const INTERRUPTIONS_MAX: usize = 1000;
+
+/// Makes a virtual machine. KVM gives up at anything that is pending for the thread, whether or not somebody would see it
+/// (`mm_take_all_locks`, below KVM_CREATE_VM), so that it has to be asked again.
+///
+/// # Errors
+/// KVM refuses.
+pub fn make_vm(kvm: &Kvm) -> Result<VmFd, MachineError> {
+    uninterrupted(|| kvm.create_vm()).map_err(MachineError::kvm("making a virtual machine"))
+}
+
+fn uninterrupted<T>(mut call: impl FnMut() -> Result<T, kvm_ioctls::Error>) -> Result<T, kvm_ioctls::Error> {
+    let is_interrupted = |result: &Result<T, kvm_ioctls::Error>| matches!(result, Err(error) if error.errno() == Errno::INTR.raw_os_error());
+    let mut result = call();
+    for _ in 0..INTERRUPTIONS_MAX {
+        if !is_interrupted(&result) {
+            break;
+        }
+        result = call();
+    }
+    result
+}
+
 fn set_up_interrupts(vm: &VmFd) -> Result<(), MachineError> {
     vm.set_identity_map_address(KVM_IDENTITY_MAP).map_err(MachineError::kvm("placing its identity map"))?;
     vm.set_tss_address(KVM_TSS as usize).map_err(MachineError::kvm("placing its task state"))?;
@@ -141,4 +166,24 @@ fn set_up_interrupts(vm: &VmFd) -> Result<(), MachineError> {
     // The speaker's port belongs to the timer as well; without the dummy each access would come to us.
     let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..Default::default() };
     vm.create_pit2(pit).map_err(MachineError::kvm("making the timer"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_call_that_was_interrupted_is_made_again_and_no_other_one() {
+        let error = |errno: Errno| kvm_ioctls::Error::new(errno.raw_os_error());
+        let mut outcomes = [Err(error(Errno::INTR)), Err(error(Errno::INTR)), Ok(7)].into_iter();
+        assert_eq!(uninterrupted(|| outcomes.next().expect("two more calls")), Ok(7));
+        let mut calls = 0;
+        let refused: Result<(), _> = uninterrupted(|| {
+            calls += 1;
+            Err(error(Errno::NOMEM))
+        });
+        assert_eq!((refused, calls), (Err(error(Errno::NOMEM)), 1));
+        let endless: Result<(), _> = uninterrupted(|| Err(error(Errno::INTR)));
+        assert_eq!(endless, Err(error(Errno::INTR)));
+    }
 }
