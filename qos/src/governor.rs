@@ -167,6 +167,11 @@ impl Governor {
         Self::settle(state, now);
     }
 
+    /// The group in which a disk or group is.
+    pub fn parent_of(&self, node: NodeId) -> Option<NodeId> {
+        self.state().settings.get(&node).and_then(|(parent, _)| *parent)
+    }
+
     /// Removes a group, which is not [`Arbiter::ROOT`]; what is in it goes to the group that it was in.
     pub fn remove_group(&self, node: NodeId, now: Time) {
         let mut state = self.state();

@@ -11,6 +11,8 @@ pub mod page;
 #[cfg(test)]
 mod tests;
 
+use std::time::Duration;
+
 use sapwood_blockdev::device::BlockDevice;
 use sapwood_blockdev::units::BLOCK_SIZE;
 use sapwood_image::Disk;
@@ -43,6 +45,9 @@ pub struct DiskStatistics {
     pub frontend_connected: bool,
     /// What was done since it is served.
     pub account: Account,
+    /// For how long requests that limits let through had waited for that since then, all together, in microseconds.
+    #[serde(default)]
+    pub throttled_us: u64,
     /// More about a layer.
     pub layer: Option<LayerStatistics>,
 }
@@ -97,6 +102,11 @@ impl From<LayerInfo> for LayerStatistics {
     }
 }
 
+/// A time in whole microseconds.
+pub fn micros(time: Duration) -> u64 {
+    time.as_micros().try_into().unwrap_or(u64::MAX)
+}
+
 impl Statistics {
     /// What is so now.
     pub fn now(mut disks: Vec<DiskStatistics>) -> Self {
@@ -115,6 +125,7 @@ impl Statistics {
             virtual_size: served.disk.geometry().size,
             frontend_connected: served.server.is_connected(),
             account: served.accounted.account(),
+            throttled_us: micros(served.accounted.inner().waited()),
             layer,
         }])
     }

@@ -6,7 +6,9 @@ use axum::http::HeaderMap;
 use axum::http::header::{ACCEPT, CONTENT_TYPE};
 use axum::response::{IntoResponse, Response};
 use prometheus_client::collector::Collector;
-use prometheus_client::encoding::{DescriptorEncoder, EncodeGaugeValue, NoLabelSet, prometheus_text, text};
+use prometheus_client::encoding::{
+    DescriptorEncoder, EncodeCounterValue, EncodeGaugeValue, NoLabelSet, prometheus_text, text,
+};
 use prometheus_client::metrics::MetricType;
 use prometheus_client::registry::{Registry, Unit};
 use sapwood_qos::account::{Histogram, Kind};
@@ -117,15 +119,15 @@ type Labels<'a> = Vec<(&'static str, &'a str)>;
 struct Writer<'a>(DescriptorEncoder<'a>);
 
 impl Writer<'_> {
-    fn counter<'a>(
+    fn counter<'a, V: EncodeCounterValue>(
         &mut self,
         (name, unit, help): (&str, Option<Unit>, &str),
-        values: impl IntoIterator<Item = (Labels<'a>, u64)>,
+        values: impl IntoIterator<Item = (Labels<'a>, V)>,
     ) -> fmt::Result {
         let mut metric = self.0.encode_descriptor(name, help, unit.as_ref(), MetricType::Counter)?;
         for (labels, value) in values {
             let labels = labels.as_slice();
-            metric.encode_family(&labels)?.encode_counter::<NoLabelSet, _, u64>(&value, None)?;
+            metric.encode_family(&labels)?.encode_counter::<NoLabelSet, V, u64>(&value, None)?;
         }
         Ok(())
     }
@@ -224,6 +226,10 @@ fn disks(writer: &mut Writer<'_>, disks: &[DiskStatistics]) -> fmt::Result {
     writer.gauge(
         ("requests_in_flight", None, "Requests that were taken and not reported"),
         all().map(|(labels, disk)| (labels, disk.account.in_flight)),
+    )?;
+    writer.counter(
+        ("request_throttled", Some(Unit::Seconds), "Time that requests had waited which limits let through"),
+        all().map(|(labels, disk)| (labels, disk.throttled_us as f64 / 1e6)),
     )?;
     writer.gauge(
         ("disk_size", Some(Unit::Bytes), "Size of the disk"),

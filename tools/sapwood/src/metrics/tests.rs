@@ -40,6 +40,7 @@ fn page() -> Page {
         virtual_size: 1 << 30,
         frontend_connected: true,
         account: account.clone(),
+        throttled_us: 1_500_000,
         layer,
     };
     let store = StoreNumbers {
@@ -112,6 +113,7 @@ fn the_page_keeps_the_rules_of_its_format() {
     assert_eq!(value(&format!("sapwood_request_duration_seconds_count{{{read}}}")), 6.0);
     assert_eq!(value(&format!("sapwood_request_duration_seconds_sum{{{read}}}")), 110.005_043);
     assert_eq!(value("sapwood_store_files_bytes{part=\"packs\"}"), 20.0);
+    assert_eq!(value("sapwood_request_throttled_seconds_total{disk=\"web\"}"), 1.5);
     assert_eq!(value("sapwood_layer_written_bytes_total{disk=\"web\",part=\"log\"}"), 9.0);
     let open = page().text(true);
     assert!(open.ends_with("# EOF\n"), "{open}");

@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use sapwood_blockdev::buffer::SharedBuf;
 use sapwood_blockdev::device::{self, BlockDevice, Command, Geometry};
@@ -25,7 +26,7 @@ use super::answer::Serving;
 use super::service::{Service, system};
 use crate::control::wire::Failure;
 use crate::host::{HostEngine, serving};
-use crate::metrics::DiskStatistics;
+use crate::metrics::{DiskStatistics, micros};
 
 /// Disks that a daemon can serve before their files of layers below reach its limit of open files.
 const DISKS: u64 = 512;
@@ -106,6 +107,14 @@ impl Device {
         match self {
             Self::Volume(volume) => volume.account(),
             Self::Snapshot(disk) => disk.account(),
+        }
+    }
+
+    /// For how long requests had waited for limits that let them through.
+    fn waited(&self) -> Duration {
+        match self {
+            Self::Volume(volume) => volume.inner().waited(),
+            Self::Snapshot(disk) => disk.inner().waited(),
         }
     }
 }
@@ -260,6 +269,7 @@ impl Attached {
             virtual_size: self.size(),
             frontend_connected: self.server.is_connected(),
             account: self.device.account(),
+            throttled_us: micros(self.device.waited()),
             layer,
         }
     }

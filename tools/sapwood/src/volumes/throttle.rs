@@ -78,9 +78,20 @@ impl Throttle {
                 groups.insert(name.clone(), node);
             }
         }
-        for (name, row) in rows {
-            let parent = node_of(groups, row.group.as_deref());
-            self.governor.change(groups[name], parent, &settings(name, &row.limits), now);
+        let places: Vec<_> = rows
+            .iter()
+            .map(|(name, row)| {
+                (groups[name], node_of(groups, row.group.as_deref()), settings(name, &row.limits))
+            })
+            .collect();
+        // Out of the old places first: a group may be about to go into one that is in it.
+        for (node, parent, settings) in &places {
+            if self.governor.parent_of(*node) != Some(*parent) {
+                self.governor.change(*node, Arbiter::ROOT, settings, now);
+            }
+        }
+        for (node, parent, settings) in &places {
+            self.governor.change(*node, *parent, settings, now);
         }
     }
 }
@@ -104,4 +115,32 @@ fn settings(name: &str, limits: &Named) -> Settings {
         log::warn!("{name}: its limits are not applied: {error}");
         Settings::default()
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use sapwood_store::rows::GroupRow;
+
+    use super::*;
+
+    #[test]
+    fn groups_that_change_places_are_never_in_each_other() {
+        let rows = |pairs: &[(&str, Option<&str>)]| -> GroupRows {
+            let row =
+                |group: Option<&str>| GroupRow { group: group.map(str::to_owned), ..GroupRow::default() };
+            pairs.iter().map(|(name, group)| ((*name).to_owned(), row(*group))).collect()
+        };
+        let (throttle, mut groups) = (Throttle::new(1), BTreeMap::new());
+        for places in [
+            rows(&[("a", Some("b")), ("b", Some("c")), ("c", None)]),
+            rows(&[("a", None), ("b", Some("a")), ("c", Some("b"))]),
+            rows(&[("a", Some("c")), ("b", Some("a")), ("c", None)]),
+        ] {
+            throttle.make_groups(&places, &mut groups);
+            for (name, row) in &places {
+                let parent = row.group.as_deref().map_or(Arbiter::ROOT, |group| groups[group]);
+                assert_eq!(throttle.governor.parent_of(groups[name]), Some(parent), "{name}");
+            }
+        }
+    }
 }

@@ -30,6 +30,7 @@ fn statistics(disks: &[(&str, Account)]) -> Statistics {
         virtual_size: 1 << 30,
         frontend_connected: true,
         account: account.clone(),
+        throttled_us: 1_500_000,
         layer: None,
     };
     Statistics::now(disks.iter().map(disk).collect())
