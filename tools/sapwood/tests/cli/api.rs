@@ -141,6 +141,24 @@ fn snapshots(api: &mut Api<'_>) {
     api.ask("delete", VOLUME, &["disk"], &json!({ "with-snapshots": true }), 200);
 }
 
+fn limits(api: &mut Api<'_>) {
+    let none = Value::Null;
+    let [volume, group, limits] = ["/v1/volumes/{volume}/limits", "/v1/groups/{group}/limits", "/v1/limits"];
+    let set = json!({ "limits": { "bps-total": 1 << 20 } });
+    let set_group = api.ask("post", group, &["g"], &set, 200);
+    assert_eq!(set_group["groups"]["g"]["limits"]["bps-total"], 1 << 20);
+    api.ask("post", volume, &["a"], &json!({ "limits": { "weight": 7 }, "group": "g" }), 200);
+    api.ask("post", volume, &["a"], &json!({ "group": "none" }), 404);
+    api.ask("post", volume, &["a"], &json!({ "limits": { "weight": 1 << 20 } }), 422);
+    api.ask("post", volume, &["a"], &json!({ "limits": { "weight": -1 } }), 400);
+    api.ask("post", group, &["g"], &json!({ "parent": "g" }), 422);
+    assert_eq!(api.ask("get", limits, &[], &none, 200)["volumes"]["a"]["group"], "g");
+    api.ask("delete", "/v1/groups/{group}", &["g"], &none, 409);
+    api.ask("post", volume, &["a"], &json!({ "reset": true, "group": null }), 200);
+    api.ask("delete", "/v1/groups/{group}", &["g"], &none, 200);
+    assert_eq!(api.ask("get", limits, &[], &none, 200), json!({ "groups": {}, "volumes": {} }));
+}
+
 fn whole(api: &mut Api<'_>) {
     let none = Value::Null;
     api.ask("get", "/v1", &[], &none, 200);
@@ -154,6 +172,7 @@ fn whole(api: &mut Api<'_>) {
     api.ask("post", "/v1/store/settings", &[], &json!({ "quota": null }), 200);
     let store = api.ask("get", "/v1/store", &[], &none, 200);
     assert_eq!((&store["quota"], &store["watermarks"]), (&none, &json!([80, 95])), "the rest stays");
+    limits(api);
     api.job("/v1/store/seal", &[], &none, Some("Sealed"));
     api.job("/v1/store/account", &[], &none, Some("Accounted"));
     api.job("/v1/store/gc", &[], &json!({ "live-percent": 90 }), Some("Collected"));

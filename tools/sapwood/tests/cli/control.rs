@@ -125,6 +125,13 @@ fn it_answers_as_its_document_says() {
         let job = finish(&place, &job);
         assert_eq!(job["state"], "done", "{job}");
     }
+    let limits = "/v1/disk/limits";
+    ask_for("post", limits, r#"{"nonsense": 1}"#, "400");
+    ask_for("post", limits, r#"{"limits": {"iops": 1}}"#, "422");
+    assert_eq!(
+        ask_for("post", limits, r#"{"limits": {"iops-total": 9}, "reset": true}"#, "200"),
+        json!({ "iops-total": 9 })
+    );
     // A page for Prometheus is no JSON: `metrics.rs` has it.
     for (path, item) in document["paths"].as_object().unwrap().iter().filter(|(path, _)| *path != "/metrics")
     {
@@ -133,7 +140,7 @@ fn it_answers_as_its_document_says() {
         }
         assert_eq!(ask(&place, "PUT", &path.replace("{id}", "1"), "").0, 405);
     }
-    assert_eq!(asked, 2 * bodies.len() + 7, "everything in the document");
+    assert_eq!(asked, 2 * bodies.len() + 3 + 8, "everything in the document");
     server.stops();
     let info = place.sapwood("info --output=json disk.layer").json();
     assert_eq!((&info["virtual-size"], &info["backing-filename"]), (&json!(16 << 20), &Value::Null));
