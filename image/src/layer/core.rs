@@ -53,10 +53,12 @@ pub(super) enum Job {
 struct Sync {
     /// For the next sync.
     waiting: Vec<Waiter>,
-    /// For the one that is running, and the sequence that it covers.
-    running: Option<(Vec<Waiter>, u64)>,
+    /// For the one that is running, and the position up to which it covers the log.
+    running: Option<(Vec<Waiter>, LogPosition)>,
     /// Everything up to this sequence is durable.
     durable: u64,
+    /// The newest position up to which a sync of this session has covered the log.
+    covered: Option<LogPosition>,
     /// When the oldest record that no sync covers yet was published.
     unsynced_since: Option<Time>,
     /// What lies below is not durable yet: nothing is reported as durable before it is.
@@ -286,7 +288,7 @@ impl Core {
         }
         if self.sync.running.is_none() && !self.sync.waiting.is_empty() && !self.sync.held {
             let waiters = std::mem::take(&mut self.sync.waiting);
-            self.sync.running = Some((waiters, self.log.published.sequence));
+            self.sync.running = Some((waiters, self.log.published));
             self.sync.unsynced_since = None;
             return Some(Job::Sync);
         }
@@ -415,7 +417,8 @@ impl Core {
             }
             return;
         }
-        self.sync.durable = self.sync.durable.max(covers);
+        self.sync.durable = self.sync.durable.max(covers.sequence);
+        self.sync.covered = Some(covers);
         waiters.into_iter().for_each(|waiter| self.end(waiter, Ok(()), 0));
     }
 
@@ -460,16 +463,16 @@ impl Core {
         self.maintenance_wakers.drain(..).for_each(Waker::wake);
     }
 
-    /// The position that a checkpoint frozen at `frozen` may name: the newest one, when only the
-    /// checkpoint's own records and such that change no map came since, and all of them are durable. One
-    /// before a named position that a power cut took would leave a gap between those around it.
+    /// The position that a checkpoint frozen at `frozen` may name: the newest one that is durable, when only the checkpoint's own
+    /// records and such that change no map came since. One before a named position that a power cut took would leave a gap
+    /// between those around it.
     pub(super) fn checkpoint_position(&self, frozen: LogPosition) -> LogPosition {
-        let newest = self.log.published;
-        let is_durable = self.sync.durable >= newest.sequence || breaks!(self.tuning, SlotNamesUnsynced);
-        match self.log.guest_sequence <= frozen.sequence && self.log.flights.is_empty() && is_durable {
-            true => newest,
-            false => frozen,
-        }
+        let newest = match breaks!(self.tuning, SlotNamesUnsynced) {
+            true => Some(self.log.published),
+            false => self.sync.covered,
+        };
+        let is_disk_the_same = self.log.guest_sequence <= frozen.sequence && self.log.flights.is_empty();
+        newest.filter(|newest| is_disk_the_same && newest.sequence > frozen.sequence).unwrap_or(frozen)
     }
 
     /// The byte of the file at which a block lies.
