@@ -11,9 +11,13 @@ use std::time::Duration;
 use crate::arbiter::{WEIGHT_DEFAULT, WEIGHT_MAX};
 use crate::bucket::{Bucket, NANO};
 
-/// What may be done at once although it was not saved for: as much as comes in this time. A thread that wakes so late loses nothing,
-/// and no window of 100 ms lets through 5 % more than it should.
-const GRAIN: Duration = Duration::from_millis(4);
+/// What may be done at once: as much as comes in this time. A thread that wakes so late loses nothing.
+const GRAIN: Duration = Duration::from_millis(2);
+/// What was left undone for so long is made up for, at a rate that is higher by one part in [`CATCH_UP`]: so a longer stall costs nothing in
+/// the long run, and no window of 100 ms lets through 4 % more than it should.
+const SAVED: Duration = Duration::from_millis(10);
+/// See [`SAVED`].
+const CATCH_UP: u64 = 64;
 /// The largest rate, each second (as in QEMU).
 pub const RATE_MAX: u64 = 1_000_000_000_000_000;
 /// The longest burst.
@@ -186,6 +190,8 @@ enum Term {
     Long,
     /// The rate of bursts.
     Short,
+    /// The rate at which is made up for what was left undone.
+    CatchUp,
 }
 
 /// One bucket, and what it counts.
@@ -271,13 +277,14 @@ fn cost(unit: Unit, iops_size: Option<NonZeroU64>, work: &Work) -> i128 {
 
 /// The buckets of a rate: their rates and capacities, these in billionths of a token.
 fn terms(rate: &Rate) -> impl Iterator<Item = (Term, u64, i128)> {
-    let grain = |rate: u64| i128::from(rate) * GRAIN.as_nanos() as i128;
+    let brings = |rate: u64, time: Duration| i128::from(rate) * time.as_nanos() as i128;
     let Rate { per_second, burst } = *rate;
-    let saved =
-        burst.map(|burst| i128::from(burst.per_second - per_second) * burst.length.as_nanos() as i128);
-    let long = (Term::Long, per_second, saved.unwrap_or(0).max(grain(per_second)));
-    let short = burst.map(|burst| (Term::Short, burst.per_second, grain(burst.per_second)));
-    std::iter::once(long).chain(short)
+    let saved = burst.map_or(0, |burst| brings(burst.per_second - per_second, burst.length));
+    let long = (Term::Long, per_second, saved.max(brings(per_second, SAVED)));
+    let short = burst.map(|burst| (Term::Short, burst.per_second, brings(burst.per_second, SAVED)));
+    let fastest = burst.map_or(per_second, |burst| burst.per_second);
+    let catch_up = (Term::CatchUp, fastest + fastest.div_ceil(CATCH_UP), brings(fastest, GRAIN));
+    std::iter::once(long).chain(short).chain([catch_up])
 }
 
 #[cfg(test)]

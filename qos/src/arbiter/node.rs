@@ -16,6 +16,8 @@ const REQUEST: u128 = 1 << 32;
 const REQUEST_BYTES: u128 = 64 << 10;
 /// Requests that a node was served before its turn, by its reservation, and that count against it when it was idle meanwhile.
 const LEAD_REQUESTS: u128 = 256;
+/// Who is idle for less than this has what it would have had otherwise: its guest's or our thread was late.
+const BRIEF: Duration = Duration::from_millis(10);
 /// A reservation that was not met for longer than this is not made up for.
 const BEHIND_MAX: Duration = Duration::from_secs(1);
 
@@ -113,7 +115,34 @@ pub(super) struct Group {
     /// Active members, by their shares.
     pub(super) active: BTreeSet<(u128, NodeId)>,
     /// The share of whoever was served last by weight.
-    pub(super) served: u128,
+    served: u128,
+    /// What that was half of [`BRIEF`] ago at least, and then, or later.
+    before: [u128; 2],
+    /// When the later of these was.
+    at: Duration,
+}
+
+impl Group {
+    /// By weight a member is served that has had such a share.
+    pub(super) fn serve(&mut self, share: u128, now: Duration) {
+        self.look_back(now);
+        self.served = self.served.max(share);
+    }
+
+    /// Where members begin that were idle: the least and the most that they can have had.
+    pub(super) fn begins(&mut self, now: Duration) -> (u128, u128) {
+        self.look_back(now);
+        (self.before[0], self.served)
+    }
+
+    fn look_back(&mut self, now: Duration) {
+        let passed = now.saturating_sub(self.at);
+        if passed >= BRIEF / 2 {
+            // When as much has passed twice, nothing was served in the second half.
+            let older = if passed >= BRIEF { self.served } else { self.before[1] };
+            (self.before, self.at) = ([older, self.served], now);
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -263,9 +292,12 @@ impl Node {
         (open, until)
     }
 
-    /// How much more of a share than its siblings it may have had when it begins again.
-    pub(super) fn lead_max(&self) -> u128 {
-        LEAD_REQUESTS * REQUEST / u128::from(self.weight)
+    /// Begins again, where its siblings are.
+    pub(super) fn begin(&mut self, (least, most): (u128, u128), now: Duration) {
+        let lead_max = LEAD_REQUESTS * REQUEST / u128::from(self.weight);
+        self.state = State::Active;
+        self.share = self.share.clamp(least, most + lead_max);
+        self.due = self.due.max(now.saturating_sub(BRIEF));
     }
 
     /// Counts work that begins; `is_due`: by the reservation.

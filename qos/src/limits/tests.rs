@@ -51,6 +51,13 @@ fn drive(
     }
 }
 
+/// The most that a limit without a burst lets through in a window of so many nanoseconds: what comes meanwhile and in 10 ms, and never
+/// faster than a 64th above the rate, after 2 ms at once.
+fn allowed(per_second: u64, window: u64) -> u64 {
+    let comes = |time: u64| (u128::from(per_second) * u128::from(time) / u128::from(SECOND)) as u64;
+    comes(window + 10_000_000).min(comes(window + window / 64 + 2_000_000) + 1) + 1
+}
+
 /// The most that is let through in any window of `window` nanoseconds.
 fn most(done: &[(u64, Work)], window: u64, amount: impl Fn(&Work) -> u64) -> u64 {
     let (mut first, mut sum, mut most) = (0, 0, 0);
@@ -78,9 +85,8 @@ fn any_window_is_within_the_limit_and_demand_is_met() {
         let wanted = per_second * 2;
         assert!(done.len() as u64 >= wanted * 99 / 100, "seed {seed}: {} of {wanted}", done.len());
         for window in [10, 25, 100, 1000].map(|ms| ms * 1_000_000) {
-            let limit = per_second * window / SECOND + per_second * 4 / 1000 + 1;
-            let most = most(&done, window, |_| 1);
-            assert!(most <= limit, "seed {seed}: {most} in {window} ns, {limit} allowed");
+            let (most, allowed) = (most(&done, window, |_| 1), allowed(per_second, window));
+            assert!(most <= allowed, "seed {seed}: {most} in {window} ns, {allowed} allowed");
         }
     }
 }
@@ -99,7 +105,7 @@ fn bytes_are_counted_whatever_the_size_of_requests() {
         let done = drive(&mut meter, (0, 2 * SECOND, 500_000), any, &mut state);
         let moved: u64 = done.iter().map(|(_, work)| work.bytes).sum();
         assert!(moved >= per_second * 2 * 99 / 100, "seed {seed}: {moved}");
-        let allowed = per_second / 10 + per_second * 4 / 1000 + 128 * 1024;
+        let allowed = allowed(per_second, SECOND / 10) + 128 * 1024;
         assert!(most(&done, SECOND / 10, |work| work.bytes) <= allowed, "seed {seed}");
     }
 }
@@ -115,7 +121,7 @@ fn a_burst_lasts_as_long_as_it_says_and_comes_again_after_idling() {
             let range = start + second * SECOND..start + (second + 1) * SECOND;
             let count = done.iter().filter(|(now, _)| range.contains(now)).count() as i64;
             let expected = if second < 3 { 5_000 } else { 1_000 };
-            assert!((count - expected).abs() <= 25, "second {second} after {start}: {count}");
+            assert!((count - expected).abs() <= 50 + 5, "second {second} after {start}: {count}");
         }
     }
 }
@@ -129,7 +135,7 @@ fn directions_and_large_requests_count_as_they_should() {
     let reads = drive(&mut meter, (0, 10 * SECOND, 0), |_| read(512), &mut state).len();
     assert!((1_000..=1_002).contains(&reads), "{reads}");
     let writes = drive(&mut meter, (10 * SECOND, 20 * SECOND, 0), |_| write(512), &mut state).len();
-    assert!((1_500..=1_502).contains(&writes), "reads are limited to less: {writes}");
+    assert!((1_500..=1_503).contains(&writes), "reads are limited to less: {writes}");
     // Each counts as two and a half.
     let large = drive(&mut meter, (20 * SECOND, 30 * SECOND, 0), |_| write(20_480), &mut state).len();
     assert!((599..=601).contains(&large), "{large}");
@@ -146,7 +152,7 @@ fn changes_while_there_is_demand_neither_stall_nor_flood() {
             meter.change(&Limits { iops_total: rate(per_second), ..Limits::default() }, at(now));
             let end = now + SECOND / 2;
             let count = drive(&mut meter, (now, end, 0), |_| read(512), &mut state).len() as u64;
-            let (least, most) = (per_second * 495 / 1000, per_second / 2 + per_second * 4 / 1000 + 2);
+            let (least, most) = (per_second * 495 / 1000, allowed(per_second, SECOND / 2) + 1);
             assert!(
                 (least.saturating_sub(1)..=most).contains(&count),
                 "seed {seed}: {count} at {per_second}"
