@@ -1,12 +1,14 @@
 //! One [`Arbiter`] for the disks of a process, shared by the threads of their queues.
 //!
-//! A thread keeps the requests that wait (see [`crate::limited`]); the arbiter knows how many there are, and grants. Whoever looks
+//! A thread keeps the requests that wait (see `crate::turnstile`); the arbiter knows how many there are, and grants. Whoever looks
 //! grants to all: what another thread may begin is put into its mailbox, and it is woken. Of all that wait for a limit one thread
 //! has the *alarm*: it looks again when the first limit lets something through, while the others sleep until they are woken.
 //!
-//! Disks without limits pass by, without a lock, for as long as nobody shares by weight or reservation (`is_governed`).
+//! Disks without limits pass by, without a lock, for as long as nobody shares by weight or reservation (`is_governed`). What is
+//! done in the background ([`Background`]) is one disk more, which counts for nothing as long as no guest shares.
 
 use std::collections::HashMap;
+use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::Waker;
@@ -14,10 +16,19 @@ use std::task::Waker;
 use sapwood_blockdev::engine::{Time, monotonic_now};
 
 use crate::arbiter::{Arbiter, Flow, NodeId, Settings};
-use crate::limits::Direction;
+use crate::limits::{Direction, Limits};
 
 /// Requests under way at most, of all disks, where they share by weight or reservation, if nobody says another number.
 pub const IN_FLIGHT_DEFAULT: usize = 32;
+
+/// The weight of [`Background`] work, if nobody says another.
+pub const BACKGROUND_WEIGHT_DEFAULT: u32 = 10;
+
+/// What [`Background`] work gets in any case, in requests each second, of which a large one counts as several
+/// ([`BACKGROUND_SIZE`]): whatever guests weigh, it comes to an end.
+const BACKGROUND_RESERVED: u64 = 50;
+/// Bytes of such a request.
+const BACKGROUND_SIZE: NonZeroU64 = NonZeroU64::new(64 << 10).expect("it is not zero");
 
 /// A queue of a disk.
 type Key = (NodeId, u16);
@@ -65,7 +76,13 @@ struct Mail {
     /// It is to look, perhaps to take the alarm.
     nudged: AtomicBool,
     waker: Waker,
+    /// Its thread does other things besides, and is not there when an alarm comes.
+    is_background: bool,
 }
+
+/// All work of a process that no guest waits for: its reads and writes share with those of guests, by a weight.
+#[derive(Clone, Debug)]
+pub struct Background(Arc<Seat>);
 
 /// Requests that may begin: reads, writes.
 pub(crate) type Grants = [usize; 2];
@@ -110,14 +127,37 @@ impl Seat {
 
     /// A queue of the disk, whose thread `waker` wakes.
     pub(crate) fn join(self: &Arc<Self>, waker: Waker) -> Member {
+        self.enter(waker, false)
+    }
+
+    fn enter(self: &Arc<Self>, waker: Waker, is_background: bool) -> Member {
         let granted = [AtomicU32::new(0), AtomicU32::new(0)];
-        let mail = Arc::new(Mail { granted, nudged: AtomicBool::new(false), waker });
+        let mail = Arc::new(Mail { granted, nudged: AtomicBool::new(false), waker, is_background });
         let mut state = self.governor.state();
         let is_free = |queue: &u16| !state.queues.contains_key(&(self.node, *queue));
         let queue = (0..u16::MAX).find(is_free).expect("a disk has fewer queues");
         state.queues.insert((self.node, queue), Arc::clone(&mail));
         Member { seat: Arc::clone(self), queue, mail, alarm: None }
     }
+}
+
+impl Background {
+    /// A thread that works in the background, and that `waker` wakes.
+    pub(crate) fn join(&self, waker: Waker) -> Member {
+        self.0.enter(waker, true)
+    }
+
+    /// Its part of what all can do, from 1 to [`WEIGHT_MAX`](crate::arbiter::WEIGHT_MAX).
+    pub fn set_weight(&self, weight: u32, now: Time) {
+        let mut state = self.0.governor.state();
+        state.arbiter.change(self.0.node, &background_settings(weight), now);
+        Governor::settle(state, now);
+    }
+}
+
+fn background_settings(weight: u32) -> Settings {
+    let limits = Limits { iops_size: Some(BACKGROUND_SIZE), ..Limits::default() };
+    Settings { limits, weight, reserve_iops: Some(BACKGROUND_RESERVED) }
 }
 
 impl Drop for Seat {
@@ -140,6 +180,25 @@ impl Governor {
             granted: Vec::new(),
         };
         Arc::new(Self { state: Mutex::new(state) })
+    }
+
+    /// Another bound for requests under way while anybody shares, from now on.
+    pub fn set_in_flight_max(&self, max: usize, now: Time) {
+        let mut state = self.state();
+        state.in_flight_max = max;
+        Self::settle(state, now);
+    }
+
+    /// A place for work in the background.
+    pub fn background(self: &Arc<Self>, now: Time) -> Background {
+        let shown = Arc::<Shown>::default();
+        let settings = background_settings(BACKGROUND_WEIGHT_DEFAULT);
+        let mut state = self.state();
+        // No settings are kept of it: its weight alone makes nobody share.
+        let node = state.arbiter.add_disk(Arbiter::ROOT, &settings, now);
+        state.disks.insert(node, Arc::clone(&shown));
+        Self::settle(state, now);
+        Background(Arc::new(Seat { governor: Arc::clone(self), node, shown }))
     }
 
     /// Adds a group to the group `parent`, which may be [`Arbiter::ROOT`].
@@ -205,14 +264,7 @@ impl Governor {
         state.find_governed();
         let next = state.dispatch(now);
         let mut delivered = state.deliver(None);
-        // Whoever has the alarm may have it for too late.
-        if next.is_some_and(|next| state.alarm.is_none_or(|(at, _)| next < at)) {
-            let holder = state.alarm.map(|(_, key)| key).or_else(|| state.queues.keys().next().copied());
-            if let Some(mail) = holder.and_then(|key| state.queues.get(&key)) {
-                mail.nudged.store(true, Ordering::Release);
-                delivered.others.push(Arc::clone(mail));
-            }
-        }
+        state.nudge(next, &mut delivered);
         drop(state);
         delivered.wake();
     }
@@ -240,6 +292,19 @@ impl State {
     /// Has the arbiter grant; when to look again.
     fn dispatch(&mut self, now: Time) -> Option<Time> {
         self.arbiter.dispatch(now, &mut self.granted)
+    }
+
+    /// Has somebody else look when it is time, who has no alarm yet, or has it for too late.
+    fn nudge(&self, next: Option<Time>, delivered: &mut Delivered) {
+        if next.is_none_or(|next| self.alarm.is_some_and(|(at, _)| at <= next)) {
+            return;
+        }
+        let holder = self.alarm.and_then(|(_, key)| self.queues.get(&key));
+        let found = holder.or_else(|| self.queues.values().find(|mail| !mail.is_background));
+        if let Some(mail) = found {
+            mail.nudged.store(true, Ordering::Release);
+            delivered.others.push(Arc::clone(mail));
+        }
     }
 
     /// Tells everybody what they may begin; what `me` may is returned.
@@ -327,15 +392,17 @@ impl Member {
             state.arbiter.arrive(Flow { disk: key.0, queue: key.1, direction }, bytes, now);
         }
         let next = state.dispatch(now);
+        let mut delivered = state.deliver(Some(key));
         let is_mine =
             state.alarm.is_none_or(|(at, holder)| holder == key || next.is_some_and(|next| next < at));
-        if is_mine {
+        if self.mail.is_background {
+            state.nudge(next, &mut delivered);
+        } else if is_mine {
             state.alarm = next.map(|next| (next, key));
             self.alarm = next;
         } else {
             self.alarm = None;
         }
-        let delivered = state.deliver(Some(key));
         drop(state);
         delivered.wake()
     }

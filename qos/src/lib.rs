@@ -8,11 +8,14 @@
 //! - `bucket`: the token bucket below it;
 //! - [`account`]: what guests did with a disk, and how long that took;
 //! - [`governor`]: one arbiter for the threads of a process;
-//! - [`limited`]: a disk whose requests wait for it.
+//! - [`limited`]: a disk whose requests wait for it;
+//! - [`background`]: an engine whose reads and writes do, for work that no guest waits for;
+//! - `turnstile`: what waits in a thread.
 #![forbid(unsafe_code)]
 
 pub mod account;
 pub mod arbiter;
+pub mod background;
 mod bucket;
 pub mod governor;
 pub mod limited;
@@ -20,3 +23,4 @@ pub mod limits;
 pub mod names;
 #[cfg(test)]
 mod random;
+mod turnstile;

@@ -1,18 +1,18 @@
 //! A disk whose requests wait until the [`Governor`] lets them begin.
 //!
-//! Reads and writes of a queue wait apart from each other, each in their order, and in the thread that brought them. Flushes never
+//! Requests wait in the thread that brought them, in a `turnstile`. Flushes never
 //! wait: what they promise is about writes that were reported. When a queue is stopped nothing waits any more, but it counts: who
 //! stops and starts does not get more than others.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use sapwood_blockdev::device::{BlockDevice, Command, DeviceQueue, Done, Geometry, Request};
 use sapwood_blockdev::engine::{Engine, Time, monotonic_now};
 
 use crate::arbiter::{NodeId, Settings};
-use crate::governor::{Governor, Grants, Member, Seat};
+use crate::governor::{Governor, Seat};
 use crate::limits::Direction;
+use crate::turnstile::{Turnstile, mark};
 
 /// See the module's documentation.
 #[derive(Debug)]
@@ -60,27 +60,11 @@ impl<D: BlockDevice> BlockDevice for Limited<D> {
     }
 }
 
-/// A request that waits.
-#[derive(Debug)]
-struct Waiting {
-    request: Request,
-    /// Since when, once the governor knows of it.
-    since: Option<Time>,
-}
-
 /// A queue of a [`Limited`] disk.
 #[derive(Debug)]
 pub struct LimitedQueue<Q: DeviceQueue> {
     inner: Q,
-    member: Member,
-    /// Reads, writes.
-    waiting: [VecDeque<Waiting>; 2],
-    /// Of those, how many the governor does not know of; they are the last.
-    untold: [usize; 2],
-    /// Requests that were granted and that the device has.
-    granted: usize,
-    /// Of those that were granted, how many have ended without the governor knowing.
-    finished: usize,
+    turnstile: Turnstile<Request>,
 }
 
 /// In which direction a request moves so many bytes, if it can wait.
@@ -93,67 +77,36 @@ fn work(request: &Request) -> Option<(Direction, u64)> {
     }
 }
 
-/// The lowest bit of the tags that the device sees: the request was granted.
-const GRANTED: u64 = 1;
-
 impl<Q: DeviceQueue> LimitedQueue<Q> {
     fn new(seat: &Arc<Seat>, mut inner: Q) -> Self {
         let member = seat.join(inner.with_engine(|engine| engine.waker()));
-        let waiting = [VecDeque::new(), VecDeque::new()];
-        Self { inner, member, waiting, untold: [0; 2], granted: 0, finished: 0 }
+        Self { inner, turnstile: Turnstile::new(member) }
     }
 
     fn now(&mut self) -> Time {
         self.inner.with_engine(|engine| engine.now())
     }
 
-    fn start(&mut self, mut request: Request, is_granted: u64) {
-        assert!(request.tag <= u64::MAX >> 1, "tags leave a bit");
-        request.tag = request.tag << 1 | is_granted;
+    fn start(&mut self, mut request: Request, is_granted: bool) {
+        request.tag = mark(request.tag, is_granted);
         self.inner.submit(request);
     }
 
-    /// Starts what was granted; whether that was anything.
-    fn start_granted(&mut self, grants: Grants, now: Time) -> bool {
-        for (direction, count) in grants.into_iter().enumerate() {
-            for _ in 0..count {
-                let Waiting { request, since } =
-                    self.waiting[direction].pop_front().expect("what is granted waits here");
-                if let Some(since) = since {
-                    self.member.seat().add_waited(now.saturating_sub(since));
-                }
-                self.granted += 1;
-                self.start(request, GRANTED);
-            }
+    /// Starts what may begin; whether that was anything.
+    fn start_granted(&mut self) -> bool {
+        let mut is_any = false;
+        while let Some(request) = self.turnstile.next() {
+            self.start(request, true);
+            is_any = true;
         }
-        grants != [0; 2]
+        is_any
     }
 
-    /// Tells the governor what is new, if it is time to, and starts what it grants; whether that was anything.
+    /// Asks the governor, if it is time to; whether anything began.
     fn ask(&mut self) -> bool {
-        let is_waiting = self.waiting.iter().any(|waiting| !waiting.is_empty());
-        if !is_waiting && self.finished == 0 && self.member.alarm().is_none() && !self.member.has_mail() {
-            return false;
-        }
-        let now = self.now();
-        let mail = self.member.take_mail();
-        let has_started = self.start_granted(mail, now);
-        let has_news = self.untold != [0; 2] || self.finished > 0;
-        let is_due = self.member.alarm().is_some_and(|at| at <= now);
-        if !has_news && !is_due && !self.member.is_nudged() {
-            return has_started;
-        }
-        let (untold, waiting) = (std::mem::take(&mut self.untold), &mut self.waiting);
-        let arrived = waiting.iter_mut().zip(untold).flat_map(|(waiting, untold)| {
-            let told = waiting.len() - untold;
-            waiting.iter_mut().skip(told)
-        });
-        let arrived = arrived.filter_map(|waiting| {
-            waiting.since = Some(now);
-            work(&waiting.request)
-        });
-        let grants = self.member.exchange(arrived, std::mem::take(&mut self.finished), now);
-        self.start_granted(grants, now) || has_started
+        let inner = &mut self.inner;
+        self.turnstile.ask(|| inner.with_engine(|engine| engine.now()));
+        self.start_granted()
     }
 }
 
@@ -161,13 +114,9 @@ impl<Q: DeviceQueue> DeviceQueue for LimitedQueue<Q> {
     type Engine = Q::Engine;
 
     fn submit(&mut self, request: Request) {
-        match work(&request).filter(|_| self.member.seat().is_governed()) {
-            Some((direction, _)) => {
-                let direction = usize::from(direction == Direction::Write);
-                self.waiting[direction].push_back(Waiting { request, since: None });
-                self.untold[direction] += 1;
-            }
-            None => self.start(request, 0),
+        match work(&request).filter(|_| self.turnstile.is_governed()) {
+            Some((direction, bytes)) => self.turnstile.push(direction, bytes, request),
+            None => self.start(request, false),
         }
     }
 
@@ -177,31 +126,28 @@ impl<Q: DeviceQueue> DeviceQueue for LimitedQueue<Q> {
             let first = done.len();
             self.inner.poll(done);
             for done in &mut done[first..] {
-                let is_granted = done.tag & GRANTED;
-                self.finished += is_granted as usize;
-                self.granted -= is_granted as usize;
-                done.tag >>= 1;
+                done.tag = self.turnstile.ended(done.tag);
             }
-            if self.finished == 0 || !self.ask() {
+            if !self.turnstile.has_ended() || !self.ask() {
                 return;
             }
         }
     }
 
     fn wait(&mut self, deadline: Option<Time>) {
-        self.inner.wait(deadline.into_iter().chain(self.member.alarm()).min());
+        self.inner.wait(deadline.into_iter().chain(self.turnstile.alarm()).min());
     }
 
     fn hurry(&mut self) {
         self.ask();
         let now = self.now();
-        let grants = self.member.release(now);
-        self.start_granted(grants, now);
+        self.turnstile.release(now);
+        self.start_granted();
         self.inner.hurry();
     }
 
     fn outstanding(&self) -> usize {
-        self.waiting.iter().map(VecDeque::len).sum::<usize>() + self.inner.outstanding()
+        self.turnstile.waiting() + self.inner.outstanding()
     }
 
     fn with_engine<R>(&mut self, f: impl FnOnce(&mut Self::Engine) -> R) -> R {
@@ -212,7 +158,7 @@ impl<Q: DeviceQueue> DeviceQueue for LimitedQueue<Q> {
 impl<Q: DeviceQueue> Drop for LimitedQueue<Q> {
     fn drop(&mut self) {
         let now = self.now();
-        self.member.leave(self.finished + self.granted, now);
+        self.turnstile.leave(now);
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::io;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::frontend::{Command, Queue};
@@ -20,6 +21,8 @@ pub struct Load {
     pub span: u64,
     /// For the places.
     pub seed: u64,
+    /// Time that it rests before each request.
+    pub rest: Duration,
 }
 
 /// When requests ended, since the client began, and how long each took.
@@ -41,6 +44,9 @@ impl Load {
         loop {
             let is_over = begin.elapsed() >= time;
             while !is_over && queue.outstanding() < self.depth {
+                if !self.rest.is_zero() {
+                    thread::sleep(self.rest);
+                }
                 let at = rng.below(self.span / self.bytes as u64) * self.bytes as u64;
                 let command =
                     if self.write { Command::Write(at, &data) } else { Command::Read(at, self.bytes) };

@@ -5,13 +5,27 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process;
+use std::sync::Arc;
 use std::thread;
 use std::time::Duration;
 
-use sapwood_tests::frontend::{Frontend, Options};
+use sapwood_blockdev::buffer::SharedBuf;
+use sapwood_blockdev::device::{BlockDevice, Command, DeviceQueue, Request};
+use sapwood_blockdev::engine::{UringEngine, monotonic_now};
+use sapwood_blockdev::io::{Io, block_on};
+use sapwood_blockdev::storage::HostStorage;
+use sapwood_blockdev::units::GuestOffset;
+use sapwood_image::{Disk, Format, OpenDisk};
+use sapwood_qos::account::Accounted;
+use sapwood_qos::arbiter::{Arbiter, Settings};
+use sapwood_qos::governor::Governor;
+use sapwood_qos::limited::Limited;
+
+use sapwood_tests::frontend::{self, Frontend, Options};
 use sapwood_tests::guest::{Backend, sapwood_program};
 use sapwood_tests::pace::{Ends, Load};
+use sapwood_tests::sim::rng::Rng;
 
 const SPAN: u64 = 64 << 20;
 const TIME: Duration = Duration::from_secs(6);
@@ -65,7 +79,7 @@ fn connect(socket: &Path, queues: usize) -> Frontend {
 }
 
 fn reads(depth: usize, bytes: usize) -> Load {
-    Load { depth, bytes, write: false, span: SPAN, seed: 7 }
+    Load { depth, bytes, write: false, span: SPAN, seed: 7, rest: Duration::ZERO }
 }
 
 /// By how much what ended differs from what may have, in percent: all, and the worst windows.
@@ -86,7 +100,8 @@ fn limits_beside_qemu() {
         "limit: server: requests ended, all and in the worst windows of 100 ms, by how much off in percent"
     );
     let iops = [1000_u64, 10_000, 50_000].map(|iops| ("iops-total", iops, 4096, iops as f64));
-    let bps = [10_u64, 100, 500].map(|mb| ("bps-total", mb * 1_000_000, 65_536, mb as f64 * 1e6 / 65_536.0));
+    let bps = [(10_u64, 4096), (10, 65_536), (100, 65_536), (500, 65_536)]
+        .map(|(mb, bytes)| ("bps-total", mb * 1_000_000, bytes, mb as f64 * 1e6 / bytes as f64));
     for (name, value, bytes, per_second) in iops.into_iter().chain(bps) {
         for server in ["sapwood", "qemu-storage-daemon"] {
             let backend = match server {
@@ -98,14 +113,14 @@ fn limits_beside_qemu() {
             drop(frontend);
             backend.stop().unwrap();
             let [all, least, most] = errors(&ends, per_second);
-            println!("{name}={value}: {server}: {all:+.2} {least:+.1} {most:+.1}");
+            println!("{name}={value}, {bytes} bytes each: {server}: {all:+.2} {least:+.1} {most:+.1}");
         }
     }
 }
 
 /// Runs a command of sapwood.
 fn order(arguments: &[&str]) {
-    let output = Command::new(sapwood_program().unwrap()).args(arguments).output().unwrap();
+    let output = process::Command::new(sapwood_program().unwrap()).args(arguments).output().unwrap();
     assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
 }
 
@@ -119,20 +134,20 @@ struct Fleet {
 const VOLUME: u64 = 4 << 20;
 
 impl Fleet {
-    fn new(count: usize) -> Self {
+    fn new(count: usize, options: &[&str]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let store = text(&folder.path().join("store"));
         order(&["store", "init", "-q", &store]);
         let socket = folder.path().join("daemon.sock");
-        let words =
-            ["daemon", "--no-background", "--store", &store, "--socket", &text(&socket)].map(str::to_owned);
+        let mut words = ["daemon", "--store", &store, "--socket", &text(&socket)].map(str::to_owned).to_vec();
+        words.extend(options.iter().map(|&word| word.to_owned()));
         let daemon = Backend::start_program(&text(&sapwood_program().unwrap()), &words, &socket).unwrap();
         let clients = (0..count).map(|n| {
             let (name, at) = (format!("{store}:v{n}"), text(&folder.path().join(format!("{n}.sock"))));
             order(&["create", "-q", &name, "4M"]);
             order(&["attach", "-q", &name, "--socket", &at]);
             let mut client = connect(Path::new(&at), 1);
-            let fill = Load { depth: 4, bytes: 65_536, write: true, span: VOLUME, seed: n as u64 };
+            let fill = Load { write: true, span: VOLUME, seed: n as u64, ..reads(4, 65_536) };
             fill.run(&mut client.queues[0], Duration::from_millis(100)).unwrap();
             client
         });
@@ -149,7 +164,7 @@ impl Fleet {
     fn run(&mut self, depth: usize, time: Duration) -> Vec<u64> {
         thread::scope(|scope| {
             let run = |client: &mut Frontend| {
-                let load = Load { depth, bytes: 4096, write: false, span: VOLUME, seed: 3 };
+                let load = Load { span: VOLUME, seed: 3, ..reads(depth, 4096) };
                 load.run(&mut client.queues[0], time).unwrap().between(WARM, time)
             };
             let threads: Vec<_> =
@@ -169,7 +184,7 @@ fn jain(shares: &[f64]) -> f64 {
 #[ignore = "figures, on a quiet machine"]
 fn shares_and_reservations() {
     for (count, weights) in [(4, &[100, 100, 200, 400][..]), (64, &[100, 100, 200, 400][..])] {
-        let mut fleet = Fleet::new(count);
+        let mut fleet = Fleet::new(count, &["--no-background"]);
         let weight = |n: usize| weights[n % weights.len()];
         for n in 0..count {
             fleet.limit(n, &["--weight", &weight(n).to_string()]);
@@ -195,12 +210,16 @@ fn shares_and_reservations() {
     }
 }
 
+/// On the host's disk, and in its memory, where it is only seen what the server does.
 #[test]
 #[ignore = "figures, on a quiet machine"]
 fn a_reader_beside_a_limited_writer() {
-    let folder = tempfile::tempdir().unwrap();
-    disk(folder.path());
-    for server in ["sapwood", "qemu-storage-daemon"] {
+    let folders =
+        [("disk", tempfile::tempdir().unwrap()), ("memory", tempfile::tempdir_in("/dev/shm").unwrap())];
+    let servers =
+        folders.iter().flat_map(|folder| ["sapwood", "qemu-storage-daemon"].map(|server| (folder, server)));
+    for ((place, folder), server) in servers {
+        disk(folder.path());
         let backend = match server {
             "sapwood" => sapwood(folder.path(), &["--queues", "2", "--bps-write", "10M"]),
             _ => qemu(folder.path(), r#""bps-write":10485760"#),
@@ -217,9 +236,109 @@ fn a_reader_beside_a_limited_writer() {
         backend.stop().unwrap();
         let p99 = |ends: &Ends| ends.quantile(0.99).as_secs_f64() * 1e6;
         println!(
-            "{server}: p99 of a reader alone {:.0} us, beside a writer that waits {:.0} us",
+            "{place}: {server}: p99 of a reader alone {:.0} us, beside a writer that waits {:.0} us",
             p99(&alone),
             p99(&beside)
+        );
+    }
+}
+
+/// A guest that reads less than is reserved for it, while another volume's snapshot is sealed.
+#[test]
+#[ignore = "figures, on a quiet machine"]
+fn a_reader_beside_sealing() {
+    const SEALED: u64 = 512 << 20;
+    for options in [&[][..], &["--reserve-iops", "2000"]] {
+        let mut fleet = Fleet::new(1, &[]);
+        let store = text(&fleet.folder.path().join("store"));
+        let (name, at) = (format!("{store}:other"), text(&fleet.folder.path().join("other.sock")));
+        order(&["create", "-q", &name, &SEALED.to_string()]);
+        order(&["attach", "-q", &name, "--socket", &at]);
+        let (mut other, mut rng) = (connect(Path::new(&at), 1), Rng::new(5));
+        for offset in (0..SEALED).step_by(65_536) {
+            let data: Vec<u8> = (0..65_536 / 8).flat_map(|_| rng.below(u64::MAX).to_le_bytes()).collect();
+            other.queues[0].run(frontend::Command::Write(offset, &data)).unwrap();
+        }
+        if !options.is_empty() {
+            fleet.limit(0, options);
+        }
+        let load = Load { span: VOLUME, rest: Duration::from_micros(500), ..reads(1, 4096) };
+        let mut p99 = || {
+            let ends = load.run(&mut fleet.clients[0].queues[0], 2 * TIME).unwrap();
+            (ends.quantile(0.99).as_secs_f64() * 1e6, ends.count() as f64 / (2 * TIME).as_secs_f64())
+        };
+        let (alone, rate) = p99();
+        order(&["snapshot", "-q", &format!("{name}@one")]);
+        let (beside, _) = p99();
+        let show = process::Command::new(sapwood_program().unwrap()).args(["tree", &name]).output().unwrap();
+        println!(
+            "{options:?}: {rate:.0} reads/s: p99 alone {alone:.0} us, beside sealing {beside:.0} us; afterwards:"
+        );
+        println!("{}", String::from_utf8_lossy(&show.stdout));
+    }
+}
+
+/// CPU time of this thread for each of `count` random reads of 4 KiB, of which `depth` are outstanding, in nanoseconds.
+fn cpu_of_a_read<D: BlockDevice<Engine = UringEngine>>(device: &Arc<D>, depth: usize, count: u64) -> f64 {
+    let now = || rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    let mut queue = device.queue(UringEngine::new().unwrap());
+    let buffers: Vec<_> = (0..depth).map(|_| SharedBuf::heap(4096)).collect();
+    let (mut rng, mut submitted, mut ended, mut done) = (Rng::new(3), 0, 0, Vec::new());
+    let mut free: Vec<usize> = (0..depth).collect();
+    let begin = now();
+    while ended < count {
+        while let Some(slot) = free.pop().filter(|_| submitted < count) {
+            let offset = GuestOffset(rng.below(SPAN / 4096) * 4096);
+            let command = Command::Read(buffers[slot].clone().into());
+            queue.submit(Request { tag: slot as u64, offset, len: 4096, command });
+            submitted += 1;
+        }
+        queue.poll(&mut done);
+        if done.is_empty() {
+            queue.wait(None);
+        }
+        for done in done.drain(..) {
+            done.result.unwrap();
+            free.push(done.tag as usize);
+            ended += 1;
+        }
+    }
+    let end = now();
+    ((end.tv_sec - begin.tv_sec) * 1_000_000_000 + end.tv_nsec - begin.tv_nsec) as f64 / count as f64
+}
+
+/// What it costs that there could be limits, and that is counted, where there are none.
+#[test]
+#[ignore = "figures, on a quiet machine"]
+fn cpu_without_limits() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = disk(folder.path());
+    let io = Io::new(UringEngine::new().unwrap());
+    let options = OpenDisk { format: Some(Format::Raw), ..OpenDisk::default() };
+    let inner = io.clone();
+    let plain = block_on(&io, async move { Disk::open(&HostStorage, &inner, &path, options).await.unwrap() });
+    let governor = Governor::new(32, monotonic_now());
+    let limited = Limited::new(Arc::clone(&plain), &governor, Arbiter::ROOT, &Settings::default());
+    let counted = Accounted::new(Arc::clone(&limited));
+    for (depth, count) in [(1, 5_000), (4, 20_000), (32, 40_000)] {
+        let mut rounds: Vec<[f64; 3]> = (0..21)
+            .map(|_| {
+                [
+                    cpu_of_a_read(&plain, depth, count),
+                    cpu_of_a_read(&limited, depth, count),
+                    cpu_of_a_read(&counted, depth, count),
+                ]
+            })
+            .collect();
+        let mut median = |of: fn(&[f64; 3]) -> f64| {
+            rounds.sort_by(|a, b| of(a).total_cmp(&of(b)));
+            of(&rounds[rounds.len() / 2])
+        };
+        println!(
+            "{depth} outstanding: {:.0} ns of CPU for a read; limits {:+.2} %, and counted {:+.2} %",
+            median(|round| round[0]),
+            100.0 * (median(|round| round[1] / round[0]) - 1.0),
+            100.0 * (median(|round| round[2] / round[0]) - 1.0)
         );
     }
 }

@@ -1,7 +1,7 @@
 //! Threads and a device in virtual time: whatever order the threads run in, all that is asked for is done, in time.
 
 use std::cell::RefCell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Wake, Waker};

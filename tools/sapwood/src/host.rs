@@ -16,6 +16,8 @@ use sapwood_blockdev::io::{Io, block_on, run_alone};
 use sapwood_blockdev::storage::{HostFile, HostStorage};
 use sapwood_image::layer::Tuning;
 use sapwood_image::{ImageError, OpenDisk, Side};
+use sapwood_qos::background::BackgroundEngine;
+use sapwood_qos::governor::Background;
 
 /// How one of so many disks is opened that this process may have to serve. A read of a layer whose file is closed has to open it
 /// first, so as many stay open as the limit of open files allows all of them.
@@ -39,6 +41,8 @@ pub enum HostEngine {
     Uring(Box<UringEngine>),
     /// System calls that block.
     Blocking(BlockingEngine),
+    /// One of these, of which reads and writes wait for those of guests.
+    Background(Box<BackgroundEngine<HostEngine>>),
 }
 
 /// The host as the commands use it.
@@ -75,6 +79,12 @@ impl Host {
             EngineKind::Blocking => "cannot make an engine",
         });
         Ok(Io::new(engine?))
+    }
+
+    /// A reactor for work of the calling thread that no guest waits for.
+    pub fn background_io(&self, background: &Background) -> anyhow::Result<Io<HostEngine>> {
+        let engine = self.engine().context("cannot make an engine")?;
+        Ok(Io::new(HostEngine::Background(Box::new(BackgroundEngine::new(engine, background)))))
     }
 
     /// The host's files.
@@ -125,6 +135,7 @@ macro_rules! dispatch {
         match $self {
             HostEngine::Uring($engine) => $body,
             HostEngine::Blocking($engine) => $body,
+            HostEngine::Background($engine) => $body,
         }
     };
 }

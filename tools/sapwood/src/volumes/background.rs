@@ -183,7 +183,7 @@ impl Retry {
 
 /// Removes files that nobody needs, and keeps the runs of the index few.
 fn tidy(service: &Service) {
-    if let Err(error) = service.run(|store, io| async move { store.upkeep(&io).await }) {
+    if let Err(error) = service.run_in_background(|store, io| async move { store.upkeep(&io).await }) {
         log::warn!("upkeep: {error}");
     }
 }
@@ -282,7 +282,8 @@ impl Watermark {
 /// Seals one snapshot, or a part of it; whether there was one.
 fn seal_one(service: &Arc<Service>, workers: &Arc<Workers>) -> Result<bool, Failure> {
     let (workers, mut watch) = (Arc::clone(workers), Politely::new(service));
-    let next = service.run(|store, io| async move { store.seal_next(&io, &workers, &mut watch).await })?;
+    let next = service
+        .run_in_background(|store, io| async move { store.seal_next(&io, &workers, &mut watch).await })?;
     let Some(node) = next else { return Ok(false) };
     sealed(service, &node);
     service.after_seal();

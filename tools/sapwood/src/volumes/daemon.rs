@@ -43,6 +43,10 @@ pub struct Options {
     pub restore: bool,
     /// Whether anything is done without being asked for.
     pub background: bool,
+    /// Requests under way at most, of all disks, while they share by weight or reservation.
+    pub in_flight: usize,
+    /// The weight of what is done in the background while they do.
+    pub background_weight: u32,
 }
 
 /// A running daemon.
@@ -84,6 +88,7 @@ impl Daemon {
 
     /// Attaches everything again, and listens.
     fn begin(service: &Arc<Service>, options: &Options) -> anyhow::Result<Self> {
+        service.throttle().share(options.in_flight, options.background_weight);
         match service.memory() {
             Some(memory) if options.restore => memory.restore(service),
             _ => service.remember()?,

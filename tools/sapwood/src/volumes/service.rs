@@ -139,6 +139,23 @@ impl Service {
         run_alone(self.host.io()?, |io| task(Arc::clone(&self.store), io)).map_err(Into::into)
     }
 
+    /// The same for a task that no guest waits for: what it reads and writes takes its turn with what guests do.
+    pub fn run_in_background<T: 'static, F, X>(
+        &self,
+        task: impl FnOnce(Arc<HostStore>, Io<HostEngine>) -> F,
+    ) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<T, X>> + 'static,
+        X: Into<Failure> + 'static,
+    {
+        run_alone(self.background_io()?, |io| task(Arc::clone(&self.store), io)).map_err(Into::into)
+    }
+
+    /// A reactor for such a task.
+    pub fn background_io(&self) -> Result<Io<HostEngine>, Failure> {
+        Ok(self.host.background_io(self.throttle.background())?)
+    }
+
     /// The same for a task that only reads: when the job is cancelled, it goes on no more.
     pub fn run_until_cancelled<T: 'static, F, X>(
         &self,
@@ -150,7 +167,7 @@ impl Service {
         X: Into<Failure> + 'static,
     {
         let job = Arc::clone(job);
-        self.run(|store, io| async move {
+        self.run_in_background(|store, io| async move {
             let mut task = pin!(task(store, io));
             poll_fn(|cx| match job.is_cancelled() {
                 true => Poll::Ready(Err(cancelled())),

@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use sapwood_blockdev::device::BlockDevice;
 use sapwood_blockdev::engine::monotonic_now;
 use sapwood_qos::arbiter::{Arbiter, NodeId, Settings};
-use sapwood_qos::governor::Governor;
+use sapwood_qos::governor::{Background, Governor};
 use sapwood_qos::limited::Limited;
 use sapwood_qos::names::Named;
 use sapwood_store::rows::GroupRows;
@@ -21,6 +21,7 @@ use crate::control::wire::Failure;
 /// See the module's documentation.
 pub struct Throttle {
     governor: Arc<Governor>,
+    background: Background,
     /// Groups, as the governor knows them.
     groups: Mutex<BTreeMap<String, NodeId>>,
 }
@@ -28,7 +29,21 @@ pub struct Throttle {
 impl Throttle {
     /// One for disks that have not more than `in_flight_max` requests under way where they share.
     pub fn new(in_flight_max: usize) -> Self {
-        Self { governor: Governor::new(in_flight_max, monotonic_now()), groups: Mutex::default() }
+        let now = monotonic_now();
+        let governor = Governor::new(in_flight_max, now);
+        Self { background: governor.background(now), governor, groups: Mutex::default() }
+    }
+
+    /// The place of work that no guest waits for.
+    pub fn background(&self) -> &Background {
+        &self.background
+    }
+
+    /// Another bound for requests under way where disks share, and another weight of what is done in the background.
+    pub fn share(&self, in_flight_max: usize, background_weight: u32) {
+        let now = monotonic_now();
+        self.governor.set_in_flight_max(in_flight_max, now);
+        self.background.set_weight(background_weight, now);
     }
 
     /// Has a volume, or a snapshot, of which nothing is said, do what the catalog says of it, from the first request on.

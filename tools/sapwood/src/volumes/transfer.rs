@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use sapwood_image::sealed::{Archive, ArchiveInfo, DiskSource, LEVEL, SealStats, Step, Workers};
-use sapwood_image::{ErrorKind, Format, ImageError, OpenBelow, OpenDisk};
+use sapwood_image::{ErrorKind, Format, ImageError, OpenBelow, OpenDisk, Side};
 use sapwood_store::catalog::Look;
 use sapwood_store::{Exporting, Importing, SnapshotName};
 use serde::{Deserialize, Serialize};
@@ -145,7 +145,7 @@ fn archive(service: &Service, import: &Import) -> Result<Option<ArchiveInfo>, Fa
         return Ok(None);
     }
     let (path, storage) = (import.path.clone(), service.host().storage());
-    service.run(|_, io| async move {
+    service.run_in_background(|_, io| async move {
         match Archive::open(&storage, &io, &path).await {
             Ok(archive) => Ok(Some(archive.info().clone())),
             // It is something else, unless it says that it is one: then it is damaged or cut off.
@@ -177,7 +177,7 @@ impl Long for Import {
             Some(_) => None,
             None => {
                 service.store().check_import(&name)?;
-                Some(service.host().side(&self.path, options)?)
+                Some(Side::open(&service.host().storage(), service.background_io()?, &self.path, options)?)
             }
         };
         // What is not published yet is not found: two at a time would both store what they have in common.
@@ -185,7 +185,7 @@ impl Long for Import {
         let (workers, job) = (workers(self.threads)?, Arc::clone(job));
         let mut watch = move |stats: &SealStats| report(&job, stats);
         let imported = if let Some(side) = side {
-            service.run(|store, io| async move {
+            service.run_in_background(|store, io| async move {
                 let mut source = DiskSource::new(side);
                 let importing = Importing { name: &name, workers: &workers };
                 let imported = store.import(&io, &importing, &mut source, &mut watch).await?;
@@ -194,7 +194,7 @@ impl Long for Import {
             })?
         } else {
             let path = self.path.clone();
-            service.run(|store, io| async move {
+            service.run_in_background(|store, io| async move {
                 let importing = Importing { name: &name, workers: &workers };
                 store.import_archive(&io, &importing, &path, &mut watch).await
             })?
@@ -226,7 +226,7 @@ impl Long for Export {
         let since: Option<SnapshotName> = self.since.map(|since| since.parse()).transpose()?;
         let of = SnapshotName { volume: self.volume, snapshot: self.snapshot };
         let shown = of.to_string();
-        let exported = service.run(|store, io| async move {
+        let exported = service.run_in_background(|store, io| async move {
             let exporting = Exporting { of: &of, since: since.as_ref(), workers: &workers };
             store.export_archive(&io, &exporting, &path, &mut |stats: &SealStats| report(&job, stats)).await
         })?;

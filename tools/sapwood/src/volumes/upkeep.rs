@@ -96,7 +96,7 @@ impl Long for SealAll {
         let workers = Arc::new(workers(None)?);
         loop {
             let (job, workers) = (Arc::clone(&job), Arc::clone(&workers));
-            let next = service.run(|store, io| async move {
+            let next = service.run_in_background(|store, io| async move {
                 store.seal_next(&io, &workers, &mut |stats: &SealStats| report(&job, stats)).await
             })?;
             let Some(node) = next else { break };
@@ -117,7 +117,7 @@ impl Long for SealSnapshot {
     fn run(self, service: &Arc<Service>, job: &Arc<Job>) -> Result<Sealed, Failure> {
         let (job, workers) = (Arc::clone(job), workers(None)?);
         let name = SnapshotName { volume: self.volume, snapshot: self.snapshot };
-        let nodes = service.run(|store, io| async move {
+        let nodes = service.run_in_background(|store, io| async move {
             store.seal(&io, &name, &workers, &mut |stats: &SealStats| report(&job, stats)).await
         })?;
         let snapshots = nodes.iter().map(|node| sealed(service, node)).collect();
@@ -128,7 +128,8 @@ impl Long for SealSnapshot {
 
 /// Collects, and says so.
 pub fn collect(service: &Service, pace: Arc<Pace>, limits: Limits) -> Result<Collected, Failure> {
-    let collected = service.run(|store, io| async move { store.collect(&io, &pace, limits).await })?;
+    let collected =
+        service.run_in_background(|store, io| async move { store.collect(&io, &pace, limits).await })?;
     let done = Collected {
         packs_dropped: collected.packs_dropped,
         packs_rewritten: collected.packs_rewritten,
@@ -230,7 +231,7 @@ impl Long for ScrubStore {
 
     fn run(self, service: &Arc<Service>, job: &Arc<Job>) -> Result<Scrub, Failure> {
         let (pace, job) = (job.pace(), Arc::clone(job));
-        let found = service.run(|store, io| async move {
+        let found = service.run_in_background(|store, io| async move {
             // Whether to go on is told by the pace.
             let mut progress = |at: sapwood_store::ScrubProgress| {
                 let _ = job.report(at.bytes, at.of);
@@ -248,7 +249,8 @@ impl Long for ScrubStore {
 
 /// Finds out what everything takes.
 pub fn account(service: &Service, pace: Arc<Pace>) -> Result<Accounted, Failure> {
-    let account = service.run(|store, io| async move { store.account(&io, &pace, Detail::Shared).await })?;
+    let account = service
+        .run_in_background(|store, io| async move { store.account(&io, &pace, Detail::Shared).await })?;
     Ok(Accounted {
         snapshots: account.nodes.len() as u64,
         volumes: account.volumes.len() as u64,
@@ -281,7 +283,8 @@ impl Long for BackUp {
         check_absolute(&self.path)?;
         let (pace, to) = (job.pace(), self.path.clone());
         let engine = BlockingEngine::new().map_err(system)?;
-        let done = service.run(|store, io| async move { store.backup(&io, engine, &to, &pace).await })?;
+        let done = service
+            .run_in_background(|store, io| async move { store.backup(&io, engine, &to, &pace).await })?;
         service.note("backed-up", format!("the store is copied to {}", self.path.display()));
         let sapwood_store::BackedUp { files, bytes, without_heads } = done;
         Ok(BackedUp { path: self.path, files, bytes, without_heads })

@@ -7,6 +7,8 @@ use std::time::Duration;
 
 use anyhow::Context;
 use clap::Args;
+use sapwood_qos::arbiter::WEIGHT_MAX;
+use sapwood_qos::governor::{BACKGROUND_WEIGHT_DEFAULT, IN_FLIGHT_DEFAULT};
 use sapwood_vmm::run::allow_descriptors;
 use signal_hook::iterator::Signals;
 
@@ -63,6 +65,15 @@ pub struct DaemonCommand {
     /// Seal nothing, and collect nothing, but what is asked for
     #[arg(long)]
     no_background: bool,
+
+    /// Requests that all volumes together have under way, at most, as soon as one has a weight or a reservation
+    #[arg(long, value_name = "N", default_value_t = IN_FLIGHT_DEFAULT as u32, value_parser = clap::value_parser!(u32).range(1..=4096))]
+    in_flight: u32,
+
+    /// The weight that sealing, collecting, importing and the like have beside the volumes then
+    #[arg(long, value_name = "N", default_value_t = BACKGROUND_WEIGHT_DEFAULT,
+        value_parser = clap::value_parser!(u32).range(1..=i64::from(WEIGHT_MAX)))]
+    background_weight: u32,
 }
 
 impl DaemonCommand {
@@ -80,6 +91,8 @@ impl DaemonCommand {
             metrics: self.metrics,
             restore: !self.no_restore,
             background: !self.no_background,
+            in_flight: self.in_flight as usize,
+            background_weight: self.background_weight,
         };
         let daemon = Daemon::start(*host, &options)?;
         let stat = ShowStore {}.run(daemon.service())?;
