@@ -8,6 +8,7 @@ pub mod below;
 mod bytes;
 pub mod compare;
 pub mod convert;
+pub mod counts;
 pub mod create;
 pub mod error;
 pub mod extent;
@@ -26,6 +27,7 @@ mod site;
 pub mod volume;
 
 pub use below::OpenBelow;
+pub use counts::Counts;
 pub use create::{CreateDisk, create};
 pub use error::{ErrorKind, ImageError};
 pub use extent::{Extent, ExtentKind};

@@ -10,6 +10,7 @@ use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::{Lock, LockError, Storage, StorageFile};
 
 use crate::below::{Chain, ChainDisk, ChainQueue, NO_FILE, OpenBelow};
+use crate::counts::Counts;
 use crate::error::{ErrorKind, ImageError};
 use crate::extent::Extent;
 use crate::format::Format;
@@ -142,6 +143,15 @@ impl<E: Engine> Disk<E> {
             Self::Layer(_) => Format::Layer,
             Self::Qcow2(_) => Format::Qcow2,
             Self::Sealed(_) => Format::Sealed,
+        }
+    }
+
+    /// What was counted since it was opened; nothing is of raw disks.
+    pub fn counts(&self) -> Option<Counts> {
+        match self {
+            Self::Raw(_) => None,
+            Self::Layer(layer) => Some(layer.counts()),
+            Self::Qcow2(chain) | Self::Sealed(chain) => Some(chain.counts()),
         }
     }
 

@@ -4,7 +4,7 @@
 //! system has free beyond the reserve. The two together are its *room*, and watermarks are shares of that: with a quota they rise as the
 //! store does, and without one also when others fill the file system.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use sapwood_blockdev::engine::Engine;
@@ -16,6 +16,7 @@ use crate::catalog::Look;
 use crate::catalog::rows::{AccountRow, NodeState, PackKind, SpaceSettings};
 use crate::directory::Directory;
 use crate::error::{Result, StoreError, StoreErrorKind};
+use crate::id::Id;
 use crate::store::Store;
 
 /// Bytes of the files of a store, as they occupy the file system.
@@ -66,6 +67,8 @@ pub struct Stat {
     pub index_runs: usize,
     /// What its files take.
     pub taken: Taken,
+    /// Bytes that the files of volumes' layers occupy, by the volumes' names; 0 of one that has none yet.
+    pub volume_bytes: BTreeMap<String, u64>,
     /// Bytes of all blocks in packs, as they are uncompressed; those that nobody needs any more included.
     pub block_bytes: u64,
     /// Bytes of packs that are needed, as far as a collection has counted; those that none has looked at count as needed.
@@ -136,18 +139,26 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         }
         let (taken, layers) = self.taken()?;
         let room = Room::new(taken.total(), &settings, self.free()?);
+        let volume_bytes: BTreeMap<String, u64> = view
+            .volumes()?
+            .into_iter()
+            .map(|(_, row)| {
+                (row.name, row.layer.and_then(|layer| layers.get(&layer).copied()).unwrap_or_default())
+            })
+            .collect();
         let data = packs.iter().filter(|(_, row)| row.kind == PackKind::Data);
         let block_bytes = data.clone().map(|(_, row)| row.entries * BLOCK_SIZE).sum();
         let data_bytes = data.map(|(_, row)| row.bytes).sum();
         let account = view.account_row()?;
         let referenced = account.and_then(|row| Some((row.referenced_bytes?, row.unique_bytes)));
         Ok(Stat {
-            volumes: view.volumes()?.len(),
+            volumes: volume_bytes.len(),
             snapshots,
-            layers,
+            layers: layers.len(),
             packs: packs.len(),
             index_runs: view.index_runs()?.len(),
             taken,
+            volume_bytes,
             block_bytes,
             live_bytes: packs.iter().map(|(_, row)| row.live_bytes.unwrap_or(row.bytes)).sum(),
             compression: ratio(block_bytes, data_bytes),
@@ -239,26 +250,27 @@ impl<S: Storage, E: Engine<File = S::File>> Store<S, E> {
         Ok(space.map(|space| space.free))
     }
 
-    /// What the files take, and how many layers there are.
-    fn taken(&self) -> Result<(Taken, usize)> {
+    /// What the files take, and what each layer's does.
+    fn taken(&self) -> Result<(Taken, BTreeMap<Id, u64>)> {
         let directory = &self.directory;
-        let (layers, count) = self.allocated_in(&directory.layers())?;
+        let (layers, each) = self.allocated_in(&directory.layers())?;
         let (packs, _) = self.allocated_in(&directory.packs())?;
         let (index, _) = self.allocated_in(&directory.index())?;
         let catalog = self.allocated(&directory.catalog())?;
-        Ok((Taken { layers, packs, index, catalog }, count))
+        Ok((Taken { layers, packs, index, catalog }, each))
     }
 
-    fn allocated_in(&self, folder: &Path) -> Result<(u64, usize)> {
+    /// What the files in a folder occupy, and of layers each.
+    fn allocated_in(&self, folder: &Path) -> Result<(u64, BTreeMap<Id, u64>)> {
         let names = self.storage.list_directory(folder);
         let names = names.map_err(|error| StoreError::io(folder, "list", error))?;
-        let mut sum = 0;
+        let (mut sum, mut layers) = (0, BTreeMap::new());
         for name in &names {
-            sum += self.allocated(&folder.join(name))?;
+            let bytes = self.allocated(&folder.join(name))?;
+            sum += bytes;
+            layers.extend(name.to_str().and_then(Directory::layer_of).map(|layer| (layer, bytes)));
         }
-        let layers: BTreeSet<_> =
-            names.iter().filter_map(|name| Directory::layer_of(name.to_str()?)).collect();
-        Ok((sum, layers.len()))
+        Ok((sum, layers))
     }
 
     /// Bytes that a file occupies; none of one that is gone.

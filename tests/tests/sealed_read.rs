@@ -13,6 +13,7 @@ use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::units::GuestOffset;
 use sapwood_image::below::Chain;
+use sapwood_image::counts::Lookups;
 use sapwood_image::layer::{
     self, CreateInStore, Layer, LayerId, OpenLayer, ResolveBase, Resolved, StoreBase,
 };
@@ -219,6 +220,37 @@ fn a_read_costs_one_read_when_the_nodes_are_there() {
         assert_eq!(read(block), 1, "warm: block {block}");
         assert_eq!(read(block), 0, "cached: block {block}");
     }
+}
+
+/// Blocks that are not zero.
+fn stored_blocks(disk: &[u8]) -> u64 {
+    disk.chunks(BLOCK).filter(|block| block.iter().any(|byte| *byte != 0)).count() as u64
+}
+
+#[test]
+fn blocks_count_by_whether_their_frame_was_in_memory() {
+    let (_, lab) = world();
+    let rig = Rig::new(&lab, Path::new("/"), PacksTuning::default());
+    let disk = content(4, SIZE);
+    let made = rig.make(&disk, Shape::from(1));
+    let stored = stored_blocks(&disk);
+    let frames = made.frames as u64;
+    assert!(frames > 10 && stored > 4 * frames);
+    let sealed = rig.disk(made.root);
+    let mut queue = sealed.queue_on(Io::new(lab.engine()));
+    let of = |disk: &Disk<_>| disk.counts().unwrap().frames;
+    // Whatever the size of requests is: each frame is missed once.
+    for start in (0..SIZE).step_by(7 * BLOCK) {
+        read::<SimLab>(&mut queue, start, (SIZE - start).min(7 * BLOCK)).unwrap();
+    }
+    assert_eq!(of(&sealed), Lookups { hits: stored - frames, misses: frames });
+    read::<SimLab>(&mut queue, 0, SIZE).unwrap();
+    assert_eq!(of(&sealed), Lookups { hits: 2 * stored - frames, misses: frames });
+    // Another disk of the same packs finds what is there, and counts for itself.
+    let other = rig.disk(made.root);
+    read::<SimLab>(&mut other.queue_on(Io::new(lab.engine())), 0, SIZE).unwrap();
+    assert_eq!(of(&other), Lookups { hits: stored, misses: 0 });
+    assert_eq!(of(&sealed), Lookups { hits: 2 * stored - frames, misses: frames });
 }
 
 #[test]
@@ -478,7 +510,8 @@ fn layer_over<L: Lab>(lab: &L, directory: &Path, empty_base: impl Fn(&Path)) {
     let disk = content(21, SIZE);
     let (base, top) = (directory.join("base"), directory.join("top"));
     let rig = Rig::new(lab, directory, PacksTuning::default());
-    let root = rig.make(&disk, Shape::from(1)).root;
+    let made = rig.make(&disk, Shape::from(1));
+    let root = made.root;
     let resolver =
         Arc::new(Resolver { packs: Arc::clone(&rig.packs), frozen: base.clone(), root: Mutex::default() });
     make_layers(lab, &base, &top, &disk);
@@ -503,6 +536,11 @@ fn layer_over<L: Lab>(lab: &L, directory: &Path, empty_base: impl Fn(&Path)) {
     let (mut model, mut rng) = (disk, Rng::new(5));
     let mut whole = bench.read(0, SIZE).unwrap();
     assert!(whole == model, "before anything is written");
+    // Parts of a frame that are read at the same time all wait for it.
+    let (stored, first) = (stored_blocks(&model), bench.layer.counts().frames);
+    assert!(first.misses >= made.frames as u64 && first.hits + first.misses == stored, "{first:?}");
+    bench.read(0, SIZE).unwrap();
+    assert_eq!(bench.layer.counts().frames, Lookups { hits: first.hits + stored, ..first });
     for round in 0..200 {
         let start = rng.below(SIZE as u64 / 512) as usize * 512;
         let len = rng.between(1, 40).min(((SIZE - start) / 512) as u64) as usize * 512;

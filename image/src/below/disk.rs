@@ -12,6 +12,7 @@ use sapwood_blockdev::storage::Storage;
 use sapwood_blockdev::units::BLOCK_SIZE;
 
 use super::{Chain, ChainQueue, OpenBelow};
+use crate::counts::{Counts, Hits};
 use crate::error::ImageError;
 use crate::extent::Extent;
 use crate::format::Format;
@@ -20,6 +21,8 @@ use crate::sealed::{Hash, Packs, Root, root_hash};
 /// A disk that is only read: a chain of images with nothing above it.
 pub struct ChainDisk<E: Engine> {
     below: Arc<Chain<E>>,
+    /// How often a frame of a sealed snapshot was in memory.
+    frames: Arc<Hits>,
 }
 
 impl<E: Engine> ChainDisk<E> {
@@ -35,7 +38,7 @@ impl<E: Engine> ChainDisk<E> {
         options: &OpenBelow,
     ) -> Result<Arc<Self>, ImageError> {
         let below = Chain::open(storage, io, path, format, options).await?;
-        Ok(Arc::new(Self { below: Arc::new(below) }))
+        Ok(Self::over(below))
     }
 
     /// A sealed snapshot.
@@ -43,17 +46,22 @@ impl<E: Engine> ChainDisk<E> {
     /// # Errors
     /// Those of [`Chain::open_sealed`].
     pub fn open_sealed(packs: &Arc<Packs<E>>, root: Root) -> Result<Arc<Self>, ImageError> {
-        Ok(Arc::new(Self { below: Arc::new(Chain::open_sealed(packs, root)?) }))
+        Ok(Self::over(Chain::open_sealed(packs, root)?))
     }
 
     /// A chain that is open.
     pub(crate) fn over(below: Chain<E>) -> Arc<Self> {
-        Arc::new(Self { below: Arc::new(below) })
+        Arc::new(Self { below: Arc::new(below), frames: Arc::default() })
     }
 
     /// The chain of images.
     pub fn below(&self) -> &Chain<E> {
         &self.below
+    }
+
+    /// What was counted since it was opened: only frames.
+    pub fn counts(&self) -> Counts {
+        Counts { frames: self.frames.get(), ..Counts::default() }
     }
 
     /// By what it is known, if it is a sealed snapshot.
@@ -63,7 +71,7 @@ impl<E: Engine> ChainDisk<E> {
 
     /// A queue over an engine that the caller's thread already runs, and that no other queue uses.
     pub fn queue_on(self: &Arc<Self>, io: Io<E>) -> ChainQueue<E> {
-        ChainQueue::new(Arc::clone(&self.below), io)
+        ChainQueue::new(Arc::clone(&self.below), Arc::clone(&self.frames), io)
     }
 
     /// Reads from byte `start` of the disk, which must not end before `buffer` does, as a task of the calling thread's reactor.
@@ -71,7 +79,7 @@ impl<E: Engine> ChainDisk<E> {
     /// # Errors
     /// A file cannot be read, or is damaged.
     pub async fn read(&self, io: &Io<E>, start: u64, buffer: &SharedBuf) -> Result<(), ImageError> {
-        let read = self.below.read(io, start, &buffer.clone().into()).await;
+        let read = self.below.read(io, start, &buffer.clone().into(), &self.frames).await;
         read.map_err(|error| ImageError::new(self.below.path(), error))
     }
 

@@ -19,6 +19,7 @@ use sapwood_blockdev::units::SECTOR_SIZE;
 use slab::Slab;
 
 use super::{Chain, Compressed, Held, Piece, Source, reaches};
+use crate::counts::Hits;
 
 /// Bytes that parts being decompressed may take on one queue; one may always go on.
 const DECOMPRESSING_MAX: usize = 16 << 20;
@@ -44,6 +45,7 @@ enum Message<F> {
 /// One thread's access to a [`ChainDisk`](super::ChainDisk), which makes it.
 pub struct ChainQueue<E: Engine> {
     chain: Arc<Chain<E>>,
+    frames: Arc<Hits>,
     io: Io<E>,
     pending: Slab<Pending>,
     ready: Vec<Done>,
@@ -58,9 +60,10 @@ pub struct ChainQueue<E: Engine> {
 }
 
 impl<E: Engine> ChainQueue<E> {
-    pub(super) fn new(chain: Arc<Chain<E>>, io: Io<E>) -> Self {
+    pub(super) fn new(chain: Arc<Chain<E>>, frames: Arc<Hits>, io: Io<E>) -> Self {
         Self {
             chain,
+            frames,
             io,
             pending: Slab::new(),
             ready: Vec::new(),
@@ -125,7 +128,7 @@ impl<E: Engine> ChainQueue<E> {
             let part = if part_len == len { std::mem::take(&mut memory) } else { memory.share(at, part_len) };
             let mut part = part;
             match source {
-                Source::Sealed(sealed) if self.chain.read_cached(sealed, &mut part) => {
+                Source::Sealed(sealed) if self.chain.read_cached(sealed, &mut part, &self.frames) => {
                     self.ended(key, Ok(()));
                 }
                 Source::Compressed(compressed) => self.compressed.push_back((key, compressed, part)),
@@ -141,8 +144,9 @@ impl<E: Engine> ChainQueue<E> {
 
     fn read_slowly(&self, key: usize, source: Source<E::File>, memory: Memory, cost: usize) {
         let (chain, io, inbox) = (Arc::clone(&self.chain), self.io.clone(), Rc::clone(&self.inbox));
+        let frames = Arc::clone(&self.frames);
         self.io.spawn(async move {
-            let result = chain.read_piece(&io, source, memory).await;
+            let result = chain.read_counted(&io, source, memory, &frames).await;
             inbox.borrow_mut().push(Message::Ended { key, result, cost });
         });
     }

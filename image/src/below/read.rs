@@ -13,6 +13,7 @@ use sapwood_blockdev::units::FileOffset;
 
 use super::cache::Cluster;
 use super::{Chain, Compressed, Held, Link, Piece, Source};
+use crate::counts::Hits;
 use crate::error::ImageError;
 use crate::qcow2::compress::decompress;
 use crate::side::cut;
@@ -43,8 +44,14 @@ impl<E: Engine> Chain<E> {
     }
 
     /// Reads from byte `start` of the disk, which must not end before `memory` does, into shared memory
-    /// of any alignment. What is planned is read before anything else is opened.
-    pub(crate) async fn read(&self, io: &Io<E>, start: u64, memory: &Memory) -> Result<(), DeviceError> {
+    /// of any alignment, and counts in `frames`. What is planned is read before anything else is opened.
+    pub(crate) async fn read(
+        &self,
+        io: &Io<E>,
+        start: u64,
+        memory: &Memory,
+        frames: &Hits,
+    ) -> Result<(), DeviceError> {
         let (mut held, mut pieces, mut at) = (Held::default(), Vec::new(), start);
         let end = start + memory.len() as u64;
         while at < end {
@@ -52,7 +59,7 @@ impl<E: Engine> Chain<E> {
             let reads = pieces.drain(..).map(|Piece { range, source }| {
                 at = range.end;
                 let (from, len) = ((range.start - start) as usize, (range.end - range.start) as usize);
-                self.read_bounded(io, source, memory.share(from, len))
+                self.read_bounded(io, source, memory.share(from, len), frames)
             });
             let reads: Vec<_> = reads.collect();
             join_all(reads).await.into_iter().collect::<Result<(), _>>()?;
@@ -63,18 +70,19 @@ impl<E: Engine> Chain<E> {
         Ok(())
     }
 
-    /// As [`Chain::read_piece`], with a bound for what is decompressed at a time.
+    /// As [`Chain::read_counted`], with a bound for what is decompressed at a time.
     async fn read_bounded(
         &self,
         io: &Io<E>,
         source: Source<E::File>,
         memory: Memory,
+        frames: &Hits,
     ) -> Result<(), DeviceError> {
         let _permit = match source {
             Source::Compressed(_) => Some(self.decompressing.take().await),
             _ => None,
         };
-        self.read_piece(io, source, memory).await
+        self.read_counted(io, source, memory, frames).await
     }
 
     /// Reads a piece into memory of the same length, of any alignment.
@@ -85,7 +93,18 @@ impl<E: Engine> Chain<E> {
         &self,
         io: &Io<E>,
         source: Source<E::File>,
+        memory: Memory,
+    ) -> Result<(), DeviceError> {
+        self.read_counted(io, source, memory, &Hits::default()).await
+    }
+
+    /// As [`Chain::read_piece`], and counts in `frames`.
+    pub(super) async fn read_counted(
+        &self,
+        io: &Io<E>,
+        source: Source<E::File>,
         mut memory: Memory,
+        frames: &Hits,
     ) -> Result<(), DeviceError> {
         match source {
             Source::Zero => memory.zero_at(0, memory.len()),
@@ -95,7 +114,7 @@ impl<E: Engine> Chain<E> {
                 let bytes = cluster.get(part.skip..part.skip + memory.len());
                 memory.write_at(0, bytes.ok_or(DeviceError::Corrupt)?);
             }
-            Source::Sealed(part) => self.read_sealed(io, part, memory).await?,
+            Source::Sealed(part) => self.read_sealed(io, part, memory, frames).await?,
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use sapwood_blockdev::io::Io;
 use super::open::DECOMPRESSING_MAX;
 use super::pool::{Permits, Pool};
 use super::{Chain, Link, SealedPart, Stage, cache};
+use crate::counts::Hits;
 use crate::error::{ErrorKind, ImageError};
 use crate::layer::Tuning;
 use crate::sealed::{Packs, Root, Snapshot};
@@ -63,18 +64,19 @@ impl<E: Engine> Chain<E> {
         io: &Io<E>,
         part: SealedPart,
         memory: Memory,
+        frames: &Hits,
     ) -> Result<(), DeviceError> {
         let Some(Link::Sealed(snapshot)) = self.links.get(part.link).map(|link| &**link) else {
             return Err(DeviceError::Corrupt);
         };
-        let read = snapshot.read(io, part.start, memory, &self.decompressing).await;
+        let read = snapshot.read(io, part.start, memory, &self.decompressing, frames).await;
         read.map_err(|error| self.complain(&error))
     }
 
     /// Fills `memory` with a part of a sealed snapshot, if all of that is in memory: says whether it was.
-    pub(crate) fn read_cached(&self, part: SealedPart, memory: &mut Memory) -> bool {
+    pub(crate) fn read_cached(&self, part: SealedPart, memory: &mut Memory, frames: &Hits) -> bool {
         match self.links.get(part.link).map(|link| &**link) {
-            Some(Link::Sealed(snapshot)) => snapshot.read_cached(part.start, memory),
+            Some(Link::Sealed(snapshot)) => snapshot.read_cached(part.start, memory, frames),
             _ => false,
         }
     }

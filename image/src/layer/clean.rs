@@ -185,7 +185,7 @@ impl<E: Engine> Driver<E> {
             let run = Run::Data { start: group[0].block, count: group.len() as u32 };
             let waiter = Waiter::Ticket(Arc::clone(&ticket));
             let (lane, estimate) = (lane(group[0].block), Some(written));
-            (group, Part { upkeep: true, lane, estimate, ..Part::data(run, buf, waiter) })
+            (group, Part { upkeep: true, of_guest: false, lane, estimate, ..Part::data(run, buf, waiter) })
         });
         let parts: Vec<_> = parts.collect();
         {

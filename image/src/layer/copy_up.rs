@@ -102,7 +102,8 @@ impl<E: Engine> Driver<E> {
                     let mut buf = self.staging(group.len());
                     buf[..from.len()].copy_from_slice(from);
                     buf[from.len()..].fill(0);
-                    Some(Part::data(Run::Data { start, count }, buf, waiter))
+                    let part = Part::data(Run::Data { start, count }, buf, waiter);
+                    Some(Part { of_guest: false, ..part })
                 }
             };
             at += group.len();

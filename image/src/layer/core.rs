@@ -24,6 +24,7 @@ use super::reserve::Reserve;
 use super::segments::Segments;
 use super::tuning::{Tuning, breaks};
 use super::waiter::{Result, Waiter};
+use crate::counts::Counts;
 use sapwood_blockdev::Errno;
 use sapwood_blockdev::device::DeviceError;
 use sapwood_blockdev::engine::Time;
@@ -85,6 +86,8 @@ pub(super) struct Core {
     pub(super) streams: Streams,
     /// Reads of nodes, since the layer was opened.
     pub(super) node_reads: u64,
+    /// What was counted of guests' requests, but for frames.
+    pub(super) counts: Counts,
     pub(super) segments: Segments,
     pub(super) log: Log,
     pub(super) ports: Ports,
@@ -138,6 +141,7 @@ impl Core {
             loading: Loading::new(),
             streams: Streams::default(),
             node_reads: 0,
+            counts: Counts::default(),
             segments,
             log,
             ports: Ports::default(),
@@ -371,7 +375,10 @@ impl Core {
             let mut flight = self.log.flights.pop_front().expect("looked at above");
             self.log.published.advance(&flight.end);
             if result.is_ok() {
-                self.apply(&flight.runs);
+                let others = flight.not_of_guests.iter().map(|blocks| self.map.count_unheld(blocks.clone()));
+                let others: u64 = others.sum();
+                self.counts.first_writes += self.apply(&flight.runs).saturating_sub(others);
+                self.counts.joined_writes += flight.writes.saturating_sub(1);
                 self.follow_lanes(&flight.runs);
             }
             self.unpin_flight(&mut flight);
@@ -390,11 +397,14 @@ impl Core {
         self.wake_maintenance_if_due();
     }
 
-    /// Enters what a record says into the map.
-    pub(super) fn apply(&mut self, runs: &[(Run, u32)]) {
+    /// Enters what a record says into the map; of how many blocks there is data now and was none before.
+    pub(super) fn apply(&mut self, runs: &[(Run, u32)]) -> u64 {
+        let mut new = 0;
         for &(run, place) in runs {
             match run {
-                Run::Data { start, count } => self.map.set_places(start, count, place, &mut self.segments),
+                Run::Data { start, count } => {
+                    new += self.map.set_places(start, count, place, &mut self.segments);
+                }
                 Run::Zero { start, count } => {
                     self.map.set_uniform(start..start + u64::from(count), Entry::ZERO, &mut self.segments);
                 }
@@ -405,6 +415,7 @@ impl Core {
                 Run::Nodes { .. } | Run::CheckpointEnd { .. } | Run::Lane { .. } | Run::LanesClosed => {}
             }
         }
+        new
     }
 
     /// A sync has ended.
@@ -417,6 +428,9 @@ impl Core {
             }
             return;
         }
+        let requests =
+            waiters.iter().filter(|waiter| matches!(waiter, Waiter::Request { .. })).count() as u64;
+        self.counts.joined_flushes += requests.saturating_sub(1);
         self.sync.durable = self.sync.durable.max(covers.sequence);
         self.sync.covered = Some(covers);
         waiters.into_iter().for_each(|waiter| self.end(waiter, Ok(()), 0));

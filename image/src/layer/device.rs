@@ -15,6 +15,7 @@ use super::node::Entry;
 use super::queue::LayerQueue;
 use super::record::Run;
 use super::tuning::breaks;
+use crate::counts::{Counts, Hits};
 use crate::error::ImageError;
 use sapwood_blockdev::device::{BlockDevice, Command, Geometry, Request};
 use sapwood_blockdev::engine::Engine;
@@ -37,6 +38,8 @@ pub struct Layer<E: Engine> {
     below: RwLock<Arc<Below<E>>>,
     read_only: bool,
     core: Mutex<Core>,
+    /// How often a frame of a sealed snapshot below was in memory.
+    pub(super) frames: Hits,
 }
 
 impl<E: Engine> Layer<E> {
@@ -49,7 +52,8 @@ impl<E: Engine> Layer<E> {
         core: Core,
     ) -> Arc<Self> {
         let below = RwLock::new(Arc::new(below));
-        Arc::new(Self { file, path: path.to_owned(), header, below, read_only, core: Mutex::new(core) })
+        let (path, core, frames) = (path.to_owned(), Mutex::new(core), Hits::default());
+        Arc::new(Self { file, path, header, below, read_only, core, frames })
     }
 
     /// The shared state. A panic elsewhere does not make it unusable: reads go on.
@@ -137,6 +141,18 @@ impl<E: Engine> Layer<E> {
     /// A queue over a reactor that the caller also uses for other things.
     pub fn queue_on(self: &Arc<Self>, io: Io<E>) -> LayerQueue<E> {
         LayerQueue::new(Arc::clone(self), io)
+    }
+
+    /// What was counted since the disk was opened.
+    pub fn counts(&self) -> Counts {
+        Counts { frames: self.frames.get(), ..self.core().counts }
+    }
+
+    /// Goes on with the counts of the layer that it follows, of which nothing is in use any more.
+    pub(super) fn inherit_counts(&self, lower: &Self) {
+        let counts = lower.counts();
+        self.core().counts = counts;
+        self.frames.add(counts.frames);
     }
 
     /// Facts about the layer as it is now.

@@ -94,6 +94,7 @@ impl<E: Engine> Handover<E> {
         let held = !breaks!(core.tuning, FlushBeforeBaseSync);
         core.hold_syncs(held);
         drop(core);
+        upper.inherit_counts(&lower);
         Self { lower, upper, resolver, done: AtomicU8::new(0) }
     }
 

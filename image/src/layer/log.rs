@@ -40,6 +40,8 @@ pub(super) struct Part {
     pub(super) waiter: Waiter,
     /// It helps to make space, or takes next to none: it may use what is kept back.
     pub(super) upkeep: bool,
+    /// Its data is a guest's, written now; not moved, and not copied from below.
+    pub(super) of_guest: bool,
     /// The lane that it is for, while that is open.
     pub(super) lane: usize,
     /// When its data was written, as far as that tells how long it will live (see `age`); `None`: now.
@@ -53,13 +55,13 @@ impl Part {
         let sums = buf.chunks_exact(BLOCK_BYTES).map(crc32fast::hash).collect();
         let upkeep = matches!(run, Run::Nodes { .. });
         let lane = if upkeep { NODES } else { MAIN };
-        Self { run, data: Some((buf, sums)), waiter, upkeep, lane, estimate: None }
+        Self { run, data: Some((buf, sums)), waiter, upkeep, of_guest: !upkeep, lane, estimate: None }
     }
 
     /// A part that is all said in the index block.
     pub(super) fn index_only(run: Run, waiter: Waiter) -> Self {
         assert_eq!(run.data_blocks(), 0);
-        Self { run, data: None, waiter, upkeep: true, lane: MAIN, estimate: None }
+        Self { run, data: None, waiter, upkeep: true, of_guest: false, lane: MAIN, estimate: None }
     }
 
     /// The guest blocks whose entries it changes.
@@ -109,6 +111,10 @@ pub(super) struct Flight {
     pub(super) waiters: Vec<(Waiter, u32)>,
     /// The leaves that its parts keep in memory: one entry for each.
     pub(super) leaves: Vec<Range<u32>>,
+    /// Writes of guests that have data in it.
+    pub(super) writes: u64,
+    /// Blocks of the disk whose data in it is not a guest's.
+    pub(super) not_of_guests: Vec<Range<u64>>,
     pub(super) state: FlightState,
 }
 
@@ -346,6 +352,8 @@ impl Log {
             runs: taken.runs,
             waiters: taken.waiters,
             leaves: taken.leaves,
+            writes: taken.writes,
+            not_of_guests: taken.not_of_guests,
             state: FlightState::Writing,
         });
         let mut memory = Memory::from(block);

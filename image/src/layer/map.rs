@@ -230,6 +230,16 @@ impl Map {
         Ok(())
     }
 
+    /// Of how many blocks there is no data, whose leaves are in memory.
+    pub(super) fn count_unheld(&self, blocks: Range<u64>) -> u64 {
+        let mut unheld = 0;
+        let known = self.for_each_run(blocks, |_, count, entry| {
+            unheld += if entry.place().is_none() { count } else { 0 };
+        });
+        known.expect("their leaves are pinned");
+        unheld
+    }
+
     /// The entry that all blocks of a branch share and nobody is changing, if there is one.
     pub(super) fn uniform_branch(&self, branch: u32) -> Option<Entry> {
         match self.branches.contains_key(&branch) {
@@ -391,19 +401,23 @@ impl Map {
     }
 
     /// Maps `count` blocks from `start` to consecutive places from `place`, and accounts for the
-    /// places that they leave and take. Their leaves are pinned.
-    pub(super) fn set_places(&mut self, start: u64, count: u32, place: u32, segments: &mut Segments) {
+    /// places that they leave and take. Their leaves are pinned. Returns how many of them had no place.
+    pub(super) fn set_places(&mut self, start: u64, count: u32, place: u32, segments: &mut Segments) -> u64 {
         segments.take_blocks(place, count);
-        let mut next = place;
+        let (mut next, mut new) = (place, u64::from(count));
         for (leaf, part) in pieces(start..start + u64::from(count), LEAF_BLOCKS) {
             let range = part.start as usize..part.end as usize;
             let contents = self.touch(leaf);
-            contents.for_each_place(range.clone(), |place| segments.release_block(place));
+            contents.for_each_place(range.clone(), |place| {
+                segments.release_block(place);
+                new -= 1;
+            });
             for entry in &mut contents.table_mut()[range] {
                 *entry = Entry(next);
                 next += 1;
             }
         }
+        new
     }
 
     /// Sets every block of `range` to `entry`, which is absent or zero. Their leaves are pinned.

@@ -54,8 +54,14 @@ pub(super) fn read<E: Engine>(driver: &Driver<E>, start: u64, mut memory: Memory
 pub(super) fn write<E: Engine>(driver: &Driver<E>, request: Request, waiter: Waiter) {
     let task = driver.clone();
     driver.io.spawn(async move {
+        let cut = match request.command {
+            Command::Discard => 0,
+            _ => BlockSpan::of(request.offset, request.len).cut().len() as u64,
+        };
         let result = task.merge(request).await;
-        task.layer.core().end(waiter, result, 0);
+        let mut core = task.layer.core();
+        core.counts.merged_blocks += if result.is_ok() { cut } else { 0 };
+        core.end(waiter, result, 0);
     });
 }
 

@@ -142,7 +142,7 @@ impl<E: Engine> LayerQueue<E> {
             let whole = part_len == len;
             let mut target = if whole { std::mem::take(&mut memory) } else { memory.share(at, part_len) };
             if let Source::Sealed(part) = source
-                && self.layer().below().read_cached(part, &mut target)
+                && self.layer().read_cached(part, &mut target)
             {
                 continue;
             }
@@ -191,6 +191,10 @@ impl<E: Engine> LayerQueue<E> {
             if appended {
                 return;
             }
+        } else if is_short {
+            let mut core = self.driver.layer.core();
+            let is_known = core.can_append(&span.touched);
+            core.counts.map.count(is_known);
         }
         merge::write(&self.driver, request, self.waiter(key));
     }
@@ -198,7 +202,9 @@ impl<E: Engine> LayerQueue<E> {
     /// Appends what was staged, unless one of the blocks is under merge.
     fn append(&mut self, span: &BlockSpan, key: usize, staged: &mut Vec<Part>) -> bool {
         let mut core = self.driver.layer.core();
-        if core.is_merging(&span.touched) || !core.can_append(&span.touched) {
+        let is_known = core.can_append(&span.touched);
+        core.counts.map.count(is_known);
+        if !is_known || core.is_merging(&span.touched) {
             return false;
         }
         self.pending[key].remaining = staged.len();

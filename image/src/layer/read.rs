@@ -13,6 +13,7 @@ use super::node::Entry;
 use super::paging::device_error;
 use super::waiter::Result;
 use crate::below::{Held, Piece, SealedPart, Source, push, read_file};
+use crate::counts::Hits;
 use crate::error::ImageError;
 use sapwood_blockdev::buffer::{AlignedBuf, Memory, SharedBuf};
 use sapwood_blockdev::device::DeviceError;
@@ -31,6 +32,7 @@ impl<E: Engine> Layer<E> {
     fn look_up(
         &self,
         range: &Range<u64>,
+        is_counted: bool,
         mut f: impl FnMut(Range<u64>, Option<Source<E::File>>),
     ) -> std::result::Result<u64, Unloaded> {
         let mut core = self.core();
@@ -47,11 +49,14 @@ impl<E: Engine> Layer<E> {
             };
             f(part, source);
         });
+        if is_counted {
+            core.counts.map.count(found.is_ok());
+        }
         found.map_err(|_| Unloaded)?;
         Ok(core.segments.enter())
     }
 
-    /// Finds the bytes of `range`, which must lie inside the disk, in memory alone. Returns the epoch that
+    /// Finds the bytes of `range`, which must lie inside the disk, in memory alone, for a request. Returns the epoch that
     /// protects the places found, to be left when they have been read, as `leases` are to be dropped then;
     /// `None` when something has to be loaded first.
     pub(super) fn plan(
@@ -61,7 +66,7 @@ impl<E: Engine> Layer<E> {
         leases: &mut Vec<Lease<E>>,
     ) -> Option<u64> {
         let mut is_known = true;
-        let epoch = self.look_up(&range, |range, source| match source {
+        let epoch = self.look_up(&range, true, |range, source| match source {
             Some(source) => push(pieces, Piece { range, source }),
             None => is_known = is_known && self.below().plan(range, pieces, leases),
         });
@@ -83,7 +88,7 @@ impl<E: Engine> Layer<E> {
         leases: &mut Vec<Lease<E>>,
     ) -> bool {
         let mut is_known = true;
-        let epoch = self.look_up(&range, |range, source| match source {
+        let epoch = self.look_up(&range, false, |range, source| match source {
             Some(source) => push(pieces, Piece { range, source }),
             None => is_known = is_known && self.below().plan(range, pieces, leases),
         });
@@ -92,13 +97,24 @@ impl<E: Engine> Layer<E> {
         is_known
     }
 
-    /// Reads the disk from byte `start` into shared memory, loading what has to be known for it.
-    async fn read_into(self: &Arc<Self>, io: &Io<E>, start: u64, memory: &mut Memory) -> Result {
+    /// Fills `memory` with a part of a sealed snapshot below, if all of that is in memory: says whether it was.
+    pub(super) fn read_cached(&self, part: SealedPart, memory: &mut Memory) -> bool {
+        self.below().chain.as_ref().is_some_and(|chain| chain.read_cached(part, memory, &self.frames))
+    }
+
+    /// Reads the disk from byte `start` into shared memory, loading what has to be known for it; counts in `frames`.
+    async fn read_into(
+        self: &Arc<Self>,
+        io: &Io<E>,
+        start: u64,
+        memory: &mut Memory,
+        frames: &Hits,
+    ) -> Result {
         let range = start..start + memory.len() as u64;
         let mut pins = Vec::new();
         let (epoch, parts, below) = loop {
             let (mut parts, mut below) = (Vec::new(), None);
-            let epoch = self.look_up(&range, |range, source| {
+            let epoch = self.look_up(&range, false, |range, source| {
                 if source.is_none() {
                     below.get_or_insert_with(|| self.below());
                 }
@@ -119,9 +135,9 @@ impl<E: Engine> Layer<E> {
                 }
                 Some(_) => memory.zero_at(at, len),
                 None => {
-                    let reads = below
-                        .iter()
-                        .map(|below: &Arc<Below<E>>| below.read_into(io, part.start, memory.share(at, len)));
+                    let reads = below.iter().map(|below: &Arc<Below<E>>| {
+                        below.read_into(io, part.start, memory.share(at, len), frames)
+                    });
                     beneath.extend(reads);
                 }
             }
@@ -169,21 +185,16 @@ impl<E: Engine> Below<E> {
         is_known
     }
 
-    /// Fills `memory` with a part of a sealed snapshot, if all of that is in memory: says whether it was.
-    pub(super) fn read_cached(&self, part: SealedPart, memory: &mut Memory) -> bool {
-        self.chain.as_ref().is_some_and(|chain| chain.read_cached(part, memory))
-    }
-
     /// Reads from byte `start` into shared memory; what nothing says anything about reads as zeroes.
-    async fn read_into(&self, io: &Io<E>, start: u64, mut memory: Memory) -> Result {
+    async fn read_into(&self, io: &Io<E>, start: u64, mut memory: Memory, frames: &Hits) -> Result {
         let inside = self.inside(&(start..start + memory.len() as u64));
         let len = (inside.end - inside.start) as usize;
         memory.zero_at(len, memory.len() - len);
         let mut memory = memory.share(0, len);
         match (&self.open, &self.chain) {
             _ if len == 0 => Ok(()),
-            (Some(layer), _) => Box::pin(layer.read_into(io, start, &mut memory)).await,
-            (None, Some(chain)) => chain.read(io, start, &memory).await,
+            (Some(layer), _) => Box::pin(layer.read_into(io, start, &mut memory, frames)).await,
+            (None, Some(chain)) => chain.read(io, start, &memory, frames).await,
             (None, None) => Ok(()),
         }
     }
@@ -191,7 +202,8 @@ impl<E: Engine> Below<E> {
     /// Reads `range`; what nothing says anything about reads as zeroes.
     pub(super) async fn read(&self, io: &Io<E>, range: Range<u64>) -> Result<AlignedBuf> {
         let shared = SharedBuf::heap((range.end - range.start) as usize);
-        self.read_into(io, range.start, shared.clone().into()).await?;
+        // Nobody's request.
+        self.read_into(io, range.start, shared.clone().into(), &Hits::default()).await?;
         Ok(copy(&shared))
     }
 }
@@ -219,6 +231,6 @@ impl<E: Engine> Driver<E> {
 
     /// Reads the disk from byte `start` into shared memory, loading what has to be known for it.
     pub(super) async fn read_into(&self, start: u64, memory: &mut Memory) -> Result {
-        self.layer.read_into(&self.io, start, memory).await
+        self.layer.read_into(&self.io, start, memory, &self.layer.frames).await
     }
 }

@@ -17,6 +17,19 @@ pub(super) enum Waiter {
     Ticket(Arc<Ticket>),
 }
 
+impl Waiter {
+    /// Whether both are told of the same request, or task.
+    pub(super) fn is_same(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Request { port, key }, Self::Request { port: other_port, key: other_key }) => {
+                (port, key) == (other_port, other_key)
+            }
+            (Self::Ticket(ticket), Self::Ticket(other)) => Arc::ptr_eq(ticket, other),
+            _ => false,
+        }
+    }
+}
+
 /// What a task holds to learn how the parts that it appended ended.
 #[derive(Debug, Default)]
 pub(super) struct Ticket(Mutex<TicketState>);

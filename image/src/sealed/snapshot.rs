@@ -10,6 +10,7 @@ use super::node::{Child, FANOUT, Node, blocks_below, height_of};
 use super::packs::{FoundBlock, Packs, Root};
 use super::place::Place;
 use crate::below::Permits;
+use crate::counts::{Hits, Lookups};
 use crate::error::ImageError;
 use crate::layer::SIZE_MAX;
 use sapwood_blockdev::buffer::Memory;
@@ -145,13 +146,14 @@ impl<E: Engine> Snapshot<E> {
     }
 
     /// Reads from byte `start` of the disk into memory of any alignment, with a permit for each frame that is not in memory.
-    /// A frame is decompressed once, whichever of its blocks are wanted.
+    /// A frame is decompressed once, whichever of its blocks are wanted. `counted` learns which were in memory.
     pub(crate) async fn read(
         &self,
         io: &Io<E>,
         start: u64,
         mut memory: Memory,
         permits: &Permits,
+        counted: &Hits,
     ) -> Result<(), ImageError> {
         let mut frames: BTreeMap<(u32, u64), Vec<Wanted>> = BTreeMap::new();
         let (mut at, len) = (0, memory.len());
@@ -166,7 +168,9 @@ impl<E: Engine> Snapshot<E> {
         }
         let memory = &memory;
         stream::iter(frames.into_values().map(Ok))
-            .try_for_each_concurrent(FRAMES_AT_ONCE, |blocks| self.read_frame(io, blocks, memory, permits))
+            .try_for_each_concurrent(FRAMES_AT_ONCE, |blocks| {
+                self.read_frame(io, blocks, memory, permits, counted)
+            })
             .await
     }
 
@@ -177,12 +181,16 @@ impl<E: Engine> Snapshot<E> {
         blocks: Vec<Wanted>,
         memory: &Memory,
         permits: &Permits,
+        counted: &Hits,
     ) -> Result<(), ImageError> {
+        let mut lookups = Lookups::default();
         let mut last: Option<FoundBlock> = None;
         let mut permit = None;
         for Wanted { child: Child { hash, place }, skip, at, len } in blocks {
             let beside = last.as_ref().and_then(|found| found.beside(place.index(), &hash));
-            let found = match beside.or_else(|| self.packs.cached_block(&hash, place)) {
+            let cached = beside.or_else(|| self.packs.cached_block(&hash, place));
+            lookups.count(cached.is_some());
+            let found = match cached {
                 Some(found) => found,
                 None => {
                     if permit.is_none() {
@@ -194,12 +202,14 @@ impl<E: Engine> Snapshot<E> {
             memory.share(at, len).write_at(0, &found.bytes()[skip..skip + len]);
             last = Some(found);
         }
+        counted.add(lookups);
         Ok(())
     }
 
-    /// Fills `memory` from byte `start` of the disk on, if all of that is in memory: says whether it was.
-    pub(crate) fn read_cached(&self, start: u64, memory: &mut Memory) -> bool {
+    /// Fills `memory` from byte `start` of the disk on, if all of that is in memory: says whether it was. Then `counted` learns it.
+    pub(crate) fn read_cached(&self, start: u64, memory: &mut Memory, counted: &Hits) -> bool {
         let (mut at, len) = (0, memory.len());
+        let mut hits = 0;
         let mut is_there = true;
         while at < len && is_there {
             let block = (start + at as u64) / BLOCK_SIZE;
@@ -208,12 +218,18 @@ impl<E: Engine> Snapshot<E> {
                 Part::Zero { at, len } => memory.zero_at(at, len),
                 Part::Stored(Wanted { child, skip, at, len }) if is_there => {
                     match self.packs.cached_block(&child.hash, child.place) {
-                        Some(found) => memory.write_at(at, &found.bytes()[skip..skip + len]),
+                        Some(found) => {
+                            memory.write_at(at, &found.bytes()[skip..skip + len]);
+                            hits += 1;
+                        }
                         None => is_there = false,
                     }
                 }
                 Part::Stored(_) => {}
             });
+        }
+        if is_there {
+            counted.add(Lookups { hits, misses: 0 });
         }
         is_there
     }

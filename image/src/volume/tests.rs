@@ -1,5 +1,6 @@
 //! A volume on the host's files, in one thread that says who goes on when.
 
+mod counts;
 mod deep;
 mod in_store;
 

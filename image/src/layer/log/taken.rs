@@ -21,12 +21,17 @@ pub(super) struct Taken {
     pub(super) estimates: Vec<(u64, u32)>,
     /// The record changes the nonce, so it is the last with the old one: nothing may follow in it.
     pub(super) ends_here: bool,
+    /// Writes of guests that have data in it.
+    pub(super) writes: u64,
+    /// Blocks of the disk whose data in it is not a guest's.
+    pub(super) not_of_guests: Vec<Range<u64>>,
 }
 
 impl Taken {
     /// Adds a part; where its data goes is a number of blocks so far. `now` is the layer's clock.
     pub(super) fn add(&mut self, part: Part, now: u64) {
         let at = self.blocks;
+        self.count(&part);
         self.ends_here = matches!(part.run, Run::CheckpointEnd { .. });
         self.blocks += part.run.data_blocks();
         self.leaves.extend(Some(leaves_of(&part.guest_blocks())).filter(|leaves| !leaves.is_empty()));
@@ -40,6 +45,16 @@ impl Taken {
             self.estimates.push((part.estimate.unwrap_or(now), part.run.data_blocks()));
         }
         self.waiters.push((part.waiter, at));
+    }
+
+    /// Whose data a part brings. The parts of one write follow one another.
+    fn count(&mut self, part: &Part) {
+        if part.of_guest {
+            let is_same = self.waiters.last().is_some_and(|(last, _)| last.is_same(&part.waiter));
+            self.writes += u64::from(!is_same);
+        } else if matches!(part.run, Run::Data { .. }) {
+            self.not_of_guests.push(part.guest_blocks());
+        }
     }
 
     /// Makes places of what was counted so far: the data begins at `first`.

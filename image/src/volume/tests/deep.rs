@@ -8,7 +8,7 @@ const SNAPSHOTS: u32 = 24;
 const SIZES: [u64; 3] = [64, 40, 96];
 
 /// SplitMix64.
-fn random(state: &mut u64) -> u64 {
+pub(super) fn random(state: &mut u64) -> u64 {
     *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
     let mut z = *state;
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);

@@ -6,7 +6,7 @@ use clap::Args;
 use sapwood_qos::arbiter::Settings;
 use sapwood_qos::names::Named;
 
-use super::size::Size;
+use super::size::{self, Size};
 use crate::control::wire::Failure;
 
 /// What a guest may do; 0 takes a limit away.
@@ -144,6 +144,21 @@ pub fn line(named: &Named) -> String {
     if pairs.is_empty() { "no limits".to_owned() } else { pairs.join(" ") }
 }
 
+/// What was said, for a line with other things: rates with their bursts, as in `iops 5000/20000`.
+pub fn short(named: &Named) -> String {
+    let number = |name: &str, value: u64| match name.starts_with("bps") || name == "iops-size" {
+        true => size::short(value),
+        false => value.to_string(),
+    };
+    let is_burst = |name: &str| name.ends_with("-max") || name.ends_with("-max-length");
+    let rates = named.iter().filter(|(name, _)| !is_burst(name)).map(|(name, value)| {
+        let burst = named.get(&format!("{name}-max"));
+        let burst = burst.map(|burst| format!("/{}", number(name, *burst))).unwrap_or_default();
+        format!("{} {}{burst}", name.strip_suffix("-total").unwrap_or(name), number(name, *value))
+    });
+    rates.collect::<Vec<_>>().join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use clap::Parser;
@@ -166,6 +181,10 @@ mod tests {
         assert_eq!(
             line(&named(given).unwrap()),
             "bps-write=104857600 iops-total=5000 iops-total-max=20000 iops-total-max-length=10 reserve-iops=500 weight=200"
+        );
+        assert_eq!(
+            short(&named(given).unwrap()),
+            "bps-write 100 MiB, iops 5000/20000, reserve-iops 500, weight 200"
         );
         assert_eq!(
             named("--iops-total 5 --iops-total-max 9").unwrap(),

@@ -26,6 +26,7 @@ use super::store::DefaultStore;
 use super::{output, size};
 use crate::boot::{CHILD_OF, end_with, remove_folder_of, with_options};
 use crate::control::limits::DiskLimits;
+use crate::control::listen::Listener;
 use crate::control::{Control, Served};
 use crate::host::{Host, HostEngine, serving};
 use crate::metrics::listen::Loopback;
@@ -34,6 +35,8 @@ use crate::metrics::{self, Statistics};
 use crate::volumes::access::Access;
 use crate::volumes::address::Address;
 use crate::volumes::attached::{self, Attached};
+use crate::volumes::service::Service;
+use crate::volumes::{CONNECTION_TIME_MAX, look, routes};
 
 /// Of its open files a server's disk has one part in so many for layers below; the others are for queues and packs.
 const SHARE: u64 = 16;
@@ -163,16 +166,8 @@ impl Serve {
 
     /// Serves a volume of a store, which this process opens for that.
     fn serve_volume(&self, host: &Host, address: Address, signals: &mut Signals) -> anyhow::Result<()> {
-        if self.control.is_some()
-            || self.metrics.is_some()
-            || self.format.is_some()
-            || self.readonly
-            || self.reading.is_given()
-        {
-            bail!(
-                "{}: a volume is served without --control, --metrics, --format and --readonly",
-                self.path.display()
-            );
+        if self.format.is_some() || self.readonly || self.reading.is_given() {
+            bail!("{}: a volume is served without --format and --readonly", self.path.display());
         }
         if !self.limits.named()?.is_empty() {
             bail!("{}: the limits of a volume are those that sapwood limit sets", self.path.display());
@@ -190,16 +185,32 @@ impl Serve {
         };
         let attached = Attached::volume(&service, &volume, serve)?;
         service.add(&attached);
-        output::print(&self.ready_line("volume", attached.size(), false))?;
-        signals.forever().next();
-        log::info!("stopping: a second signal ends this at once");
+        let served = self.serve_numbers(&service).and_then(|_listeners| {
+            output::print(&self.ready_line("volume", attached.size(), false))?;
+            signals.forever().next();
+            log::info!("stopping: a second signal ends this at once");
+            Ok(())
+        });
         let closed = service.close();
         if self.child_of.is_some() {
             remove_folder_of(&self.socket);
         }
+        served?;
         closed?;
         log::info!("stopped: everything is durable");
         Ok(())
+    }
+
+    /// Answers who asks what the guest of a volume does, until what is returned is dropped.
+    fn serve_numbers(&self, service: &Arc<Service>) -> anyhow::Result<[Option<Listener>; 2]> {
+        let control = self
+            .control
+            .as_ref()
+            .map(|path| Listener::start(path, routes::numbers(Arc::clone(service)), CONNECTION_TIME_MAX));
+        let page = Arc::clone(service);
+        let metrics =
+            self.metrics.map(|address| metrics::listen::start(address, Arc::new(move || look::page(&page))));
+        Ok([control.transpose()?, metrics.transpose()?])
     }
 
     /// Serves until a signal comes and all requests are drained.

@@ -1,5 +1,6 @@
 //! The page that Prometheus asks for. `docs/metrics.md` says what each metric means.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use axum::http::HeaderMap;
@@ -14,7 +15,8 @@ use prometheus_client::registry::{Registry, Unit};
 use sapwood_qos::account::{Histogram, Kind};
 use sapwood_store::Stat;
 
-use super::{DiskStatistics, LayerStatistics, Statistics};
+use super::{DataPath, DiskStatistics, GroupStatistics, LayerStatistics, Statistics, Totals};
+use crate::volumes::answer::Counts;
 
 /// What OpenMetrics is called.
 const OPEN_METRICS: &str = "application/openmetrics-text";
@@ -26,6 +28,8 @@ const BOUND_BITS: std::ops::RangeInclusive<u32> = 4..=24;
 pub struct Page {
     /// What guests do.
     pub disks: Vec<DiskStatistics>,
+    /// The same of groups of disks.
+    pub groups: Vec<GroupStatistics>,
     /// What their store holds; none of a disk that is served alone.
     pub store: Option<StoreNumbers>,
 }
@@ -49,14 +53,23 @@ pub struct StoreNumbers {
     pub referenced: Option<u64>,
     /// See `referenced`.
     pub unique: Option<u64>,
+    /// Bytes that these take in packs.
+    pub stored: Option<u64>,
+    /// When that account was made, in milliseconds since 1970.
+    pub account_ms: Option<u64>,
+    /// What seals and imports did.
+    pub seals: Counts,
+    /// Bytes that the files of volumes' layers take, by volume.
+    pub allocated: BTreeMap<String, u64>,
     /// Bytes of blocks for each byte of packs.
     pub compression: Option<f64>,
     /// Bytes that snapshots hold for each byte of different blocks.
     pub deduplication: Option<f64>,
 }
 
-impl From<Stat> for StoreNumbers {
-    fn from(stat: Stat) -> Self {
+impl StoreNumbers {
+    /// What a store says of itself, and what seals and imports did.
+    pub fn new(stat: Stat, seals: Counts) -> Self {
         let (snapshots, taken) = (&stat.snapshots, &stat.taken);
         Self {
             volumes: stat.volumes as u64,
@@ -76,6 +89,10 @@ impl From<Stat> for StoreNumbers {
             left: stat.left,
             referenced: stat.account.as_ref().and_then(|account| account.referenced_bytes),
             unique: stat.account.as_ref().map(|account| account.unique_bytes),
+            stored: stat.account.as_ref().map(|account| account.stored_bytes),
+            account_ms: stat.account.as_ref().map(|account| account.found_ms),
+            seals,
+            allocated: stat.volume_bytes,
             compression: stat.compression,
             deduplication: stat.deduplication,
         }
@@ -85,7 +102,7 @@ impl From<Stat> for StoreNumbers {
 impl Page {
     /// A page of one disk.
     pub fn alone(statistics: Statistics) -> Self {
-        Self { disks: statistics.disks, store: None }
+        Self { disks: statistics.disks, groups: statistics.groups, store: None }
     }
 
     /// The page, as OpenMetrics or in the older format of Prometheus.
@@ -189,48 +206,122 @@ impl Collector for Page {
             ("build_info", None, "The version of the program, whose value is 1"),
             [(version, 1_u64)],
         )?;
-        requests(&mut writer, &self.disks)?;
-        disks(&mut writer, &self.disks)?;
+        let disks: Vec<_> = self.disks.iter().map(|disk| (disk.name.as_str(), &disk.totals)).collect();
+        totals(&mut writer, ("disk", ""), &disks)?;
+        of_disks(&mut writer, &self.disks)?;
         layers(&mut writer, &self.disks)?;
-        self.store.as_ref().map_or(Ok(()), |store| of_store(&mut writer, store))
+        let groups: Vec<_> = self.groups.iter().map(|group| (group.name.as_str(), &group.totals)).collect();
+        if !groups.is_empty() {
+            totals(&mut writer, ("group", "group_"), &groups)?;
+            of_groups(&mut writer, &self.groups)?;
+        }
+        self.store.as_ref().map_or(Ok(()), |store| {
+            of_store(&mut writer, store)?;
+            gains(&mut writer, store)
+        })
     }
 }
 
-fn requests(writer: &mut Writer<'_>, disks: &[DiskStatistics]) -> fmt::Result {
+/// What is counted of disks, or of groups: the label that names them, the names of metrics begin with `prefix`.
+fn totals(
+    writer: &mut Writer<'_>,
+    (label, prefix): (&'static str, &str),
+    subjects: &[(&str, &Totals)],
+) -> fmt::Result {
+    requests(writer, (label, prefix), subjects)?;
+    let named = |name: &str| format!("{prefix}{name}");
+    let all = || subjects.iter().map(|(name, totals)| (vec![(label, *name)], *totals));
+    writer.gauge(
+        (&named("requests_in_flight"), None, "Requests that were taken and not reported"),
+        all().map(|(labels, totals)| (labels, totals.account.in_flight)),
+    )?;
+    let seconds = Some(Unit::Seconds);
+    writer.counter(
+        (&named("request_throttled"), seconds, "Time that requests had waited which limits let through"),
+        all().map(|(labels, totals)| (labels, totals.throttled_us as f64 / 1e6)),
+    )?;
+    data_paths(writer, (label, prefix), subjects)
+}
+
+fn requests(
+    writer: &mut Writer<'_>,
+    (label, prefix): (&'static str, &str),
+    subjects: &[(&str, &Totals)],
+) -> fmt::Result {
+    let named = |name: &str| format!("{prefix}{name}");
     let all = || {
-        let kinds = |disk| Kind::ALL.into_iter().map(move |kind| (disk, kind));
-        disks.iter().flat_map(kinds).map(|(disk, kind)| {
-            (vec![("disk", disk.name.as_str()), ("kind", kind.name())], &disk.account[kind])
+        let kinds = |subject| Kind::ALL.into_iter().map(move |kind| (subject, kind));
+        subjects.iter().flat_map(kinds).map(|((name, totals), kind)| {
+            (vec![(label, *name), ("kind", kind.name())], &totals.account[kind])
         })
     };
     writer.counter(
-        ("requests", None, "Requests of guests that have ended, with whatever result"),
+        (&named("requests"), None, "Requests of guests that have ended, with whatever result"),
         all().map(|(labels, done)| (labels, done.operations())),
     )?;
     writer.counter(
-        ("request", Some(Unit::Bytes), "Bytes of requests that succeeded"),
+        (&named("request"), Some(Unit::Bytes), "Bytes of requests that succeeded"),
         all().map(|(labels, done)| (labels, done.bytes)),
     )?;
     writer.counter(
-        ("request_errors", None, "Requests that failed"),
+        (&named("request_errors"), None, "Requests that failed"),
         all().map(|(labels, done)| (labels, done.errors)),
     )?;
     writer.histogram(
-        ("request_duration", "Time from taking a request to reporting it"),
+        (&named("request_duration"), "Time from taking a request to reporting it"),
         all().map(|(labels, done)| (labels, &done.latency)),
     )
 }
 
-fn disks(writer: &mut Writer<'_>, disks: &[DiskStatistics]) -> fmt::Result {
-    let all = || disks.iter().map(|disk| (vec![("disk", disk.name.as_str())], disk));
-    writer.gauge(
-        ("requests_in_flight", None, "Requests that were taken and not reported"),
-        all().map(|(labels, disk)| (labels, disk.account.in_flight)),
+/// What requests were for layers and caches.
+fn data_paths(
+    writer: &mut Writer<'_>,
+    (label, prefix): (&'static str, &str),
+    subjects: &[(&str, &Totals)],
+) -> fmt::Result {
+    let all: Vec<_> = subjects.iter().filter_map(|(name, totals)| Some((*name, totals.data_path?))).collect();
+    if all.is_empty() {
+        return Ok(());
+    }
+    let one = |of: fn(&DataPath) -> u64| all.iter().map(move |(name, path)| (vec![(label, *name)], of(path)));
+    let two = |key: &'static str, of: fn(&DataPath) -> [(&'static str, u64); 2]| {
+        all.iter().flat_map(move |(name, path)| {
+            of(path).map(|(part, value)| (vec![(label, *name), (key, part)], value))
+        })
+    };
+    let named = |name: &str| format!("{prefix}{name}");
+    writer.counter(
+        (
+            &named("first_writes"),
+            None,
+            "Blocks that guests wrote and of which the layer held no data until then",
+        ),
+        one(|path| path.first_writes),
     )?;
     writer.counter(
-        ("request_throttled", Some(Unit::Seconds), "Time that requests had waited which limits let through"),
-        all().map(|(labels, disk)| (labels, disk.throttled_us as f64 / 1e6)),
+        (
+            &named("merged_blocks"),
+            None,
+            "Blocks of which a request had only a part, so that the rest was read first",
+        ),
+        one(|path| path.merged_blocks),
     )?;
+    writer.counter(
+        (&named("joined_requests"), None, "Requests that were done together with an earlier one"),
+        two("kind", |path| [("write", path.joined_writes), ("flush", path.joined_flushes)]),
+    )?;
+    writer.counter(
+        (&named("cache_hits"), None, "How often a cache held what was needed"),
+        two("cache", |path| [("map", path.map_hits), ("frames", path.frame_hits)]),
+    )?;
+    writer.counter(
+        (&named("cache_misses"), None, "How often it had to be read first"),
+        two("cache", |path| [("map", path.map_misses), ("frames", path.frame_misses)]),
+    )
+}
+
+fn of_disks(writer: &mut Writer<'_>, disks: &[DiskStatistics]) -> fmt::Result {
+    let all = || disks.iter().map(|disk| (vec![("disk", disk.name.as_str())], disk));
     writer.gauge(
         ("disk_size", Some(Unit::Bytes), "Size of the disk"),
         all().map(|(labels, disk)| (labels, disk.virtual_size)),
@@ -238,7 +329,23 @@ fn disks(writer: &mut Writer<'_>, disks: &[DiskStatistics]) -> fmt::Result {
     writer.gauge(
         ("disk_connected", None, "Whether a virtual machine is connected: 1 or 0"),
         all().map(|(labels, disk)| (labels, u64::from(disk.frontend_connected))),
-    )
+    )?;
+    let grouped = all().filter_map(|(labels, disk)| {
+        Some(([labels, vec![("group", disk.group.as_deref()?)]].concat(), 1_u64))
+    });
+    writer.gauge(("disk_group", None, "The group that a disk is in; its value is 1"), grouped)
+}
+
+fn of_groups(writer: &mut Writer<'_>, groups: &[GroupStatistics]) -> fmt::Result {
+    let all = || groups.iter().map(|group| (vec![("group", group.name.as_str())], group));
+    writer.gauge(
+        ("group_disks", None, "Disks in a group that are served"),
+        all().map(|(labels, group)| (labels, group.disks)),
+    )?;
+    let nested = all().filter_map(|(labels, group)| {
+        Some(([labels, vec![("parent", group.group.as_deref()?)]].concat(), 1_u64))
+    });
+    writer.gauge(("group_parent", None, "The group that a group is in; its value is 1"), nested)
 }
 
 fn layers(writer: &mut Writer<'_>, disks: &[DiskStatistics]) -> fmt::Result {
@@ -306,12 +413,26 @@ fn of_store(writer: &mut Writer<'_>, store: &StoreNumbers) -> fmt::Result {
         ("store_pack_blocks", bytes.clone(), "Bytes of the blocks in packs before they were compressed"),
         alone(store.blocks),
     )?;
-    writer.gauge(("store_left", bytes.clone(), "Bytes that the store may still take"), known(store.left))?;
+    writer.gauge(("store_left", bytes, "Bytes that the store may still take"), known(store.left))
+}
+
+/// What deduplication and compression have gained, and what volumes take.
+fn gains(writer: &mut Writer<'_>, store: &StoreNumbers) -> fmt::Result {
+    let known = |value: Option<u64>| value.map(|value| (Vec::new(), value));
+    let bytes = Some(Unit::Bytes);
     writer.gauge(
         ("store_referenced", bytes.clone(), "Bytes that sealed snapshots hold, by the last account"),
         known(store.referenced),
     )?;
-    writer.gauge(("store_unique", bytes, "Bytes of these, each block counted once"), known(store.unique))?;
+    writer.gauge(
+        ("store_unique", bytes.clone(), "Bytes of these, each block counted once"),
+        known(store.unique),
+    )?;
+    writer.gauge(("store_stored", bytes.clone(), "Bytes that these take in packs"), known(store.stored))?;
+    writer.gauge(
+        ("store_account_timestamp", Some(Unit::Seconds), "When that account was made, since 1970"),
+        store.account_ms.map(|ms| (Vec::new(), ms as f64 / 1e3)),
+    )?;
     let ratio = |value: Option<f64>| value.map(|value| (Vec::new(), value));
     writer.gauge(
         ("store_compression_ratio", None, "Bytes of blocks for each byte of packs"),
@@ -320,5 +441,19 @@ fn of_store(writer: &mut Writer<'_>, store: &StoreNumbers) -> fmt::Result {
     writer.gauge(
         ("store_deduplication_ratio", None, "Bytes that snapshots hold for each byte of different blocks"),
         ratio(store.deduplication),
+    )?;
+    let Counts { zero_bytes, duplicate_bytes, unique_bytes, stored_bytes, .. } = store.seals;
+    let results = [("zero", zero_bytes), ("duplicate", duplicate_bytes), ("unique", unique_bytes)];
+    writer.counter(
+        ("sealed", bytes.clone(), "Bytes of disks that seals and imports have read"),
+        results.map(|(result, value)| (vec![("result", result)], value)),
+    )?;
+    writer.counter(
+        ("sealed_stored", bytes.clone(), "Bytes that they have written to packs for what is unique"),
+        [(Vec::new(), stored_bytes)],
+    )?;
+    writer.gauge(
+        ("volume_allocated", bytes, "Bytes that the file of a volume's layer takes"),
+        store.allocated.iter().map(|(volume, value)| (vec![("volume", volume.as_str())], *value)),
     )
 }

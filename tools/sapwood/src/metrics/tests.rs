@@ -3,17 +3,20 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use sapwood_qos::account::{Account, Histogram, Kind};
+use sapwood_qos::names::Named;
 
 use super::page::{Page, StoreNumbers};
-use super::{DiskStatistics, LayerStatistics, Written};
+use super::{DataPath, DiskStatistics, GroupStatistics, LayerStatistics, Totals, Written};
+
+use crate::volumes::answer::Counts;
 
 const TABLE: &str = include_str!("../../../../docs/metrics.md");
 const DASHBOARD: &str = include_str!("../../../../docs/grafana.json");
 
 /// Requests that took so many microseconds.
-fn histogram(micros: &[u64]) -> Histogram {
+pub fn histogram(micros: &[u64]) -> Histogram {
     let buckets: Vec<(u64, u64)> = micros.iter().map(|micros| (micros * 1000, 1)).collect();
-    let (sum, max) = (micros.iter().sum::<u64>() as f64, *micros.iter().max().unwrap() as f64);
+    let (sum, max) = (micros.iter().sum::<u64>() as f64, micros.iter().copied().max().unwrap_or(0) as f64);
     let written = serde_json::json!({
         "count": 0, "sum-us": sum, "p50-us": 0.0, "p99-us": 0.0, "p999-us": 0.0, "max-us": max, "buckets": buckets,
     });
@@ -35,13 +38,32 @@ fn page() -> Page {
         map_reads: 5,
         written_bytes: Written { guest: 6, moved: 7, map: 8, log: 9 },
     };
-    let disk = |name: &str, layer| DiskStatistics {
+    let path = DataPath {
+        first_writes: 1,
+        merged_blocks: 2,
+        joined_writes: 3,
+        joined_flushes: 4,
+        map_hits: 5,
+        map_misses: 6,
+        frame_hits: 7,
+        frame_misses: 8,
+    };
+    let totals = |path| Totals { account: account.clone(), throttled_us: 1_500_000, data_path: path };
+    let disk = |name: &str, group: Option<&str>, layer: Option<LayerStatistics>| DiskStatistics {
         name: name.to_owned(),
         virtual_size: 1 << 30,
         frontend_connected: true,
-        account: account.clone(),
-        throttled_us: 1_500_000,
+        group: group.map(str::to_owned),
+        limits: Named::new(),
+        totals: totals(layer.as_ref().map(|_| path)),
         layer,
+    };
+    let group = |name: &str, parent: Option<&str>| GroupStatistics {
+        name: name.to_owned(),
+        group: parent.map(str::to_owned),
+        limits: Named::new(),
+        disks: 1,
+        totals: totals(Some(path)),
     };
     let store = StoreNumbers {
         volumes: 2,
@@ -50,11 +72,25 @@ fn page() -> Page {
         left: Some(5),
         referenced: Some(6),
         unique: Some(7),
+        stored: Some(8),
+        account_ms: Some(1500),
+        seals: Counts {
+            zero_bytes: 11,
+            duplicate_bytes: 12,
+            unique_bytes: 13,
+            stored_bytes: 14,
+            ..Counts::default()
+        },
+        allocated: [("web".to_owned(), 15), ("db".to_owned(), 0)].into(),
         compression: Some(1.5),
         deduplication: Some(2.5),
         ..StoreNumbers::default()
     };
-    Page { disks: vec![disk("a \"quoted\\\n name", None), disk("web", Some(layer))], store: Some(store) }
+    Page {
+        disks: vec![disk("a \"quoted\\\n name", None, None), disk("web", Some("in"), Some(layer))],
+        groups: vec![group("in", Some("out")), group("out", None)],
+        store: Some(store),
+    }
 }
 
 /// The metrics of a page in Prometheus' own format, with their types.
@@ -112,9 +148,30 @@ fn the_page_keeps_the_rules_of_its_format() {
     }
     assert_eq!(value(&format!("sapwood_request_duration_seconds_count{{{read}}}")), 6.0);
     assert_eq!(value(&format!("sapwood_request_duration_seconds_sum{{{read}}}")), 110.005_043);
+    assert_eq!(value("sapwood_store_account_timestamp_seconds"), 1.5);
+    assert_eq!(value("sapwood_sealed_bytes_total{result=\"duplicate\"}"), 12.0);
+    assert_eq!(value("sapwood_sealed_stored_bytes_total"), 14.0);
+    assert_eq!(value("sapwood_volume_allocated_bytes{volume=\"web\"}"), 15.0);
     assert_eq!(value("sapwood_store_files_bytes{part=\"packs\"}"), 20.0);
     assert_eq!(value("sapwood_request_throttled_seconds_total{disk=\"web\"}"), 1.5);
     assert_eq!(value("sapwood_layer_written_bytes_total{disk=\"web\",part=\"log\"}"), 9.0);
+    for (name, labels, expected) in [
+        ("first_writes", "", 1.0),
+        ("merged_blocks", "", 2.0),
+        ("joined_requests", ",kind=\"write\"", 3.0),
+        ("joined_requests", ",kind=\"flush\"", 4.0),
+        ("cache_hits", ",cache=\"map\"", 5.0),
+        ("cache_misses", ",cache=\"map\"", 6.0),
+        ("cache_hits", ",cache=\"frames\"", 7.0),
+        ("cache_misses", ",cache=\"frames\"", 8.0),
+    ] {
+        assert_eq!(value(&format!("sapwood_{name}_total{{disk=\"web\"{labels}}}")), expected);
+        assert_eq!(value(&format!("sapwood_group_{name}_total{{group=\"in\"{labels}}}")), expected);
+    }
+    assert!(!text.contains("sapwood_first_writes_total{disk=\"a"), "a raw disk has none");
+    assert_eq!(value("sapwood_group_requests_total{group=\"out\",kind=\"read\"}"), 6.0);
+    assert_eq!(value("sapwood_disk_group{disk=\"web\",group=\"in\"}"), 1.0);
+    assert_eq!(value("sapwood_group_parent{group=\"in\",parent=\"out\"}"), 1.0);
     let open = page().text(true);
     assert!(open.ends_with("# EOF\n"), "{open}");
     assert!(open.contains("# UNIT sapwood_request_duration_seconds seconds\n"), "{open}");
@@ -124,10 +181,11 @@ fn the_page_keeps_the_rules_of_its_format() {
 fn what_is_not_known_is_not_there() {
     let page = Page { store: Some(StoreNumbers::default()), ..page() };
     let text = page.text(false);
-    for name in ["store_left", "store_referenced", "store_unique", "_ratio"] {
+    for name in ["store_left", "store_referenced", "store_unique", "store_stored", "account", "_ratio"] {
         assert!(!text.contains(name), "{name}");
     }
-    assert!(!Page { disks: Vec::new(), store: None }.text(false).contains("layer"));
+    let empty = Page { disks: Vec::new(), groups: Vec::new(), store: None }.text(false);
+    assert!(!empty.contains("layer") && !empty.contains("group"), "{empty}");
 }
 
 /// The words in text that are names of metrics, each without what a histogram's series have besides.

@@ -209,8 +209,16 @@ pub struct Stat {
     pub catalog_bytes: u64,
     /// Bytes of packs that are needed, as far as collections have counted.
     pub live_bytes: u64,
+    /// Bytes of the blocks in packs before they were compressed.
+    pub block_bytes: u64,
     /// Bytes of blocks for each byte of packs.
     pub compression: Option<f64>,
+    /// Bytes that sealed snapshots hold, by the last account,
+    pub referenced_bytes: Option<u64>,
+    /// of these each different block once,
+    pub unique_bytes: Option<u64>,
+    /// and what that takes in packs.
+    pub stored_bytes: Option<u64>,
     /// Bytes that snapshots hold for each byte of different blocks, by the last account.
     pub deduplication: Option<f64>,
     /// When that was, in milliseconds since 1970.
@@ -266,6 +274,18 @@ pub struct Counts {
     pub stored_bytes: u64,
     /// What the nodes of the tree take.
     pub node_bytes: u64,
+}
+
+impl Counts {
+    /// Adds those of another one.
+    pub fn add(&mut self, more: &Self) {
+        self.read_bytes += more.read_bytes;
+        self.zero_bytes += more.zero_bytes;
+        self.duplicate_bytes += more.duplicate_bytes;
+        self.unique_bytes += more.unique_bytes;
+        self.stored_bytes += more.stored_bytes;
+        self.node_bytes += more.node_bytes;
+    }
 }
 
 impl From<&SealStats> for Counts {

@@ -13,12 +13,13 @@ use sapwood_blockdev::device::{self, BlockDevice, Command, Geometry};
 use sapwood_blockdev::io::run_alone;
 use sapwood_blockdev::storage::HostStorage;
 use sapwood_blockdev::units::GuestOffset;
-use sapwood_image::Disk;
 use sapwood_image::layer::Tuning;
 use sapwood_image::volume::Volume;
+use sapwood_image::{Counts, Disk};
 use sapwood_qos::account::{Account, Accounted};
 use sapwood_qos::arbiter::NodeId;
 use sapwood_qos::limited::Limited;
+use sapwood_store::rows::GroupRow;
 use sapwood_store::{Attachment, Id, SnapshotName, SnapshotReader};
 use sapwood_vhost::{Options, Server};
 
@@ -26,7 +27,7 @@ use super::answer::Serving;
 use super::service::{Service, system};
 use crate::control::wire::Failure;
 use crate::host::{HostEngine, serving};
-use crate::metrics::{DiskStatistics, micros};
+use crate::metrics::{DiskStatistics, Totals};
 
 /// Disks that a daemon can serve before their files of layers below reach its limit of open files.
 const DISKS: u64 = 512;
@@ -107,6 +108,14 @@ impl Device {
         match self {
             Self::Volume(volume) => volume.account(),
             Self::Snapshot(disk) => disk.account(),
+        }
+    }
+
+    /// What it was for the layer and the caches.
+    fn counts(&self) -> Option<Counts> {
+        match self {
+            Self::Volume(volume) => Some(volume.inner().inner().layer().counts()),
+            Self::Snapshot(disk) => disk.inner().inner().counts(),
         }
     }
 
@@ -191,14 +200,17 @@ impl Attached {
             Ok((node, accounted, server))
         });
         match started {
-            Ok((node, accounted, server)) => Ok(Arc::new(Self {
-                id,
-                node,
-                serve,
-                device: Device::Volume(accounted),
-                server,
-                held: Mutex::new(Some(Held::Volume(running))),
-            })),
+            Ok((node, accounted, server)) => {
+                service.throttle().ledger().add(node);
+                Ok(Arc::new(Self {
+                    id,
+                    node,
+                    serve,
+                    device: Device::Volume(accounted),
+                    server,
+                    held: Mutex::new(Some(Held::Volume(running))),
+                }))
+            }
             Err(error) => {
                 running.close(service)?;
                 Err(error)
@@ -217,6 +229,7 @@ impl Attached {
         let limited = service.throttle().limit(service.store(), reader.id, Arc::clone(&disk))?;
         let (node, accounted) = (limited.node(), Accounted::new(limited));
         let server = start(service, &accounted, &serve)?;
+        service.throttle().ledger().add(node);
         Ok(Arc::new(Self {
             id: reader.id,
             node,
@@ -258,8 +271,13 @@ impl Attached {
         self.device.requests()
     }
 
-    /// What guests did with it since then; `name` is what it is called now.
-    pub fn statistics(&self, name: String) -> DiskStatistics {
+    /// What guests did with it since then.
+    pub fn totals(&self) -> Totals {
+        Totals::new(self.device.account(), self.device.waited(), self.device.counts())
+    }
+
+    /// The same with more about it; `name` is what it is called now, and `row` says what it may do.
+    pub fn statistics(&self, name: String, row: GroupRow, totals: Totals) -> DiskStatistics {
         let layer = match &self.device {
             Device::Volume(volume) => Some(volume.inner().inner().layer().info().into()),
             Device::Snapshot(_) => None,
@@ -268,8 +286,9 @@ impl Attached {
             name,
             virtual_size: self.size(),
             frontend_connected: self.server.is_connected(),
-            account: self.device.account(),
-            throttled_us: micros(self.device.waited()),
+            group: row.group,
+            limits: row.limits,
+            totals,
             layer,
         }
     }
@@ -345,6 +364,8 @@ impl Attached {
     pub fn detach(&self, service: &Service) -> Result<(), Failure> {
         let mut held = self.held();
         self.server.stop();
+        // Its groups keep what it did.
+        service.throttle().ledger().remove(self.node, || self.totals());
         match held.take() {
             Some(Held::Volume(running)) => running.close(service),
             Some(Held::Snapshot(disk, reader)) => {

@@ -3,17 +3,18 @@
 use std::sync::Arc;
 
 use sapwood_store::catalog::{Look, View};
-use sapwood_store::rows::{NodeRow, VolumeRow};
+use sapwood_store::rows::{GroupRow, NodeRow, VolumeRow};
 use sapwood_store::tree::{self, Tree};
 use sapwood_store::{Id, SnapshotName};
 use serde::{Deserialize, Serialize};
 
 use super::answer::{Entries, Entry, Events, Forest, Stat, State};
+use super::attached::Attached;
 use super::operation::{Quick, operation};
 use super::service::Service;
 use crate::control::wire::Failure;
-use crate::metrics::Statistics;
-use crate::metrics::page::Page;
+use crate::metrics::page::{Page, StoreNumbers};
+use crate::metrics::{GroupStatistics, Statistics};
 
 /// All volumes, by name.
 #[derive(Debug, Serialize, Deserialize)]
@@ -223,7 +224,11 @@ impl Quick for ShowStore {
             index_bytes: stat.taken.index,
             catalog_bytes: stat.taken.catalog,
             live_bytes: stat.live_bytes,
+            block_bytes: stat.block_bytes,
             compression: stat.compression,
+            referenced_bytes: stat.account.as_ref().and_then(|account| account.referenced_bytes),
+            unique_bytes: stat.account.as_ref().map(|account| account.unique_bytes),
+            stored_bytes: stat.account.as_ref().map(|account| account.stored_bytes),
             deduplication: stat.deduplication,
             account_ms: stat.account.map(|account| account.found_ms),
             quota: stat.settings.quota,
@@ -245,26 +250,31 @@ impl Quick for ListEvents {
 impl Quick for ShowStatistics {
     fn run(self, service: &Arc<Service>) -> Result<Statistics, Failure> {
         let view = service.store().catalog().view()?;
+        let attached = service.all_attached();
+        let of = |attached: &Arc<Attached>| (attached.node(), attached.totals());
+        let (totals, mut counted) = service.throttle().ledger().look(&attached, of);
         let mut disks = Vec::new();
-        for attached in service.all_attached() {
+        for (attached, totals) in attached.iter().zip(totals) {
             let id = attached.id();
-            let volume = view.volume(id)?.map(|row| row.name);
-            let name = match volume {
-                Some(name) => Some(name),
-                None if view.node(id)?.is_some() => named_below(&view, Some(id))?,
-                None => None,
+            let (name, row) = match view.volume(id)? {
+                Some(VolumeRow { name, limits, group, .. }) => (Some(name), GroupRow { limits, group }),
+                None if view.node(id)?.is_some() => (named_below(&view, Some(id))?, GroupRow::default()),
+                None => (None, GroupRow::default()),
             };
             // What has no name is being detached or deleted.
-            if let Some(name) = name {
-                disks.push(attached.statistics(name));
-            }
+            disks.extend(name.map(|name| attached.statistics(name, row, totals)));
         }
-        Ok(Statistics::now(disks))
+        let groups = view.groups()?.into_iter().map(|(name, GroupRow { limits, group })| {
+            let (disks, totals) = counted.remove(&name).unwrap_or_default();
+            GroupStatistics { name, group, limits, disks, totals }
+        });
+        Ok(Statistics { seals: Some(service.seals()), ..Statistics::now(disks, groups.collect()) })
     }
 }
 
 /// The page for Prometheus.
 pub fn page(service: &Arc<Service>) -> Result<Page, Failure> {
-    let Statistics { disks, .. } = ShowStatistics {}.run(service)?;
-    Ok(Page { disks, store: Some(service.store().stat()?.into()) })
+    let Statistics { disks, groups, seals, .. } = ShowStatistics {}.run(service)?;
+    let store = StoreNumbers::new(service.store().stat()?, seals.unwrap_or_default());
+    Ok(Page { disks, groups, store: Some(store) })
 }

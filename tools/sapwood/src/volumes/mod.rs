@@ -28,7 +28,7 @@ pub mod live;
 pub mod look;
 mod memory;
 pub mod operation;
-mod routes;
+pub mod routes;
 pub mod service;
 mod throttle;
 pub mod transfer;
@@ -37,4 +37,4 @@ pub mod upkeep;
 use std::time::Duration;
 
 /// Time for a whole connection to the daemon: what is answered at once may have to wait for storage.
-const CONNECTION_TIME_MAX: Duration = Duration::from_secs(600);
+pub const CONNECTION_TIME_MAX: Duration = Duration::from_secs(600);

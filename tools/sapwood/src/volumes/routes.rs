@@ -89,6 +89,16 @@ pub fn router(service: Arc<Service>) -> Router {
     http::router(routes(), service)
 }
 
+/// What is answered by a process that serves one volume and has the store to itself: numbers alone.
+pub fn numbers(service: Arc<Service>) -> Router {
+    let routes = vec![
+        ("get", "/v1", get(version)),
+        quick::<look::ShowStatistics>(),
+        ("get", "/metrics", get(metrics)),
+    ];
+    http::router(routes, service)
+}
+
 fn quick<O: Quick>() -> Route<Service> {
     let handler = match O::METHOD {
         Method::Get => get(answer::<O>),

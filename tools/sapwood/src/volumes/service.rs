@@ -14,10 +14,12 @@ use sapwood_blockdev::engine::BlockingEngine;
 use sapwood_blockdev::io::{Io, run_alone};
 use sapwood_blockdev::storage::HostStorage;
 use sapwood_image::ErrorKind;
+use sapwood_image::sealed::SealStats;
 use sapwood_qos::governor::IN_FLIGHT_DEFAULT;
 use sapwood_store::catalog::Look;
 use sapwood_store::{Id, SnapshotName, Store, StoreError, StoreErrorKind, StoreOptions};
 
+use super::answer::Counts;
 use super::attached::Attached;
 use super::background::Signal;
 use super::events::Log;
@@ -51,6 +53,8 @@ pub struct Service {
     /// How often anything was changed that changes what is taken, and how often anything was taken away.
     changes: AtomicU64,
     removals: AtomicU64,
+    /// What was sealed and imported so far.
+    seals: Mutex<Counts>,
 }
 
 impl Service {
@@ -78,6 +82,7 @@ impl Service {
             background: Signal::default(),
             changes: AtomicU64::new(0),
             removals: AtomicU64::new(0),
+            seals: Mutex::default(),
         });
         service.tidy();
         Ok(service)
@@ -221,7 +226,7 @@ impl Service {
         }
         drop(table);
         // What was changed before it was here.
-        if let Err(error) = self.apply_limits() {
+        if is_new && let Err(error) = self.throttle.enter(&self.store, attached) {
             log::error!("limits are not applied: {error}");
         }
         is_new
@@ -298,6 +303,18 @@ impl Service {
     /// How often something has changed, and how often something was taken away.
     pub fn changes(&self) -> (u64, u64) {
         (self.changes.load(Ordering::Relaxed), self.removals.load(Ordering::Relaxed))
+    }
+
+    /// Counts what a seal or an import did; the same as it is answered.
+    pub fn count_seal(&self, stats: &SealStats) -> Counts {
+        let counts = Counts::from(stats);
+        self.seals.lock().unwrap_or_else(PoisonError::into_inner).add(&counts);
+        counts
+    }
+
+    /// What all of them did so far.
+    pub fn seals(&self) -> Counts {
+        *self.seals.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Requests of all guests so far.

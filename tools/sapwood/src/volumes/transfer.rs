@@ -208,7 +208,7 @@ impl Long for Import {
             virtual_size: imported.size,
             hash: imported.hash.to_string(),
             pack_bytes: imported.pack_bytes,
-            sealed: (&imported.stats).into(),
+            sealed: service.count_seal(&imported.stats),
         })
     }
 }

@@ -81,7 +81,7 @@ pub fn sealed(service: &Service, node: &SealedNode) -> SealedOne {
         service.changed();
         service.note("sealed", format!("{shown} is sealed"));
     }
-    SealedOne { name, whole: node.is_whole, sealed: (&node.stats).into() }
+    SealedOne { name, whole: node.is_whole, sealed: service.count_seal(&node.stats) }
 }
 
 impl Long for SealAll {

@@ -203,9 +203,246 @@ fn a_daemon_counts_for_each_of_its_disks() {
     daemon.stops();
 }
 
+/// The counts of a data path in JSON, in the order of their names.
+fn path_of(said: &Value) -> [u64; 8] {
+    let count =
+        |name: &str| said["data-path"][name].as_u64().unwrap_or_else(|| panic!("no {name} in {said}"));
+    [
+        "first-writes",
+        "frame-hits",
+        "frame-misses",
+        "joined-flushes",
+        "joined-writes",
+        "map-hits",
+        "map-misses",
+        "merged-blocks",
+    ]
+    .map(count)
+}
+
+/// The same on a page; `labels` say whose they are, as in `disk="web"`.
+fn path_on(page: &str, prefix: &str, labels: &str) -> [u64; 8] {
+    let count =
+        |name: &str, more: &str| value(page, &format!("{prefix}{name}_total{{{labels}{more}}}")) as u64;
+    let [map, frames] = [",cache=\"map\"", ",cache=\"frames\""];
+    [
+        count("first_writes", ""),
+        count("cache_hits", frames),
+        count("cache_misses", frames),
+        count("joined_requests", ",kind=\"flush\""),
+        count("joined_requests", ",kind=\"write\""),
+        count("cache_hits", map),
+        count("cache_misses", map),
+        count("merged_blocks", ""),
+    ]
+}
+
+#[test]
+fn what_requests_are_for_the_layer_is_counted_exactly() {
+    for engine in ["uring", "blocking"] {
+        let place = Place::new();
+        std::fs::write(place.path("base"), vec![1; SIZE as usize]).unwrap();
+        place.sapwood("create -b base -F raw disk").text();
+        let (server, _) = Server::start(&place, &format!("--engine {engine} disk --control control"));
+        let mut frontend = Frontend::connect(&place.path("socket"), &Options::default()).unwrap();
+        let mut run = |command| frontend.run(command).unwrap();
+        let block = BLOCK as u64;
+        run(Command::Write(0, &[2; 4 * BLOCK])); // 4 for the first time.
+        run(Command::Write(block, &[3; 2 * BLOCK])); // None.
+        run(Command::Write(10 * block + 512, &[4; BLOCK])); // 2, each merged with what lies below.
+        run(Command::Write(10 * block, &[5; 512])); // 1 merged with what the layer holds.
+        run(Command::Discard(0, 2 * block));
+        run(Command::Write(0, &[6; BLOCK])); // 1 again.
+        run(Command::WriteZeroes(20 * block, 3 * block - 512, false)); // 1, the last, of which the layer held nothing: it is merged.
+        run(Command::Write(20 * block, &[7; BLOCK])); // 1 that was zero.
+        run(Command::Read(0, 16 * BLOCK));
+        run(Command::Flush);
+        // First writes, frames, joined, the map by hits and misses, merged.
+        let expected = [9, 0, 0, 0, 0, 9, 0, 4];
+        let (_, said) = ask_at(&place, "control", "GET", "/v1/statistics", "");
+        assert_eq!(path_of(&said["disks"][0]), expected, "{said}");
+        assert_eq!(path_on(&page(&place, "control"), "sapwood_", "disk=\"disk\""), expected);
+        // 32 at once: whoever finds the log busy is joined. The first one goes alone or with others.
+        let queue = &mut frontend.queues[0];
+        for tag in 0..32 {
+            queue.submit(tag, Command::Write(tag * block, &[8; BLOCK])).unwrap();
+        }
+        queue.kick().unwrap();
+        while queue.outstanding() > 0 {
+            queue.poll(|finished| finished.result.unwrap());
+            assert!(queue.outstanding() == 0 || queue.wait(std::time::Duration::from_secs(20)).unwrap());
+        }
+        let (_, said) = ask_at(&place, "control", "GET", "/v1/statistics", "");
+        let [.., joined, _, _, _] = path_of(&said["disks"][0]);
+        assert!((1..32).contains(&joined), "{said}");
+        server.stops();
+    }
+}
+
+/// What JSON and the page say of a group, which are the same.
+fn counts_of_group(said: &Value, page: &str, group: &str) -> (Counts, u64) {
+    let groups = said["groups"].as_array().unwrap();
+    let found = groups.iter().find(|found| found["name"] == group).unwrap();
+    let counts = counts_of(found);
+    for (kind, (operations, bytes)) in &counts.0 {
+        let on =
+            |name: &str| value(page, &format!("sapwood_group_{name}{{group=\"{group}\",kind=\"{kind}\"}}"));
+        assert_eq!((on("requests_total"), on("request_bytes_total")), (*operations as f64, *bytes as f64));
+        assert_eq!(on("request_duration_seconds_count"), *operations as f64);
+    }
+    if !found["data-path"].is_null() {
+        assert_eq!(path_on(page, "sapwood_group_", &format!("group=\"{group}\"")), path_of(found));
+    }
+    (counts, found["disks"].as_u64().unwrap())
+}
+
+#[test]
+fn groups_count_what_their_disks_did_in_them() {
+    let (place, mut rng) = (place(), Rng::new(4));
+    for name in ["web", "db"] {
+        about(&place, &format!("create :{name} 8M")).text();
+    }
+    let limit = |what: &str| about(&place, &format!("limit {what}")).text();
+    for command in ["--group outer --weight 5", "--group inner --in-group outer", "--group other --weight 9"]
+    {
+        limit(&format!("--store vms {command}"));
+    }
+    limit(":web --in-group inner");
+    limit(":db --in-group outer");
+    let (daemon, _) = Daemon::start(&place, "--store vms --no-background");
+    let attach = |name: &str| about(&place, &format!("attach :{name} --socket {name}.sock")).text();
+    let look = || {
+        let (_, said) = ask_at(&place, "vms/daemon.sock", "GET", "/v1/statistics", "");
+        (said, page(&place, "vms/daemon.sock"))
+    };
+    let sum = |parts: &[&Counts]| {
+        let mut sum = Counts(KINDS.map(|kind| (kind, (0, 0))).into_iter().collect());
+        for (kind, (operations, bytes)) in parts.iter().flat_map(|counts| &counts.0) {
+            let of = sum.0.get_mut(kind).unwrap();
+            *of = (of.0 + operations, of.1 + bytes);
+        }
+        sum
+    };
+    ["web", "db"].into_iter().for_each(|name| drop(attach(name)));
+    let web = work(&mut connect(&place, "web.sock"), &mut rng, 10);
+    let db = work(&mut connect(&place, "db.sock"), &mut rng, 10);
+    let (said, page) = look();
+    assert_eq!(counts_of_group(&said, &page, "inner"), (sum(&[&web]), 1));
+    assert_eq!(counts_of_group(&said, &page, "outer"), (sum(&[&web, &db]), 2));
+    assert_eq!(counts_of_group(&said, &page, "other"), (sum(&[]), 0));
+    assert_eq!(path_of(&said["groups"][0]), path_of(&said["disks"][1]), "inner has web alone");
+    assert_eq!((&said["disks"][1]["group"], &said["groups"][0]["group"]), (&"inner".into(), &"outer".into()));
+    assert_eq!(value(&page, "sapwood_disk_group{disk=\"web\",group=\"inner\"}"), 1.0);
+    // A disk that leaves takes nothing away, of what nobody has looked at either.
+    let db = sum(&[&db, &work(&mut connect(&place, "db.sock"), &mut rng, 5)]);
+    about(&place, "detach :db").text();
+    let (said, page) = look();
+    assert_eq!(counts_of_group(&said, &page, "outer"), (sum(&[&web, &db]), 1));
+    // It begins anew elsewhere.
+    let web = sum(&[&web, &work(&mut connect(&place, "web.sock"), &mut rng, 5)]);
+    limit(":web --in-group other");
+    let more = work(&mut connect(&place, "web.sock"), &mut rng, 10);
+    let (said, page) = look();
+    assert_eq!(counts_of_group(&said, &page, "inner"), (sum(&[&web]), 0));
+    assert_eq!(counts_of_group(&said, &page, "outer"), (sum(&[&web, &db]), 0));
+    assert_eq!(counts_of_group(&said, &page, "other"), (sum(&[&more]), 1));
+    // A group goes into another one, with what its disks do from then on.
+    limit("--store vms --group other --in-group inner");
+    attach("db");
+    let again = work(&mut connect(&place, "db.sock"), &mut rng, 10);
+    let last = work(&mut connect(&place, "web.sock"), &mut rng, 10);
+    let (said, page) = look();
+    assert_eq!(counts_of_group(&said, &page, "other"), (sum(&[&more, &last]), 1));
+    assert_eq!(counts_of_group(&said, &page, "inner"), (sum(&[&web, &last]), 1));
+    assert_eq!(counts_of_group(&said, &page, "outer"), (sum(&[&web, &db, &again, &last]), 2));
+    daemon.stops();
+}
+
+#[test]
+fn gains_of_the_store_are_on_the_page() {
+    let place = place();
+    let mut content = vec![3; 64 * BLOCK];
+    content[..BLOCK].fill(9);
+    content[32 * BLOCK..].fill(0);
+    std::fs::write(place.path("raw"), &content).unwrap();
+    about(&place, "create :web 8M").text();
+    let (daemon, _) = Daemon::start(&place, "--store vms --no-background");
+    about(&place, "import raw :disk -f raw").text();
+    about(&place, "attach :web --socket web.sock").text();
+    connect(&place, "web.sock").run(Command::Write(0, &[1; 8 * BLOCK])).unwrap();
+    let before = page(&place, "vms/daemon.sock");
+    assert!(!before.contains("sapwood_store_unique_bytes"), "nobody has counted yet");
+    let result =
+        |page: &str, result: &str| value(page, &format!("sapwood_sealed_bytes_total{{result=\"{result}\"}}"));
+    let block = BLOCK as f64;
+    assert_eq!(
+        ["zero", "duplicate", "unique"].map(|kind| result(&before, kind)),
+        [32.0 * block, 30.0 * block, 2.0 * block]
+    );
+    about(&place, "store account vms").text();
+    let page = page(&place, "vms/daemon.sock");
+    let stat = about(&place, "store stat vms --output=json").json();
+    // Each different block of a snapshot once.
+    assert_eq!(value(&page, "sapwood_store_referenced_bytes"), 2.0 * block);
+    assert_eq!(value(&page, "sapwood_store_unique_bytes"), 2.0 * block);
+    assert_eq!(value(&page, "sapwood_store_deduplication_ratio"), 1.0);
+    let (_, said) = ask_at(&place, "vms/daemon.sock", "GET", "/v1/statistics", "");
+    assert_eq!(said["seals"]["duplicate-bytes"].as_f64(), Some(30.0 * block));
+    for (metric, field, unit) in [
+        ("sapwood_store_referenced_bytes", "referenced-bytes", 1.0),
+        ("sapwood_store_unique_bytes", "unique-bytes", 1.0),
+        ("sapwood_store_stored_bytes", "stored-bytes", 1.0),
+        ("sapwood_store_pack_blocks_bytes", "block-bytes", 1.0),
+        ("sapwood_store_account_timestamp_seconds", "account-ms", 1e3),
+    ] {
+        assert_eq!(Some(value(&page, metric) * unit), stat[field].as_f64(), "{metric}");
+    }
+    let allocated =
+        |volume: &str| value(&page, &format!("sapwood_volume_allocated_bytes{{volume=\"{volume}\"}}"));
+    assert!(allocated("web") >= 8.0 * block && allocated("disk") <= allocated("web"), "{page}");
+    assert_eq!(allocated("web") + allocated("disk"), stat["layer-bytes"].as_f64().unwrap());
+    daemon.stops();
+}
+
 /// A port that nobody uses, at least now.
 fn free_port() -> u16 {
     TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+}
+
+#[test]
+fn a_volume_that_is_served_without_a_daemon_has_numbers_too() {
+    let (place, mut rng) = (place(), Rng::new(5));
+    about(&place, "create :web 8M").text();
+    about(&place, "limit --store vms --group g --iops 900000").text();
+    about(&place, "limit :web --in-group g --bps 900G").text();
+    let port = free_port();
+    let serve = format!("vms:web --control control --metrics 127.0.0.1:{port}");
+    let (server, _) = Server::start(&place, &serve);
+    let mut frontend = Frontend::connect(&place.path("socket"), &Options::default()).unwrap();
+    let counts = work(&mut frontend, &mut rng, 10);
+    let (status, said) = ask_at(&place, "control", "GET", "/v1/statistics", "");
+    assert_eq!((status, said["disks"][0]["name"].as_str()), (200, Some("web")));
+    let page = page(&place, "control");
+    assert_eq!((counts_of(&said["disks"][0]), counts_on(&page, "web")), (counts.clone(), counts.clone()));
+    assert_eq!(counts_of_group(&said, &page, "g"), (counts.clone(), 1));
+    let (_, body) = get(TcpStream::connect(("127.0.0.1", port)).unwrap(), "/metrics", "*/*");
+    assert_eq!((counts_on(&body, "web"), value(&body, "sapwood_store_volumes")), (counts, 1.0));
+    for path in ["/v1/volumes", "/v1/store", "/v1/disk"] {
+        assert_eq!(ask_at(&place, "control", "GET", path, "").0, 404, "numbers alone");
+    }
+    let shown = place.sapwood("top --control control --once --interval 1").text();
+    let line = |name: &str| {
+        let line = shown.lines().find(|line| line.starts_with(name));
+        line.unwrap_or_else(|| panic!("no {name}: {shown}")).to_owned()
+    };
+    assert!(line("web ").contains("(g)") && line("web ").ends_with("bps 900 GiB"), "{shown}");
+    assert!(line("(g) ").ends_with("iops 900000"), "{shown}");
+    server.stops();
+    assert!(!place.path("control").exists());
+    // What cannot listen serves nothing, and leaves the store.
+    let refused = "serve vms:web --socket s --control none/control";
+    place.sapwood(refused).fails(1, &["none/control"]);
+    about(&place, "list vms").text();
 }
 
 #[test]

@@ -4,9 +4,10 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use sapwood_qos::account::{Account, Done, Kind};
+use sapwood_qos::names::Named;
 use serde::Serialize;
 
-use crate::metrics::{DiskStatistics, Statistics};
+use crate::metrics::{DiskStatistics, GroupStatistics, Statistics};
 
 /// Intervals that a small chart shows.
 const HISTORY: usize = 20;
@@ -25,10 +26,25 @@ pub struct Rate {
     pub p99_us: Option<f64>,
 }
 
-/// A disk in an interval.
+/// What a row is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Subject {
+    /// A disk.
+    Disk,
+    /// A group of disks.
+    Group,
+}
+
+/// Who has an account: a disk and a group may have the same name.
+type Key = (Subject, String);
+
+/// A disk or group in an interval.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Row {
+    /// Which of these it is.
+    pub kind: Subject,
     /// Its name.
     pub name: String,
     /// Reads.
@@ -39,10 +55,14 @@ pub struct Row {
     pub other: Rate,
     /// Requests in flight at the end.
     pub in_flight: u64,
-    /// Requests that failed since the disk is served.
+    /// Requests that failed since the disk is served, or the daemon runs.
     pub errors: u64,
-    /// Whether a virtual machine is connected.
+    /// Whether a virtual machine is connected; of a group, whether a disk of it is served.
     pub frontend_connected: bool,
+    /// The group that it is in.
+    pub group: Option<String>,
+    /// What it may do, by name.
+    pub limits: Named,
     /// Requests each second in the last intervals, the newest last.
     #[serde(skip)]
     pub history: Vec<u64>,
@@ -97,12 +117,36 @@ impl Row {
     }
 }
 
+/// What is known of a disk or group at a moment.
+struct Now {
+    key: Key,
+    account: Account,
+    frontend_connected: bool,
+    group: Option<String>,
+    limits: Named,
+}
+
+impl From<DiskStatistics> for Now {
+    fn from(disk: DiskStatistics) -> Self {
+        let DiskStatistics { name, frontend_connected, group, limits, totals, .. } = disk;
+        Self { key: (Subject::Disk, name), account: totals.account, frontend_connected, group, limits }
+    }
+}
+
+impl From<GroupStatistics> for Now {
+    fn from(found: GroupStatistics) -> Self {
+        let GroupStatistics { name, group, limits, disks, totals } = found;
+        let (key, account) = ((Subject::Group, name), totals.account);
+        Self { key, account, frontend_connected: disks > 0, group, limits }
+    }
+}
+
 /// What is shown.
 #[derive(Default)]
 pub struct Board {
-    last: Option<(Instant, BTreeMap<String, Account>)>,
+    last: Option<(Instant, BTreeMap<Key, Account>)>,
     rows: Vec<Row>,
-    history: BTreeMap<String, VecDeque<u64>>,
+    history: BTreeMap<Key, VecDeque<u64>>,
     column: usize,
     chosen: usize,
     failure: Option<String>,
@@ -112,35 +156,42 @@ impl Board {
     /// Takes the numbers of a moment. Rates are there from the second one on.
     pub fn update(&mut self, at: Instant, now: Statistics) {
         self.failure = None;
-        let accounts = now.disks.iter().map(|disk| (disk.name.clone(), disk.account.clone())).collect();
+        let now: Vec<Now> =
+            now.disks.into_iter().map(Now::from).chain(now.groups.into_iter().map(Now::from)).collect();
+        let accounts = now.iter().map(|now| (now.key.clone(), now.account.clone())).collect();
         if let Some((before, accounts)) = self.last.replace((at, accounts)) {
             let seconds = at.saturating_duration_since(before).as_secs_f64().max(1e-3);
-            self.rows = now.disks.into_iter().map(|disk| self.row(disk, &accounts, seconds)).collect();
-            self.history.retain(|name, _| self.rows.iter().any(|row| row.name == *name));
+            self.rows = now.into_iter().map(|now| self.row(now, &accounts, seconds)).collect();
+            let rows = &self.rows;
+            self.history.retain(|key, _| rows.iter().any(|row| (row.kind, &row.name) == (key.0, &key.1)));
         }
         self.sort();
     }
 
-    fn row(&mut self, disk: DiskStatistics, before: &BTreeMap<String, Account>, seconds: f64) -> Row {
-        let DiskStatistics { name, frontend_connected, account, .. } = disk;
+    fn row(&mut self, now: Now, before: &BTreeMap<Key, Account>, seconds: f64) -> Row {
+        let Now { key, account, frontend_connected, group, limits } = now;
         // A disk that was not there has done all of it since.
-        let done = before.get(&name).map_or_else(|| account.clone(), |before| account.since(before));
+        let done = before.get(&key).map_or_else(|| account.clone(), |before| account.since(before));
         let mut other = Done::default();
         [Kind::Flush, Kind::Discard, Kind::WriteZeroes].iter().for_each(|kind| other.merge(&done[*kind]));
-        let history = self.history.entry(name.clone()).or_default();
+        let history = self.history.entry(key.clone()).or_default();
         history.push_back((done.operations() as f64 / seconds) as u64);
         while history.len() > HISTORY {
             history.pop_front();
         }
+        let (kind, name) = key;
         Row {
+            kind,
+            name,
             read: Rate::of(&done[Kind::Read], seconds),
             write: Rate::of(&done[Kind::Write], seconds),
             other: Rate::of(&other, seconds),
             in_flight: account.in_flight,
             errors: account.errors(),
             frontend_connected,
+            group,
+            limits,
             history: history.iter().copied().collect(),
-            name,
         }
     }
 
@@ -157,7 +208,10 @@ impl Board {
 
     fn sort(&mut self) {
         let column = self.column;
-        self.rows.sort_by(|a, b| b.key(column).total_cmp(&a.key(column)).then_with(|| a.name.cmp(&b.name)));
+        // Groups below disks.
+        let order =
+            |a: &Row, b: &Row| a.kind.cmp(&b.kind).then_with(|| b.key(column).total_cmp(&a.key(column)));
+        self.rows.sort_by(|a, b| order(a, b).then_with(|| a.name.cmp(&b.name)));
         self.choose(0);
     }
 

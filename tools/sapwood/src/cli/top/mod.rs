@@ -40,8 +40,8 @@ const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 /// Show what virtual machines do with their disks, live
 ///
 /// Of each disk: reads and writes each second with their bytes and latencies (half are faster, 99 % are faster) in the last interval, all
-/// other requests, requests in flight, errors since it is served, and how busy it was in the last intervals. Up and down choose
-/// a row, left and right the column that the rows are sorted by, q ends it.
+/// other requests, requests in flight, errors since it is served, how busy it was in the last intervals, its group and its limits.
+/// Groups, in parentheses, follow the disks. Up and down choose a row, left and right the column that the rows are sorted by, q ends it.
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   sapwood top /srv/vms

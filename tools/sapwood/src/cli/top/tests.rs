@@ -6,10 +6,11 @@ use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 use sapwood_qos::account::{Account, Kind};
+use sapwood_qos::names::Named;
 
 use super::board::Board;
 use super::{press, view};
-use crate::metrics::{DiskStatistics, Statistics};
+use crate::metrics::{DiskStatistics, GroupStatistics, Statistics, Totals};
 
 /// An account of so many reads of 4 KiB in so many microseconds each, and errors.
 fn account(reads: u64, micros: u64, errors: u64) -> Account {
@@ -29,11 +30,12 @@ fn statistics(disks: &[(&str, Account)]) -> Statistics {
         name: (*name).to_owned(),
         virtual_size: 1 << 30,
         frontend_connected: true,
-        account: account.clone(),
-        throttled_us: 1_500_000,
+        group: None,
+        limits: Named::new(),
+        totals: Totals { account: account.clone(), ..Totals::default() },
         layer: None,
     };
-    Statistics::now(disks.iter().map(disk).collect())
+    Statistics::now(disks.iter().map(disk).collect(), Vec::new())
 }
 
 fn text(board: &Board) -> String {
@@ -90,6 +92,53 @@ fn it_is_drawn_with_its_names_numbers_and_keys() {
     board.fail("gone".to_owned());
     assert!(text(&board).contains("no answer: gone"));
     assert!(text(&Board::default()).contains("the first interval"));
+}
+
+#[test]
+fn groups_are_lines_and_limits_are_shown() {
+    let (mut board, begin) = (Board::default(), Instant::now());
+    for second in 0..2 {
+        let mut now = statistics(&[("web", account(second * 100, 50, 0)), ("db", account(0, 1, 0))]);
+        let limits = |pairs: &[(&str, u64)]| -> Named {
+            pairs.iter().map(|(name, value)| ((*name).to_owned(), *value)).collect()
+        };
+        now.disks[1].group = Some("web".to_owned());
+        now.disks[1].limits = limits(&[("iops-total", 5000), ("iops-total-max", 9000)]);
+        now.groups.push(GroupStatistics {
+            name: "web".to_owned(),
+            group: Some("all".to_owned()),
+            limits: limits(&[("bps-total", 200 << 20), ("weight", 7)]),
+            disks: 1,
+            totals: Totals { account: account(second * 300, 50, 0), ..Totals::default() },
+        });
+        board.update(begin + Duration::from_secs(second), now);
+    }
+    for _ in 0..12 {
+        // Whatever the order is: a group has more than its disks, and would be on top.
+        let names: Vec<_> = board.rows().iter().map(|row| (row.name.as_str(), row.read.operations)).collect();
+        assert_eq!(names[2], ("web", 300.0), "{names:?}");
+        board.sort_by(1);
+    }
+    board.sort_by(-20);
+    let lines = view::lines(&board);
+    let ends: Vec<_> = lines.iter().map(|line| (line[0].as_str(), &line[line.len() - 2..])).collect();
+    let row = |name, group: &str, limits: &str| (name, [group.to_owned(), limits.to_owned()]);
+    let expected = [
+        row("NAME", "GROUP", "LIMITS"),
+        row("db", "-", "-"),
+        row("web", "(web)", "iops 5000/9000"),
+        row("(web)", "(all)", "bps 200 MiB, weight 7"),
+    ];
+    assert!(
+        ends.iter().zip(&expected).all(|(a, b)| a.0 == b.0 && *a.1 == b.1) && ends.len() == 4,
+        "{ends:?}"
+    );
+    let last = |board: &Board| text(board).lines().rfind(|line| line.contains("q end")).unwrap().to_owned();
+    assert!(last(&board).contains("2 disks") && !last(&board).contains("iops"), "{}", last(&board));
+    board.choose(1);
+    assert!(last(&board).contains("web in (web): iops 5000/9000"), "{}", last(&board));
+    board.choose(1);
+    assert!(last(&board).contains("web in (all): bps 200 MiB, weight 7"), "{}", last(&board));
 }
 
 #[test]
