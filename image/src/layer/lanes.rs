@@ -20,10 +20,11 @@ impl Core {
     /// Chooses the segments of a lane that is to be opened now, if one is, and nobody else opens one: they have their space already.
     fn next_lane(&mut self) -> Option<(usize, Lane)> {
         let live_bytes = self.segments.live_blocks() * BLOCK_SIZE;
-        // What is kept back is made up for with the next segment that the log asks for.
+        // What is kept back is made up for with the next segment that the log asks for; on a full host it is not.
         let kept = if self.tuning.lanes_from_segments == 0 { 0 } else { self.reserve_segments() };
         if self.log.is_opening
             || self.closing
+            || self.is_full_host()
             || live_bytes < self.tuning.lanes_from_segments * self.segments.bytes()
             || self.segments.free_reserved() < kept + 2
         {

@@ -168,10 +168,12 @@ impl Core {
         self.release_held();
     }
 
-    /// Whether guests' data has to wait for the cleaner.
+    /// Whether guests' data has to wait for the cleaner, or for a checkpoint. Where these find no space for themselves it does not: it is
+    /// refused, like all guests' data on a full host.
     pub(super) fn is_behind(&self) -> bool {
         let owes = self.pace.debt > self.ahead_blocks() && self.is_cleaning_due();
-        (owes || self.is_full()) && self.maintainers > 0 && !self.closing && self.latched.is_none()
+        let may_wait = self.maintainers > 0 && !self.closing && self.latched.is_none();
+        (owes || self.is_full()) && may_wait && !self.is_stuck_for_space()
     }
 
     /// Free segments that keep their space: what the log fills until checkpoints free the next ones, as far

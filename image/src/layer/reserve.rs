@@ -31,6 +31,8 @@ pub(super) struct Reserve {
     full: bool,
     /// Nor a segment for anything else: it is asked again when nothing can be written without.
     exhausted: bool,
+    /// For want of space what makes space has failed, and none was found since.
+    stuck: bool,
     /// What must let the file grow for guests' data.
     gate: Option<Arc<SpaceGate>>,
 }
@@ -73,6 +75,11 @@ impl Core {
     /// Whether guests' data is refused.
     pub(super) fn is_full_host(&self) -> bool {
         self.reserve.full
+    }
+
+    /// Whether nobody in this process can make room: checkpoints and the cleaner need space themselves, and there is none.
+    pub(super) fn is_stuck_for_space(&self) -> bool {
+        self.reserve.stuck
     }
 
     /// Whether guests' data is refused, and cleaning may be what helps.
@@ -184,7 +191,7 @@ impl Core {
             self.give_up(running);
             return self.reservation_failed(for_guests, errno.into());
         }
-        self.reserve.exhausted = false;
+        (self.reserve.exhausted, self.reserve.stuck) = (false, false);
         if running.opening {
             self.segments.set_reserved(self.log.head.main().next_segment);
             self.log.opened = true;
@@ -203,6 +210,8 @@ impl Core {
 
     fn reservation_failed(&mut self, for_guests: bool, error: DeviceError) {
         if self.log.is_out_of_space(self.segments.segment_blocks()) && (!for_guests || !self.log.opened) {
+            // Guests who wait for what has failed here would wait for ever.
+            self.reserve.stuck = true;
             return self.fail_pending(error);
         }
         if for_guests {

@@ -85,14 +85,18 @@ pub fn run_seed<S: Subject>(subject: &S, seed: u64) -> Result<(), Box<Failure>> 
 }
 
 /// The first of these seeds whose history fails, and how many were tried.
-pub fn first_failure<S: Subject>(subject: &S, seeds: Range<u64>) -> (u64, Option<Box<Failure>>) {
-    let start = seeds.start;
-    for seed in seeds.clone() {
+pub fn first_failure<S: Subject>(
+    subject: &S,
+    seeds: impl IntoIterator<Item = u64>,
+) -> (u64, Option<Box<Failure>>) {
+    let mut runs = 0;
+    for seed in seeds {
+        runs += 1;
         if let Err(failure) = run_seed(subject, seed) {
-            return (seed - start + 1, Some(failure));
+            return (runs, Some(failure));
         }
     }
-    (seeds.end - start, None)
+    (runs, None)
 }
 
 /// What a message says without its numbers: the same for similar failures.

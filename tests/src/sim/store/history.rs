@@ -235,16 +235,18 @@ impl History {
     /// Frees what nobody needs, after which nothing is left to be freed and everything reads as before.
     pub(super) fn collect(&mut self) -> Result<(), String> {
         self.rig.sweep();
-        let mut done = vec![expect("the collection", self.rig.collect(50))?];
+        self.check_accounts()?;
         // Of what is stored twice, what a collection has moved may be the copy that nothing refers to any more.
-        let more = if self.course == Course::Small { 1 } else { 4 };
+        let more = if expect("what is stored", self.rig.stored())?.has_copies() { 4 } else { 1 };
+        let mut done = vec![expect("the collection", self.rig.collect(50))?];
         while done.len() <= more && done.last().is_some_and(|last| done.len() < 2 || last.packs_dropped > 0) {
             done.push(expect("the next collection", self.rig.collect(50))?);
         }
         if !done[0].kept.is_empty() || done.last().is_some_and(|last| last.packs_dropped > 0) {
             return Err(format!("the collections do not end: {done:?}"));
         }
-        self.verify()
+        self.verify()?;
+        self.check_accounts()
     }
 
     fn arm(&mut self, end: End) {

@@ -7,13 +7,16 @@
 //! - [`setup`]: what stores and disks are like;
 //! - [`rig`]: a process that has a store open, and does it; `inspect` is what it finds there;
 //! - [`history`]: random actions, ends, and the comparison;
+//! - `accounts`: what snapshots take, by what `reached` finds in packs;
 //! - [`together`]: several at a time.
 
+mod accounts;
 pub mod action;
 mod archives;
 pub mod history;
 mod inspect;
 pub mod model;
+mod reached;
 pub mod rig;
 pub mod setup;
 pub mod together;

@@ -232,7 +232,7 @@ impl Rig {
         Ok(())
     }
 
-    fn contents(&self, mut queue: impl DeviceQueue, size: u64) -> Done<Vec<u32>> {
+    pub(super) fn contents(&self, mut queue: impl DeviceQueue, size: u64) -> Done<Vec<u32>> {
         let mark = |block: &[u8]| {
             let mark = u32::from_le_bytes(block[..4].try_into().expect("4 bytes"));
             let whole = block.chunks(4).all(|word| word == mark.to_le_bytes());
