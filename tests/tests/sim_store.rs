@@ -54,7 +54,9 @@ fn large_disks_and_archives_cut_anywhere_lose_nothing_that_was_reported() {
 #[test]
 fn several_things_at_a_time_are_as_in_some_order() {
     let (mut at_a_time, mut refused) = (0, 0);
-    for past in undisturbed_all(Course::Together, seeds(100), 30) {
+    // A new layer was opened over one of which something was still read ahead.
+    let found = [287];
+    for past in undisturbed_all(Course::Together, found.into_iter().chain(seeds(100)), 30) {
         (at_a_time, refused) = (at_a_time + past.at_a_time, refused + past.refused);
     }
     // It is one in 24.

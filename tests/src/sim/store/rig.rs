@@ -313,6 +313,8 @@ impl Rig {
         let store = self.store();
         let node = store.commit(&mut attachment, &prepared)?;
         self.close(old)?;
+        // What it has read ahead holds its file for a moment more, for which the store waits, as the daemon does.
+        self.settle();
         let new = self.open_layer(&attachment.path, false)?;
         self.write(&new, after)?;
         store.settled(node)?;
