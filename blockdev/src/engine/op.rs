@@ -17,6 +17,20 @@ pub struct Transfer<F> {
     pub memory: Memory,
     /// Bytes moved by earlier attempts: the engine starts that far into `memory` and `offset`.
     pub done: usize,
+    /// Bytes that this attempt moves at most, as if the kernel moved no more: a multiple of the file's alignment, and not 0.
+    pub at_most: usize,
+}
+
+impl<F> Transfer<F> {
+    /// All of `memory` against the file from `offset`.
+    pub fn new(file: F, offset: FileOffset, memory: impl Into<Memory>) -> Self {
+        Self { file, offset, memory: memory.into(), done: 0, at_most: usize::MAX }
+    }
+
+    /// Bytes that this attempt is to move.
+    pub fn wanted(&self) -> usize {
+        (self.memory.len() - self.done).min(self.at_most)
+    }
 }
 
 /// An operation on storage. It owns what it lends to the kernel until it comes back.
@@ -97,12 +111,12 @@ pub enum Op<F> {
 impl<F> Op<F> {
     /// A read of `memory.len()` bytes.
     pub fn read(file: F, offset: FileOffset, memory: impl Into<Memory>) -> Self {
-        Self::Read(Transfer { file, offset, memory: memory.into(), done: 0 })
+        Self::Read(Transfer::new(file, offset, memory))
     }
 
     /// A write of all of `memory`.
     pub fn write(file: F, offset: FileOffset, memory: impl Into<Memory>) -> Self {
-        Self::Write(Transfer { file, offset, memory: memory.into(), done: 0 })
+        Self::Write(Transfer::new(file, offset, memory))
     }
 
     /// The memory that a read or write had borrowed.

@@ -42,10 +42,11 @@ pub(super) fn foregone(op: &Op<HostFile>) -> Option<Result<usize, Errno>> {
 /// takes.
 pub(super) fn gather(transfer: &Transfer<HostFile>, iovecs: &mut Vec<iovec>) {
     iovecs.clear();
+    let most = TRANSFER_BYTES_MAX.min(transfer.at_most);
     let mut skip = transfer.done;
     let mut total = 0;
     for piece in transfer.memory.pieces() {
-        let n = piece.len().saturating_sub(skip).min(TRANSFER_BYTES_MAX - total);
+        let n = piece.len().saturating_sub(skip).min(most - total);
         if n > 0 {
             if iovecs.len() == PIECES_MAX {
                 break;

@@ -34,6 +34,7 @@ over_all_engines! {
     moves_pieces_in_order in transfers,
     resumes_more_pieces_than_one_call_takes in transfers,
     honours_what_is_done_already in transfers,
+    moves_no_more_than_it_is_to in transfers,
     read_ends_at_end_of_file in transfers,
     nothing_is_moved_for_no_memory in transfers,
     thousands_are_in_flight in transfers,

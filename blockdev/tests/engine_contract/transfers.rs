@@ -75,7 +75,7 @@ pub fn honours_what_is_done_already<E: Subject>(make: fn() -> E) {
     memory.push(Piece::Owned(pattern(200, 2)));
     memory.push(Piece::Owned(pattern(300, 3)));
     for (done, moved) in [(50, 550), (100, 500), (250, 350), (600, 0)] {
-        let transfer = Transfer { file: file.clone(), offset: FileOffset(10), memory, done };
+        let transfer = Transfer { done, ..Transfer::new(file.clone(), FileOffset(10), memory) };
         let completion = run(&mut engine, Op::Write(transfer));
         assert_eq!(completion.result, Ok(moved), "with {done} bytes done");
         memory = completion.op.into_memory().unwrap();
@@ -85,6 +85,31 @@ pub fn honours_what_is_done_already<E: Subject>(make: fn() -> E) {
     assert_eq!(seen[60..110], pattern(100, 1)[50..]);
     assert_eq!(seen[110..310], pattern(200, 2)[..]);
     assert_eq!(seen[310..], pattern(300, 3)[..]);
+}
+
+pub fn moves_no_more_than_it_is_to<E: Subject>(make: fn() -> E) {
+    let (dir, mut engine) = (tempfile::tempdir().unwrap(), make());
+    for file in [create_buffered(dir.path(), "buffered"), create(dir.path(), "direct")] {
+        let whole = pattern(5 * 4096, 1);
+        let mut memory = Memory::default();
+        whole.chunks(3 * 4096).for_each(|piece| memory.push(Piece::Owned(AlignedBuf::from_slice(piece))));
+        let mut transfer =
+            Transfer { at_most: 2 * 4096, ..Transfer::new(file.clone(), FileOffset(0), memory) };
+        // The second time it ends in the second piece.
+        for moved in [2 * 4096, 2 * 4096, 4096] {
+            let completion = run(&mut engine, Op::Write(transfer));
+            assert_eq!(completion.result, Ok(moved));
+            let Op::Write(back) = completion.op else { panic!("a write") };
+            transfer = Transfer { done: back.done + moved, ..back };
+        }
+        assert_eq!(read(&mut engine, &file, 0, 5 * 4096)[..], whole[..]);
+        let transfer =
+            Transfer { at_most: 4096, ..Transfer::new(file, FileOffset(4096), AlignedBuf::zeroed(8192)) };
+        let completion = run(&mut engine, Op::Read(transfer));
+        assert_eq!(completion.result, Ok(4096));
+        let buf = completion.op.into_memory().unwrap().into_buf();
+        assert_eq!((&buf[..4096], &buf[4096..]), (&whole[4096..8192], &[0; 4096][..]));
+    }
 }
 
 pub fn read_ends_at_end_of_file<E: Subject>(make: fn() -> E) {

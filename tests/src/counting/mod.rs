@@ -73,7 +73,7 @@ impl Counters {
             _ => return,
         };
         count.fetch_add(1, Ordering::Relaxed);
-        sum.fetch_add((transfer.memory.len() - transfer.done) as u64, Ordering::Relaxed);
+        sum.fetch_add(transfer.wanted() as u64, Ordering::Relaxed);
     }
 }
 

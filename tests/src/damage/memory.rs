@@ -145,14 +145,16 @@ impl MemoryStorage {
         assert!(disk.operations <= disk.operations_max, "more than {} operations", disk.operations_max);
         drop(disk);
         match op {
-            Op::Read(Transfer { file, offset, memory, done }) => {
-                let mut bytes = vec![0; memory.len() - *done];
+            Op::Read(transfer) => {
+                let mut bytes = vec![0; transfer.wanted()];
+                let Transfer { file, offset, memory, done, .. } = transfer;
                 let read = locked(&file.0.contents).read(offset.0 + *done as u64, &mut bytes);
                 memory.write_at(*done, &bytes[..read]);
                 Ok(read)
             }
-            Op::Write(Transfer { file, offset, memory, done }) => {
-                let mut bytes = vec![0; memory.len() - *done];
+            Op::Write(transfer) => {
+                let mut bytes = vec![0; transfer.wanted()];
+                let Transfer { file, offset, memory, done, .. } = transfer;
                 memory.read_at(*done, &mut bytes);
                 if offset.0 + memory.len() as u64 > FILE_MAX {
                     return Err(Errno::FBIG);

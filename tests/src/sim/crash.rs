@@ -34,8 +34,8 @@ fn copy_of(op: &Op<SimFile>) -> Op<SimFile> {
             let mut bytes = vec![0; transfer.memory.len()];
             transfer.memory.read_at(0, &mut bytes);
             let memory: Memory = AlignedBuf::from_slice(&bytes).into();
-            let (file, offset, done) = (transfer.file.clone(), transfer.offset, transfer.done);
-            let copy = Transfer { file, offset, memory, done };
+            let Transfer { offset, done, at_most, .. } = *transfer;
+            let copy = Transfer { file: transfer.file.clone(), offset, memory, done, at_most };
             if matches!(op, Op::Read(_)) { Op::Read(copy) } else { Op::Write(copy) }
         }
         Op::Sync { file: f } => Op::Sync { file: file(f) },

@@ -113,7 +113,7 @@ impl Faults {
         }
         match op {
             Op::Read(transfer) | Op::Write(transfer) if rng.chance(self.short) => {
-                let units = (transfer.memory.len() - transfer.done) / unit;
+                let units = transfer.wanted() / unit;
                 if units > 1 {
                     Fate::Short(rng.between(1, units as u64 - 1) as usize * unit)
                 } else {

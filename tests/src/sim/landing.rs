@@ -27,7 +27,8 @@ pub(super) fn file_of(op: &Op<SimFile>) -> Option<&SimFile> {
 }
 
 fn range_of(transfer: &Transfer<SimFile>) -> Range<u64> {
-    transfer.offset.0 + transfer.done as u64..transfer.offset.0 + transfer.memory.len() as u64
+    let start = transfer.offset.0 + transfer.done as u64;
+    start..start + transfer.wanted() as u64
 }
 
 fn describe(op: &Op<SimFile>) -> String {
@@ -330,7 +331,7 @@ impl Flight {
         match (self.fate, &self.op) {
             (Fate::Failed(errno), _) => Err(errno),
             (Fate::Short(len), _) => Ok(len),
-            (_, Op::Write(transfer)) => Ok(transfer.memory.len() - transfer.done),
+            (_, Op::Write(transfer)) => Ok(transfer.wanted()),
             _ => Ok(0),
         }
     }
