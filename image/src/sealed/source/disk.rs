@@ -6,19 +6,15 @@
 use std::collections::VecDeque;
 use std::ops::Range;
 
+use super::spare::{Spare, bytes_of};
 use super::{Content, Source, SourceBytes, SourceRun};
 use crate::error::ImageError;
-use crate::sealed::seal::SEGMENT_BLOCKS;
 use crate::side::{CHUNK_LEN, Side, WINDOW_LEN, cut};
-use sapwood_blockdev::buffer::{AlignedBuf, SharedBuf};
+use sapwood_blockdev::buffer::SharedBuf;
 use sapwood_blockdev::device::DeviceError;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::units::BLOCK_SIZE;
 
-/// Bytes of a segment, and of each buffer.
-const SEGMENT_BYTES: usize = (SEGMENT_BLOCKS * BLOCK_SIZE) as usize;
-/// Buffers kept for the next reads.
-const SPARE: usize = 4;
 /// Requests in flight, at most: data in small pieces is read in turns.
 const DEPTH: u64 = 64;
 
@@ -31,7 +27,7 @@ pub struct DiskSource<E: Engine> {
     /// What is being read, in order.
     reading: VecDeque<Reading>,
     outstanding: u64,
-    spare: Vec<AlignedBuf>,
+    spare: Spare,
 }
 
 /// Ranges that are being read into one buffer.
@@ -54,7 +50,7 @@ impl<E: Engine> DiskSource<E> {
             data: VecDeque::new(),
             reading: VecDeque::new(),
             outstanding: 0,
-            spare: Vec::new(),
+            spare: Spare::default(),
         }
     }
 
@@ -67,9 +63,7 @@ impl<E: Engine> DiskSource<E> {
     /// Begins to read.
     fn begin(&mut self, ranges: &[Range<u64>]) {
         let bytes = ranges.iter().map(|range| (range.end - range.start) * BLOCK_SIZE).sum::<u64>() as usize;
-        let spare = self.spare.pop().filter(|buffer| buffer.len() >= bytes);
-        let buffer = spare.unwrap_or_else(|| AlignedBuf::zeroed(bytes.max(SEGMENT_BYTES)));
-        let buffer = SharedBuf::from(buffer);
+        let buffer = self.spare.take(bytes);
         let first = self.side.submitted() + 1;
         self.reading.push_back(Reading {
             ranges: ranges.to_vec(),
@@ -137,12 +131,8 @@ impl<E: Engine> DiskSource<E> {
     /// Waits for all that was begun, and forgets it.
     fn drop_readings(&mut self) {
         while let Some(reading) = self.finish_first() {
-            self.keep(reading.buffer.into_buf().ok());
+            self.spare.keep(reading.buffer.into_buf().ok());
         }
-    }
-
-    fn keep(&mut self, buffer: Option<AlignedBuf>) {
-        self.spare.extend(buffer.filter(|_| self.spare.len() < SPARE));
     }
 }
 
@@ -180,14 +170,7 @@ impl<E: Engine> Source for DiskSource<E> {
         if let Some(error) = failed {
             return Err(ImageError::new(self.side.path(), error));
         }
-        Ok(match buffer.into_buf() {
-            Ok(buffer) => SourceBytes::of_buffer(buffer, len),
-            Err(shared) => {
-                let mut copy = vec![0; len];
-                shared.read_at(0, &mut copy);
-                copy.into()
-            }
-        })
+        Ok(bytes_of(buffer, len))
     }
 
     fn announce(&mut self, ranges: &[Range<u64>]) {
@@ -195,6 +178,6 @@ impl<E: Engine> Source for DiskSource<E> {
     }
 
     fn take_back(&mut self, bytes: SourceBytes) {
-        self.keep(bytes.into_buffer());
+        self.spare.keep(bytes.into_buffer());
     }
 }

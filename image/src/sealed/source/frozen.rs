@@ -6,16 +6,18 @@ use std::sync::Arc;
 
 use futures_util::future::try_join_all;
 
+use super::spare::{Spare, bytes_of};
 use super::{Content, Source, SourceBytes, SourceRun};
-use crate::below::read_aligned;
+use crate::below::read_file;
 use crate::error::ImageError;
 use crate::layer::frozen::{FrozenRun, Holds, blocks_of};
 use crate::layer::{Layer, Tuning, open_file};
+use sapwood_blockdev::buffer::SharedBuf;
 use sapwood_blockdev::device::BlockDevice;
 use sapwood_blockdev::engine::Engine;
 use sapwood_blockdev::io::Io;
 use sapwood_blockdev::storage::{Lock, OpenOptions, Storage, StorageFile};
-use sapwood_blockdev::units::BLOCK_SIZE;
+use sapwood_blockdev::units::{BLOCK_SIZE, FileOffset};
 
 /// Reads in flight, at most.
 const DEPTH: usize = 64;
@@ -27,12 +29,13 @@ const MAP_CACHE_BYTES: u64 = 1 << 20;
 pub struct FrozenSource<E: Engine> {
     layer: Arc<Layer<E>>,
     io: Io<E>,
+    spare: Spare,
 }
 
 impl<E: Engine> FrozenSource<E> {
     /// What `layer` holds, which is read only.
     pub fn new(layer: Arc<Layer<E>>, io: &Io<E>) -> Self {
-        Self { layer, io: io.clone() }
+        Self { layer, io: io.clone(), spare: Spare::default() }
     }
 
     /// What the layer in a file holds, opened for reading without what lies below it.
@@ -63,11 +66,10 @@ impl<E: Engine> FrozenSource<E> {
         }
     }
 
-    async fn read_piece(&self, (at, len): (u64, usize)) -> Result<Vec<u8>, ImageError> {
+    async fn read_piece(&self, (at, memory): (u64, SharedBuf)) -> Result<(), ImageError> {
         let file = self.layer.frozen_file();
-        let read = read_aligned(&self.io, &file, at, len, false).await;
-        let (bytes, range) = read.map_err(|error| ImageError::new(file.path(), error))?;
-        Ok(bytes[range].to_vec())
+        let read = read_file(&self.io, file.clone(), FileOffset(at), false, memory.into()).await;
+        read.map_err(|error| ImageError::new(file.path(), error))
     }
 }
 
@@ -87,7 +89,8 @@ impl<E: Engine> Source for FrozenSource<E> {
     }
 
     async fn read(&mut self, ranges: &[Range<u64>]) -> Result<SourceBytes, ImageError> {
-        let mut pieces = Vec::new();
+        let len = ranges.iter().map(|range| (range.end - range.start) * BLOCK_SIZE).sum::<u64>() as usize;
+        let (buffer, mut pieces, mut done) = (self.spare.take(len), Vec::new(), 0);
         for range in ranges {
             let mut at = range.start;
             while at < range.end {
@@ -96,15 +99,19 @@ impl<E: Engine> Source for FrozenSource<E> {
                     let why = format!("block {at} held data and does no more");
                     return Err(ImageError::corrupt(self.layer.frozen_file().path(), "map", 0, why));
                 };
-                pieces.push((Holds::offset(place), (run.count * BLOCK_SIZE) as usize));
-                at += run.count;
+                let bytes = (run.count * BLOCK_SIZE) as usize;
+                pieces.push((Holds::offset(place), buffer.slice(done..done + bytes)));
+                (at, done) = (at + run.count, done + bytes);
             }
         }
-        let mut bytes = Vec::new();
-        for some in pieces.chunks(DEPTH) {
-            let read = try_join_all(some.iter().map(|piece| self.read_piece(*piece))).await?;
-            read.iter().for_each(|piece| bytes.extend(piece));
+        let mut pieces = pieces.into_iter();
+        while pieces.len() > 0 {
+            try_join_all(pieces.by_ref().take(DEPTH).map(|piece| self.read_piece(piece))).await?;
         }
-        Ok(bytes.into())
+        Ok(bytes_of(buffer, len))
+    }
+
+    fn take_back(&mut self, bytes: SourceBytes) {
+        self.spare.keep(bytes.into_buffer());
     }
 }

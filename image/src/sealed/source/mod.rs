@@ -4,6 +4,7 @@ mod bytes;
 mod disk;
 mod frozen;
 mod memory;
+mod spare;
 #[cfg(test)]
 mod tests;
 mod tree;
