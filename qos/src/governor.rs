@@ -5,7 +5,8 @@
 //! has the *alarm*: it looks again when the first limit lets something through, while the others sleep until they are woken.
 //!
 //! Disks without limits pass by, without a lock, for as long as nobody shares by weight or reservation (`is_governed`). What is
-//! done in the background ([`Background`]) is one disk more, which counts for nothing as long as no guest shares.
+//! done in the background ([`Background`]) is one disk more, which counts for nothing as long as no guest shares. It knows whether
+//! guests ask for anything by their [`Pulse`].
 
 use std::collections::HashMap;
 use std::num::NonZeroU64;
@@ -37,6 +38,39 @@ type Key = (NodeId, u16);
 #[derive(Debug)]
 pub struct Governor {
     state: Mutex<State>,
+    pulse: Pulse,
+}
+
+/// How long guests count as busy after a request, when it was looked.
+const BUSY: Time = Time::from_millis(20);
+
+/// Whether guests ask for anything. A request costs a look at what seldom changes: it is marked once in [`BUSY`], and only while
+/// there is work in the background.
+#[derive(Debug, Default)]
+struct Pulse {
+    is_marked: AtomicBool,
+    /// Until when guests are busy, in nanoseconds, as far as was looked.
+    busy_until: AtomicU64,
+}
+
+impl Pulse {
+    fn mark(&self) {
+        if !self.is_marked.load(Ordering::Relaxed) {
+            self.is_marked.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn is_busy(&self, now: Time) -> bool {
+        let nanos = |time: Time| time.as_nanos().try_into().unwrap_or(u64::MAX);
+        if nanos(now) < self.busy_until.load(Ordering::Relaxed) {
+            return true;
+        }
+        let is_busy = self.is_marked.swap(false, Ordering::Relaxed);
+        if is_busy {
+            self.busy_until.store(nanos(now + BUSY), Ordering::Relaxed);
+        }
+        is_busy
+    }
 }
 
 #[derive(Debug)]
@@ -116,6 +150,11 @@ impl Seat {
         self.shown.is_governed.load(Ordering::Relaxed)
     }
 
+    /// The disk's guest asks for something.
+    pub(crate) fn mark(&self) {
+        self.governor.pulse.mark();
+    }
+
     pub(crate) fn add_waited(&self, waited: Time) {
         let nanos = waited.as_nanos().try_into().unwrap_or(u64::MAX);
         self.shown.waited_ns.fetch_add(nanos, Ordering::Relaxed);
@@ -145,6 +184,16 @@ impl Background {
     /// A thread that works in the background, and that `waker` wakes.
     pub(crate) fn join(&self, waker: Waker) -> Member {
         self.0.enter(waker, true)
+    }
+
+    /// Whether guests have asked for anything within the last 20 ms, or some more.
+    pub fn guests_are_busy(&self, now: Time) -> bool {
+        self.0.governor.pulse.is_busy(now)
+    }
+
+    /// Whether any guest has a weight or a reservation, so that this work waits for its turns.
+    pub fn waits(&self) -> bool {
+        self.0.is_governed()
     }
 
     /// Its part of what all can do, from 1 to [`WEIGHT_MAX`](crate::arbiter::WEIGHT_MAX).
@@ -179,7 +228,7 @@ impl Governor {
             alarm: None,
             granted: Vec::new(),
         };
-        Arc::new(Self { state: Mutex::new(state) })
+        Arc::new(Self { state: Mutex::new(state), pulse: Pulse::default() })
     }
 
     /// Another bound for requests under way while anybody shares, from now on.

@@ -114,6 +114,7 @@ impl<Q: DeviceQueue> DeviceQueue for LimitedQueue<Q> {
     type Engine = Q::Engine;
 
     fn submit(&mut self, request: Request) {
+        self.turnstile.mark();
         match work(&request).filter(|_| self.turnstile.is_governed()) {
             Some((direction, bytes)) => self.turnstile.push(direction, bytes, request),
             None => self.start(request, false),

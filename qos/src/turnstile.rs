@@ -54,6 +54,11 @@ impl<T> Turnstile<T> {
         }
     }
 
+    /// A guest asks for something.
+    pub(crate) fn mark(&self) {
+        self.member.seat().mark();
+    }
+
     /// Whether requests have to wait here at all.
     pub(crate) fn is_governed(&self) -> bool {
         self.member.seat().is_governed()
@@ -69,11 +74,6 @@ impl<T> Turnstile<T> {
     /// Requests that wait.
     pub(crate) fn waiting(&self) -> usize {
         self.waiting.iter().map(VecDeque::len).sum::<usize>() + self.ready.len()
-    }
-
-    /// Requests that were granted and have not ended.
-    pub(crate) fn granted(&self) -> usize {
-        self.granted
     }
 
     /// The next one that may begin.

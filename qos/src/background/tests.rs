@@ -8,7 +8,6 @@ use std::task::Wake;
 use std::time::Duration;
 
 use sapwood_blockdev::buffer::AlignedBuf;
-use sapwood_blockdev::engine::Transfer;
 use sapwood_blockdev::storage::{HostFile, HostStorage, OpenOptions, Storage};
 use sapwood_blockdev::units::FileOffset;
 
@@ -84,8 +83,7 @@ impl World {
     }
 
     fn read(&self) -> Op<HostFile> {
-        let memory = AlignedBuf::zeroed(4096).into();
-        Op::Read(Transfer { file: self.file.clone(), offset: FileOffset(0), memory, done: 0 })
+        Op::read(self.file.clone(), FileOffset(0), AlignedBuf::zeroed(4096))
     }
 
     fn pass(&self, time: Time) {
@@ -119,8 +117,7 @@ impl World {
             engine.collect(&mut done);
             assert!(done.iter().all(|done| done.token == 7));
             ended[1] += done.drain(..).count();
-            let started = engine.turnstile.granted();
-            assert!(busy.len() + started <= 8);
+            assert!(busy.len() + engine.moving <= 8);
             self.pass(SERVICE / 20);
         }
         guest.leave(self.now.get());
@@ -209,6 +206,44 @@ fn it_has_few_places_at_a_time() {
         world.pass(SERVICE);
     }
     assert!(done.iter().map(|done| done.token).eq(0..10));
+}
+
+/// A guest's request that comes meanwhile has four small ones before it at most.
+#[test]
+fn it_takes_small_pieces_while_guests_are_busy() {
+    let world = World::new(32);
+    let seat = Seat::new(&world.governor, Arbiter::ROOT, &Settings::default(), Time::ZERO);
+    let large = || Op::read(world.file.clone(), FileOffset(0), AlignedBuf::zeroed(1 << 20));
+    let pieces = |engine: &BackgroundEngine<Disk>| -> Vec<usize> {
+        let bytes = |op: &Op<HostFile>| match op {
+            Op::Read(transfer) => transfer.wanted(),
+            _ => 0,
+        };
+        engine.inner.busy.iter().map(|(_, _, op)| bytes(op)).collect()
+    };
+    let (mut engine, mut done) = (world.engine(), Vec::new());
+    (0..6).for_each(|token| engine.submit(token, large()));
+    assert_eq!(pieces(&engine), [1 << 20; 6], "no guest asks for anything");
+    seat.mark();
+    (6..12).for_each(|token| engine.submit(token, large()));
+    engine.collect(&mut done);
+    assert_eq!((pieces(&engine).len(), engine.in_flight()), (6, 12), "these are enough");
+    for left in [6, 2] {
+        world.pass(SERVICE);
+        engine.collect(&mut done);
+        assert_eq!((pieces(&engine), engine.in_flight()), (vec![PIECE; left.min(4)], left));
+    }
+    world.pass(SERVICE);
+    engine.collect(&mut done);
+    assert!(done.iter().map(|done| done.token).eq(0..12) && engine.in_flight() == 0);
+    // What comes back moved a part only, and is submitted again.
+    engine.submit(0, done.pop().unwrap().op);
+    engine.collect(&mut done);
+    assert_eq!(pieces(&engine), [PIECE]);
+    world.pass(Duration::from_millis(20));
+    engine.collect(&mut done);
+    engine.submit(0, done.pop().unwrap().op);
+    assert_eq!(pieces(&engine), [1 << 20], "it has been quiet for a while");
 }
 
 /// Syncs and names do not wait, whoever has all places.
