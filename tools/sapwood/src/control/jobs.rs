@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 
+use sapwood_blockdev::thread::give_way;
 use sapwood_image::ErrorKind;
 use sapwood_image::sealed::collect::Pace;
 use serde::Serialize;
@@ -232,6 +233,10 @@ impl Jobs {
         });
         let (running, is_logged, entered) = (Arc::clone(&job), self.is_logged, Arc::clone(&self.shared));
         let thread = thread::Builder::new().name(kind.into()).spawn(move || {
+            // It has as much of a processor as anybody, but no guest that has something to do waits for its time to pass.
+            if let Err(error) = give_way(0) {
+                log::debug!("job {}: {error}", running.id);
+            }
             if is_logged {
                 log::info!("job {}: {} begins", running.id, running.kind);
             }

@@ -1,8 +1,9 @@
 //! What a daemon does by itself, on one thread of low priority, one thing at a time.
 //!
 //! **Sealing**: the oldest snapshot that can be sealed is, one after the other. Before each segment it looks how many requests guests
-//! have sent since the last one. When that was more than [`BUSY_PER_SECOND`], it waits [`REST_FACTOR`] times as long as
-//! the segment took, [`REST_MAX`] at most: it takes a small share of a busy host, and comes to an end all the same.
+//! have sent since the last one. When that was more than [`BUSY_PER_SECOND`], it rests so long that it works one part in
+//! [`SHARE`] of the time, or in [`SHARE_BESIDE_SHARES`] where any guest has a weight or a reservation, and [`REST_MAX`] at most:
+//! a small share of a busy host, and it comes to an end all the same.
 //! What fails is tried again after a time that doubles, up to [`RETRY_MAX`].
 //!
 //! **Accounts and collections** follow when there is nothing to seal: an account when anything has changed since the last one, a
@@ -18,6 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use sapwood_blockdev::thread::give_way;
 use sapwood_image::sealed::collect::{Limits, Pace};
 use sapwood_image::sealed::{LEVEL, SealStats, Step, Watch, Workers};
 
@@ -27,8 +29,11 @@ use crate::control::wire::Failure;
 
 /// Requests of all guests in a second from which on they are busy.
 const BUSY_PER_SECOND: u64 = 100;
-/// How much longer than it works it rests while guests are busy.
-const REST_FACTOR: u32 = 8;
+/// While guests are busy, work in the background takes one part in so many of the time.
+const SHARE: u32 = 20;
+/// The same of sealing where guests share by weight or reservation: fewer than one request in a hundred are to meet it, so that it
+/// is hardly seen in their 99th percentile.
+const SHARE_BESIDE_SHARES: u32 = 50;
 /// Longest rest.
 const REST_MAX: Duration = Duration::from_secs(2);
 /// How often it looks what there is to do, unless it is woken.
@@ -36,8 +41,6 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// How long it leaves alone what has failed, at first and at most.
 const RETRY_MIN: Duration = Duration::from_secs(10);
 const RETRY_MAX: Duration = Duration::from_secs(600);
-/// Of the time, background work that is not sealing takes one part in so many.
-const SHARE: u32 = 20;
 /// Time between two accounts, at least.
 const ACCOUNT_INTERVAL: Duration = Duration::from_secs(60);
 /// Time between two collections, at least.
@@ -123,7 +126,7 @@ impl Drop for Background {
 
 fn run(service: &Arc<Service>) {
     // Of this thread, and of those that it starts.
-    if let Err(error) = rustix::process::setpriority_process(None, NICE) {
+    if let Err(error) = give_way(NICE) {
         log::info!("background work has the priority of guests: {error}");
     }
     let workers = match Workers::threads_of(1, LEVEL) {
@@ -231,7 +234,7 @@ fn paced<T>(service: &Service, work: impl FnOnce(Arc<Pace>) -> Result<T, Failure
                     reins.stop();
                 }
                 let now = service.requests();
-                let is_busy = !rest_after(PACE_INTERVAL, now.saturating_sub(requests)).is_zero();
+                let is_busy = is_busy(PACE_INTERVAL, now.saturating_sub(requests));
                 reins.set_rate(if is_busy { BUSY_RATE } else { 0 });
                 requests = now;
             }
@@ -307,10 +310,10 @@ impl Watch for Politely {
     async fn between(&mut self, _: &SealStats) -> Step {
         let took = self.began.elapsed();
         let since = self.service.requests().saturating_sub(self.requests);
-        let rest = rest_after(took, since);
-        if !rest.is_zero() {
+        if is_busy(took, since) {
+            let share = if self.service.guests_share() { SHARE_BESIDE_SHARES } else { SHARE };
             // The thread has nothing else to do.
-            self.service.background().rest(rest, false);
+            self.service.background().rest(rest_after(took, share), false);
         }
         self.requests = self.service.requests();
         self.began = Instant::now();
@@ -318,10 +321,14 @@ impl Watch for Politely {
     }
 }
 
-/// How long to rest after work that took so long, during which guests sent so many requests.
-fn rest_after(took: Duration, requests: u64) -> Duration {
-    let busy = u128::from(BUSY_PER_SECOND) * took.as_micros() / 1_000_000;
-    if u128::from(requests) > busy { (took * REST_FACTOR).min(REST_MAX) } else { Duration::ZERO }
+/// Whether guests are busy that sent so many requests in such a time.
+fn is_busy(time: Duration, requests: u64) -> bool {
+    u128::from(requests) > u128::from(BUSY_PER_SECOND) * time.as_micros() / 1_000_000
+}
+
+/// How long to rest after work that took so long and is to take one part in `share` of the time.
+fn rest_after(took: Duration, share: u32) -> Duration {
+    (took * (share - 1)).min(REST_MAX)
 }
 
 #[cfg(test)]
@@ -331,10 +338,10 @@ mod tests {
     #[test]
     fn it_rests_while_guests_are_busy_and_never_for_long() {
         let ms = Duration::from_millis;
-        assert_eq!(rest_after(ms(100), 10), ms(0));
-        assert_eq!(rest_after(ms(100), 11), ms(800));
-        assert_eq!(rest_after(ms(1000), 100), ms(0));
-        assert_eq!(rest_after(ms(1000), 101), REST_MAX);
+        assert!(!is_busy(ms(100), 10) && is_busy(ms(100), 11));
+        assert!(!is_busy(ms(1000), 100) && is_busy(ms(1000), 101));
+        assert_eq!((rest_after(ms(10), 20), rest_after(ms(10), 50)), (ms(190), ms(490)));
+        assert_eq!(rest_after(ms(1000), 20), REST_MAX);
     }
 
     #[test]

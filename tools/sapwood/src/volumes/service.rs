@@ -156,6 +156,11 @@ impl Service {
         run_alone(self.background_io()?, |io| task(Arc::clone(&self.store), io)).map_err(Into::into)
     }
 
+    /// Whether guests share by weight or reservation, and such tasks with them.
+    pub fn guests_share(&self) -> bool {
+        self.throttle.background().waits()
+    }
+
     /// A reactor for such a task.
     pub fn background_io(&self) -> Result<Io<HostEngine>, Failure> {
         Ok(self.host.background_io(self.throttle.background())?)
