@@ -72,6 +72,11 @@ impl Load {
 }
 
 impl Ends {
+    /// Counts those of another time as well.
+    pub fn add(&mut self, other: &Self) {
+        self.0.extend(&other.0);
+    }
+
     /// Requests that ended.
     pub fn count(&self) -> u64 {
         self.0.len() as u64

@@ -243,38 +243,88 @@ fn a_reader_beside_a_limited_writer() {
     }
 }
 
-/// A guest that reads less than is reserved for it, while another volume's snapshot is sealed.
+/// A volume whose snapshots are sealed.
+struct Other {
+    name: String,
+    client: Frontend,
+    rng: Rng,
+}
+
+impl Other {
+    const SIZE: u64 = 256 << 20;
+
+    fn new(fleet: &Fleet) -> Self {
+        let name = format!("{}:other", text(&fleet.folder.path().join("store")));
+        let socket = text(&fleet.folder.path().join("other.sock"));
+        order(&["create", "-q", &name, &Self::SIZE.to_string()]);
+        order(&["attach", "-q", &name, "--socket", &socket]);
+        Self { name, client: connect(Path::new(&socket), 1), rng: Rng::new(5) }
+    }
+
+    /// Fills its first `len` bytes with what nobody has.
+    fn change(&mut self, len: u64) {
+        for offset in (0..len).step_by(65_536) {
+            let data: Vec<u8> =
+                (0..65_536 / 8).flat_map(|_| self.rng.below(u64::MAX).to_le_bytes()).collect();
+            self.client.queues[0].run(frontend::Command::Write(offset, &data)).unwrap();
+        }
+    }
+
+    fn snapshot(&self, number: usize) {
+        order(&["snapshot", "-q", &format!("{}@{number}", self.name)]);
+    }
+
+    fn is_sealed(&self) -> bool {
+        let tree =
+            process::Command::new(sapwood_program().unwrap()).args(["tree", &self.name]).output().unwrap();
+        !String::from_utf8_lossy(&tree.stdout).contains("frozen")
+    }
+}
+
+/// A guest that reads less than is reserved for it, in turns alone and while another volume's snapshot is sealed; and how fast that is.
 #[test]
 #[ignore = "figures, on a quiet machine"]
 fn a_reader_beside_sealing() {
-    const SEALED: u64 = 512 << 20;
-    for options in [&[][..], &["--reserve-iops", "2000"]] {
+    const PHASE: Duration = Duration::from_secs(3);
+    const MEASURED: u64 = 32 << 20;
+    for options in [&["--reserve-iops", "2000"][..], &[]] {
         let mut fleet = Fleet::new(1, &[]);
-        let store = text(&fleet.folder.path().join("store"));
-        let (name, at) = (format!("{store}:other"), text(&fleet.folder.path().join("other.sock")));
-        order(&["create", "-q", &name, &SEALED.to_string()]);
-        order(&["attach", "-q", &name, "--socket", &at]);
-        let (mut other, mut rng) = (connect(Path::new(&at), 1), Rng::new(5));
-        for offset in (0..SEALED).step_by(65_536) {
-            let data: Vec<u8> = (0..65_536 / 8).flat_map(|_| rng.below(u64::MAX).to_le_bytes()).collect();
-            other.queues[0].run(frontend::Command::Write(offset, &data)).unwrap();
-        }
+        let mut other = Other::new(&fleet);
         if !options.is_empty() {
             fleet.limit(0, options);
         }
         let load = Load { span: VOLUME, rest: Duration::from_micros(500), ..reads(1, 4096) };
-        let mut p99 = || {
-            let ends = load.run(&mut fleet.clients[0].queues[0], 2 * TIME).unwrap();
-            (ends.quantile(0.99).as_secs_f64() * 1e6, ends.count() as f64 / (2 * TIME).as_secs_f64())
-        };
-        let (alone, rate) = p99();
-        order(&["snapshot", "-q", &format!("{name}@one")]);
-        let (beside, _) = p99();
-        let show = process::Command::new(sapwood_program().unwrap()).args(["tree", &name]).output().unwrap();
+        let guest = &mut fleet.clients[0].queues[0];
+        let [mut alone, mut beside] = [Ends::default(), Ends::default()];
+        for round in 0..8 {
+            other.change(Other::SIZE);
+            alone.add(&load.run(guest, PHASE).unwrap());
+            other.snapshot(round);
+            beside.add(&load.run(guest, PHASE).unwrap());
+            assert!(!other.is_sealed(), "it was sealed meanwhile");
+            // A guest that is idle is not waited for.
+            let is_sealed = || {
+                (0..600).any(|_| {
+                    thread::sleep(Duration::from_millis(100));
+                    other.is_sealed()
+                })
+            };
+            assert!(is_sealed(), "no end after a minute");
+        }
+        let p99 = |ends: &Ends| ends.quantile(0.99).as_secs_f64() * 1e6;
+        other.change(MEASURED);
+        other.snapshot(8);
+        let halves = (1..120).find(|_| {
+            load.run(guest, Duration::from_millis(500)).unwrap();
+            other.is_sealed()
+        });
         println!(
-            "{options:?}: {rate:.0} reads/s: p99 alone {alone:.0} us, beside sealing {beside:.0} us; afterwards:"
+            "{options:?}: p99 of {:.0} reads/s: alone {:.0} us, beside sealing {:.0} us; {:.1} MB/s are sealed",
+            alone.count() as f64 / (8.0 * PHASE.as_secs_f64()),
+            p99(&alone),
+            p99(&beside),
+            MEASURED as f64 / 1e6 / (halves.expect("it is sealed") as f64 / 2.0)
         );
-        println!("{}", String::from_utf8_lossy(&show.stdout));
     }
 }
 
