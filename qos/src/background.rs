@@ -1,8 +1,8 @@
 //! An engine for work that no guest waits for: its reads and writes wait until the [governor](crate::governor) lets them begin.
 //!
 //! Sealing, collecting, scrubbing and importing do not know of that: they are given such an engine. While guests ask for anything,
-//! it moves [`PIECE`] bytes at a time, so that a guest's request never has a large one before it, and has not more than [`AT_ONCE`]
-//! of these under way; while they also share, these take their turns with theirs. When no guest has asked for anything for a moment
+//! it moves [`PIECE`] bytes at a time, so that a guest's request has no large one before it that began later, and has not more than
+//! [`AT_ONCE`] of these under way; while they also share, these take their turns with theirs. When no guest has asked for anything for a moment
 //! it works as fast as it can. Syncs, and all that changes a file's names or space, do not wait.
 
 use std::collections::VecDeque;
@@ -10,7 +10,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::task::Waker;
 
-use sapwood_blockdev::engine::{Completion, Engine, Op, Time, WatchFd};
+use sapwood_blockdev::engine::{Completion, Engine, Op, Time, Transfer, WatchFd};
 
 use crate::governor::Background;
 use crate::limits::Direction;
@@ -34,11 +34,11 @@ pub struct BackgroundEngine<E: Engine> {
     moving: usize,
 }
 
-/// In which direction an operation moves so many bytes, if it can wait.
-fn work<F>(op: &Op<F>) -> Option<(Direction, u64)> {
+/// What a read or write, which can wait, moves, and in which direction.
+fn moved<F>(op: &mut Op<F>) -> Option<(Direction, &mut Transfer<F>)> {
     match op {
-        Op::Read(transfer) => Some((Direction::Read, (transfer.memory.len() - transfer.done) as u64)),
-        Op::Write(transfer) => Some((Direction::Write, (transfer.memory.len() - transfer.done) as u64)),
+        Op::Read(transfer) => Some((Direction::Read, transfer)),
+        Op::Write(transfer) => Some((Direction::Write, transfer)),
         _ => None,
     }
 }
@@ -53,11 +53,17 @@ impl<E: Engine> BackgroundEngine<E> {
     /// Starts what may begin; whether that was anything.
     fn ask(&mut self) -> bool {
         let before = self.moving;
-        while self.turnstile.waiting() + self.moving < AT_ONCE {
-            let Some((token, op)) = self.later.pop_front() else { break };
-            match work(&op).filter(|_| self.turnstile.is_governed()) {
-                Some((direction, bytes)) => self.turnstile.push(direction, bytes, (token, op)),
-                None => self.begin(token, false, op),
+        let is_busy = !self.later.is_empty() && self.background.guests_are_busy(self.inner.now());
+        let is_governed = self.turnstile.is_governed();
+        let most = if is_busy || is_governed { AT_ONCE } else { usize::MAX };
+        while self.turnstile.waiting() + self.moving < most {
+            let Some((token, mut op)) = self.later.pop_front() else { break };
+            let (direction, transfer) = moved(&mut op).expect("the others have begun");
+            transfer.at_most = if is_busy { PIECE } else { usize::MAX };
+            let bytes = transfer.wanted() as u64;
+            match is_governed {
+                true => self.turnstile.push(direction, bytes, (token, op)),
+                false => self.begin(token, false, op),
             }
         }
         self.turnstile.ask(|| self.inner.now());
@@ -68,7 +74,7 @@ impl<E: Engine> BackgroundEngine<E> {
     }
 
     fn begin(&mut self, token: u64, is_granted: bool, op: Op<E::File>) {
-        self.moving += usize::from(work(&op).is_some());
+        self.moving += 1;
         self.inner.submit(mark(token, is_granted), op);
     }
 }
@@ -77,14 +83,9 @@ impl<E: Engine> Engine for BackgroundEngine<E> {
     type File = E::File;
 
     fn submit(&mut self, token: u64, mut op: Op<E::File>) {
-        let is_busy = self.background.guests_are_busy(self.inner.now());
-        let (Op::Read(transfer) | Op::Write(transfer)) = &mut op else {
-            return self.begin(token, false, op);
-        };
-        transfer.at_most = if is_busy { PIECE } else { usize::MAX };
-        match is_busy || self.turnstile.is_governed() {
-            true => self.later.push_back((token, op)),
-            false => self.begin(token, false, op),
+        match moved(&mut op) {
+            Some(_) => self.later.push_back((token, op)),
+            None => self.inner.submit(mark(token, false), op),
         }
     }
 
@@ -94,7 +95,7 @@ impl<E: Engine> Engine for BackgroundEngine<E> {
             let (first, before) = (done.len(), self.moving);
             self.inner.collect(done);
             for done in &mut done[first..] {
-                self.moving -= usize::from(work(&done.op).is_some());
+                self.moving -= usize::from(moved(&mut done.op).is_some());
                 done.token = self.turnstile.ended(done.token);
             }
             if self.moving == before || !self.ask() {

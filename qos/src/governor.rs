@@ -42,9 +42,9 @@ pub struct Governor {
 }
 
 /// How long guests count as busy after a request, when it was looked.
-const BUSY: Time = Time::from_millis(20);
+const BUSY: Time = Time::from_millis(100);
 
-/// Whether guests ask for anything. A request costs a look at what seldom changes: it is marked once in [`BUSY`], and only while
+/// Whether guests ask for anything. A request costs a look at what seldom changes: it is marked twice in [`BUSY`], and only while
 /// there is work in the background.
 #[derive(Debug, Default)]
 struct Pulse {
@@ -62,14 +62,15 @@ impl Pulse {
 
     fn is_busy(&self, now: Time) -> bool {
         let nanos = |time: Time| time.as_nanos().try_into().unwrap_or(u64::MAX);
-        if nanos(now) < self.busy_until.load(Ordering::Relaxed) {
+        // Whoever sees no mark sees until when that was taken to last; a mark that is lost between the two is within it.
+        if self.is_marked.load(Ordering::Acquire) {
+            if self.busy_until.load(Ordering::Relaxed) < nanos(now + BUSY / 2) {
+                self.busy_until.store(nanos(now + BUSY), Ordering::Relaxed);
+                self.is_marked.store(false, Ordering::Release);
+            }
             return true;
         }
-        let is_busy = self.is_marked.swap(false, Ordering::Relaxed);
-        if is_busy {
-            self.busy_until.store(nanos(now + BUSY), Ordering::Relaxed);
-        }
-        is_busy
+        nanos(now) < self.busy_until.load(Ordering::Relaxed)
     }
 }
 
@@ -186,7 +187,7 @@ impl Background {
         self.0.enter(waker, true)
     }
 
-    /// Whether guests have asked for anything within the last 20 ms, or some more.
+    /// Whether guests have asked for anything since that was asked last, or for a tenth of a second after.
     pub fn guests_are_busy(&self, now: Time) -> bool {
         self.0.governor.pulse.is_busy(now)
     }

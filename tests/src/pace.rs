@@ -75,6 +75,7 @@ impl Ends {
     /// Counts those of another time as well.
     pub fn add(&mut self, other: &Self) {
         self.0.extend(&other.0);
+        self.0.sort_unstable();
     }
 
     /// Requests that ended.

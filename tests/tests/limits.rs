@@ -277,6 +277,7 @@ impl Other {
     fn is_sealed(&self) -> bool {
         let tree =
             process::Command::new(sapwood_program().unwrap()).args(["tree", &self.name]).output().unwrap();
+        assert!(tree.status.success());
         !String::from_utf8_lossy(&tree.stdout).contains("frozen")
     }
 }

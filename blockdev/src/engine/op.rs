@@ -17,7 +17,7 @@ pub struct Transfer<F> {
     pub memory: Memory,
     /// Bytes moved by earlier attempts: the engine starts that far into `memory` and `offset`.
     pub done: usize,
-    /// Bytes that this attempt moves at most, as if the kernel moved no more: a multiple of the file's alignment, and not 0.
+    /// Bytes that this attempt moves at most, as if the kernel moved no more: a multiple of the file's alignment and not 0, or `usize::MAX`.
     pub at_most: usize,
 }
 

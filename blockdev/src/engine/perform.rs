@@ -43,6 +43,13 @@ pub(super) fn foregone(op: &Op<HostFile>) -> Option<Result<usize, Errno>> {
 pub(super) fn gather(transfer: &Transfer<HostFile>, iovecs: &mut Vec<iovec>) {
     iovecs.clear();
     let most = TRANSFER_BYTES_MAX.min(transfer.at_most);
+    // Less than the alignment would end as nothing, which is the end of a file.
+    assert!(
+        transfer.at_most == usize::MAX
+            || transfer.at_most > 0 && transfer.at_most.is_multiple_of(transfer.file.alignment().offset),
+        "a transfer of {} bytes at most",
+        transfer.at_most
+    );
     let mut skip = transfer.done;
     let mut total = 0;
     for piece in transfer.memory.pieces() {
@@ -57,8 +64,7 @@ pub(super) fn gather(transfer: &Transfer<HostFile>, iovecs: &mut Vec<iovec>) {
         }
         skip = skip.saturating_sub(piece.len());
     }
-    let wanted = transfer.memory.len() - transfer.done;
-    if total < wanted {
+    if total < transfer.memory.len() - transfer.done {
         trim(iovecs, total % transfer.file.alignment().offset);
     }
 }

@@ -32,6 +32,13 @@ struct Disk {
     busy: VecDeque<(Time, u64, Op<HostFile>)>,
 }
 
+fn wanted(op: &Op<HostFile>) -> usize {
+    match op {
+        Op::Read(transfer) => transfer.wanted(),
+        _ => 0,
+    }
+}
+
 impl Engine for Disk {
     type File = HostFile;
 
@@ -42,7 +49,7 @@ impl Engine for Disk {
     fn collect(&mut self, done: &mut Vec<Completion<HostFile>>) {
         while self.busy.front().is_some_and(|(at, ..)| *at <= self.now.get()) {
             let (_, token, op) = self.busy.pop_front().unwrap();
-            done.push(Completion { token, result: Ok(4096), op });
+            done.push(Completion { token, result: Ok(wanted(&op)), op });
         }
     }
 
@@ -82,25 +89,27 @@ impl World {
         BackgroundEngine::new(disk, &self.background)
     }
 
-    fn read(&self) -> Op<HostFile> {
-        Op::read(self.file.clone(), FileOffset(0), AlignedBuf::zeroed(4096))
+    fn read(&self, bytes: usize) -> Op<HostFile> {
+        Op::read(self.file.clone(), FileOffset(0), AlignedBuf::zeroed(bytes))
     }
 
     fn pass(&self, time: Time) {
         self.now.set(self.now.get() + time);
     }
 
-    /// A guest that keeps 16 reads waiting, for so long beside so much work in the background: how many of each have ended.
-    fn beside(&self, weight: u32, time: Time) -> [usize; 2] {
+    /// A guest that keeps 16 reads of 64 KiB waiting for two seconds, beside work in the background of which each operation has so
+    /// many bytes: how many of each have ended.
+    fn beside(&self, weight: u32, bytes: usize) -> [usize; 2] {
         let settings = Settings { weight, ..Settings::default() };
         let seat = Seat::new(&self.governor, Arbiter::ROOT, &settings, self.now.get());
         let mut guest = Turnstile::new(seat.join(Waker::noop().clone()));
         let (mut busy, mut engine) = (VecDeque::new(), self.engine());
         let (mut ended, mut done) = ([0; 2], Vec::new());
-        let end = self.now.get() + time;
+        let end = self.now.get() + Duration::from_secs(2);
         while self.now.get() < end {
             while guest.waiting() < 16 {
-                guest.push(Direction::Read, 4096, ());
+                seat.mark();
+                guest.push(Direction::Read, PIECE as u64, ());
             }
             while busy.front().is_some_and(|at| *at <= self.now.get()) {
                 busy.pop_front();
@@ -112,7 +121,7 @@ impl World {
                 busy.push_back(self.now.get() + SERVICE);
             }
             while engine.in_flight() < 16 {
-                engine.submit(7, self.read());
+                engine.submit(7, self.read(bytes));
             }
             engine.collect(&mut done);
             assert!(done.iter().all(|done| done.token == 7));
@@ -127,19 +136,22 @@ impl World {
 
 #[test]
 fn it_shares_by_its_weight_once_a_guest_does() {
-    let world = World::new(8);
-    let [guest, background] = world.beside(90, Duration::from_secs(2));
-    assert!(guest + background > 15_000, "nothing is left lying: {guest} {background}");
-    let part = background as f64 / (guest + background) as f64;
-    assert!((0.095..0.105).contains(&part), "10 of 100: {part}");
-    world.background.set_weight(30, world.now.get());
-    let [guest, background] = world.beside(90, Duration::from_secs(2));
-    let part = background as f64 / (guest + background) as f64;
-    assert!((0.24..0.26).contains(&part), "30 of 120: {part}");
-    // Whatever a guest weighs, something goes on: 50 requests each second.
-    world.background.set_weight(1, world.now.get());
-    let [_, background] = world.beside(10_000, Duration::from_secs(2));
-    assert!((95..=110).contains(&background), "{background}");
+    // What has not begun does not count.
+    for bytes in [PIECE, 1 << 20] {
+        let world = World::new(8);
+        let [guest, background] = world.beside(90, bytes);
+        assert!(guest + background > 15_000, "nothing is left lying: {guest} {background}");
+        let part = background as f64 / (guest + background) as f64;
+        assert!((0.095..0.105).contains(&part), "10 of 100 in pieces of {bytes}: {part}");
+        world.background.set_weight(30, world.now.get());
+        let [guest, background] = world.beside(90, bytes);
+        let part = background as f64 / (guest + background) as f64;
+        assert!((0.24..0.26).contains(&part), "30 of 120: {part}");
+        // Whatever a guest weighs, something goes on: 50 requests each second.
+        world.background.set_weight(1, world.now.get());
+        let [_, background] = world.beside(10_000, bytes);
+        assert!((95..=110).contains(&background), "{background}");
+    }
 }
 
 #[test]
@@ -149,7 +161,7 @@ fn it_waits_for_nobody_while_no_guest_shares() {
     let limited = Settings { limits, ..Settings::default() };
     let _guest = Seat::new(&world.governor, Arbiter::ROOT, &limited, Time::ZERO);
     let (mut engine, mut done) = (world.engine(), Vec::new());
-    (0..50).for_each(|token| engine.submit(token, world.read()));
+    (0..50).for_each(|token| engine.submit(token, world.read(4096)));
     engine.collect(&mut done);
     assert_eq!(engine.inner.in_flight(), 50);
     world.pass(SERVICE);
@@ -177,7 +189,7 @@ fn it_leaves_the_alarm_to_guests() {
     guest.ask(|| world.now.get());
     // Work in the background has the only place; then the guest's limit is in the way.
     let (mut engine, mut done) = (world.engine(), Vec::new());
-    engine.submit(0, world.read());
+    engine.submit(0, world.read(4096));
     engine.collect(&mut done);
     assert!(read(&mut guest).is_none() && guest.alarm().is_none());
     world.pass(SERVICE);
@@ -199,7 +211,7 @@ fn it_has_few_places_at_a_time() {
     let sharing = Settings { weight: 200, ..Settings::default() };
     let _guest = Seat::new(&world.governor, Arbiter::ROOT, &sharing, Time::ZERO);
     let (mut engine, mut done) = (world.engine(), Vec::new());
-    (0..10).for_each(|token| engine.submit(token, world.read()));
+    (0..10).for_each(|token| engine.submit(token, world.read(4096)));
     for left in [10, 6, 2, 0] {
         engine.collect(&mut done);
         assert_eq!((engine.in_flight(), engine.inner.in_flight()), (left, left.min(4)));
@@ -208,24 +220,20 @@ fn it_has_few_places_at_a_time() {
     assert!(done.iter().map(|done| done.token).eq(0..10));
 }
 
-/// A guest's request that comes meanwhile has four small ones before it at most.
+/// A guest's request has four small ones before it at most, but for what had begun when it was quiet.
 #[test]
 fn it_takes_small_pieces_while_guests_are_busy() {
     let world = World::new(32);
     let seat = Seat::new(&world.governor, Arbiter::ROOT, &Settings::default(), Time::ZERO);
-    let large = || Op::read(world.file.clone(), FileOffset(0), AlignedBuf::zeroed(1 << 20));
     let pieces = |engine: &BackgroundEngine<Disk>| -> Vec<usize> {
-        let bytes = |op: &Op<HostFile>| match op {
-            Op::Read(transfer) => transfer.wanted(),
-            _ => 0,
-        };
-        engine.inner.busy.iter().map(|(_, _, op)| bytes(op)).collect()
+        engine.inner.busy.iter().map(|(_, _, op)| wanted(op)).collect()
     };
     let (mut engine, mut done) = (world.engine(), Vec::new());
-    (0..6).for_each(|token| engine.submit(token, large()));
+    (0..6).for_each(|token| engine.submit(token, world.read(1 << 20)));
+    engine.collect(&mut done);
     assert_eq!(pieces(&engine), [1 << 20; 6], "no guest asks for anything");
     seat.mark();
-    (6..12).for_each(|token| engine.submit(token, large()));
+    (6..12).for_each(|token| engine.submit(token, world.read(1 << 20)));
     engine.collect(&mut done);
     assert_eq!((pieces(&engine).len(), engine.in_flight()), (6, 12), "these are enough");
     for left in [6, 2] {
@@ -240,9 +248,10 @@ fn it_takes_small_pieces_while_guests_are_busy() {
     engine.submit(0, done.pop().unwrap().op);
     engine.collect(&mut done);
     assert_eq!(pieces(&engine), [PIECE]);
-    world.pass(Duration::from_millis(20));
+    world.pass(Duration::from_millis(100));
     engine.collect(&mut done);
     engine.submit(0, done.pop().unwrap().op);
+    engine.collect(&mut done);
     assert_eq!(pieces(&engine), [1 << 20], "it has been quiet for a while");
 }
 
@@ -256,7 +265,7 @@ fn only_reads_and_writes_wait() {
     guest.push(Direction::Read, 4096, ());
     guest.ask(|| world.now.get());
     let mut engine = world.engine();
-    engine.submit(0, world.read());
+    engine.submit(0, world.read(4096));
     engine.submit(1, Op::Sync { file: world.file.clone() });
     let mut done = Vec::new();
     engine.collect(&mut done);

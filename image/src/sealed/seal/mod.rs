@@ -8,7 +8,7 @@
 //! depends neither on who is faster nor on how many workers there are.
 //!
 //! Memory: twice as many segments of 4 MiB as there are workers (one without), 2 that are read ahead (of a disk only) and
-//! 4 buffers for the next ones, 128 frames and those of one segment more, 16 segments that wait for places (60 KiB each),
+//! 4 buffers for the next ones (of a disk or a layer), 128 frames and those of one segment more, 16 segments that wait for places (60 KiB each),
 //! the nodes of the base over these, and for each of two packs 1 MiB that gathers and 3 MiB that are being written or were;
 //! with the dedup index, which is the caller's.
 //!

@@ -19,6 +19,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use sapwood_blockdev::io::Io;
 use sapwood_blockdev::thread::give_way;
 use sapwood_image::sealed::collect::{Limits, Pace};
 use sapwood_image::sealed::{LEVEL, SealStats, Step, Watch, Workers};
@@ -26,6 +27,7 @@ use sapwood_image::sealed::{LEVEL, SealStats, Step, Watch, Workers};
 use super::service::{Service, system};
 use super::upkeep::{self, collect, sealed};
 use crate::control::wire::Failure;
+use crate::host::HostEngine;
 
 /// Requests of all guests in a second from which on they are busy.
 const BUSY_PER_SECOND: u64 = 100;
@@ -36,6 +38,8 @@ const SHARE: u32 = 20;
 const SHARE_BESIDE_SHARES: u32 = 50;
 /// Longest rest.
 const REST_MAX: Duration = Duration::from_secs(2);
+/// How often it looks whether it is to end, while it rests.
+const STOP_INTERVAL: Duration = Duration::from_millis(50);
 /// How often it looks what there is to do, unless it is woken.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// How long it leaves alone what has failed, at first and at most.
@@ -89,14 +93,12 @@ impl Signal {
         self.state().is_stopped
     }
 
-    /// Returns when it is to end, when it is woken if that counts, or after a time; whether it was woken.
-    fn rest(&self, time: Duration, until_woken: bool) -> bool {
-        let is_over = |asked: &Asked| asked.is_stopped || until_woken && asked.is_woken;
+    /// Returns when it is to end, when it is woken, or after a time; whether it was woken.
+    fn rest(&self, time: Duration) -> bool {
+        let is_over = |asked: &Asked| asked.is_stopped || asked.is_woken;
         let waited = self.changed.wait_timeout_while(self.state(), time, |asked| !is_over(asked));
         let (mut asked, _) = waited.unwrap_or_else(PoisonError::into_inner);
-        let is_woken = until_woken && asked.is_woken;
-        asked.is_woken &= !until_woken;
-        is_woken
+        std::mem::take(&mut asked.is_woken)
     }
 }
 
@@ -159,7 +161,7 @@ fn run(service: &Arc<Service>) {
             paced(service, |pace| collect(service, pace, Limits::default()).map(drop))
         });
         account.take(changes, false, || paced(service, |pace| upkeep::account(service, pace).map(drop)));
-        is_woken = service.background().rest(LOOK_INTERVAL, true);
+        is_woken = service.background().rest(LOOK_INTERVAL);
     }
 }
 
@@ -284,9 +286,10 @@ impl Watermark {
 
 /// Seals one snapshot, or a part of it; whether there was one.
 fn seal_one(service: &Arc<Service>, workers: &Arc<Workers>) -> Result<bool, Failure> {
-    let (workers, mut watch) = (Arc::clone(workers), Politely::new(service));
-    let next = service
-        .run_in_background(|store, io| async move { store.seal_next(&io, &workers, &mut watch).await })?;
+    let (workers, guests) = (Arc::clone(workers), Arc::clone(service));
+    let next = service.run_in_background(|store, io| async move {
+        store.seal_next(&io, &workers, &mut Politely::new(&guests, &io)).await
+    })?;
     let Some(node) = next else { return Ok(false) };
     sealed(service, &node);
     service.after_seal();
@@ -296,13 +299,23 @@ fn seal_one(service: &Arc<Service>, workers: &Arc<Workers>) -> Result<bool, Fail
 /// Leaves room to guests.
 struct Politely {
     service: Arc<Service>,
+    io: Io<HostEngine>,
     requests: u64,
     began: Instant,
 }
 
 impl Politely {
-    fn new(service: &Arc<Service>) -> Self {
-        Self { service: Arc::clone(service), requests: service.requests(), began: Instant::now() }
+    fn new(service: &Arc<Service>, io: &Io<HostEngine>) -> Self {
+        let requests = service.requests();
+        Self { service: Arc::clone(service), io: io.clone(), requests, began: Instant::now() }
+    }
+
+    /// Rests for a time, or until the daemon ends. What is being written goes on meanwhile, and keeps no guest's place.
+    async fn rest(&self, time: Duration) {
+        let end = self.io.now() + time;
+        while self.io.now() < end && !self.service.background().is_stopped() {
+            self.io.sleep_until(end.min(self.io.now() + STOP_INTERVAL)).await;
+        }
     }
 }
 
@@ -312,8 +325,7 @@ impl Watch for Politely {
         let since = self.service.requests().saturating_sub(self.requests);
         if is_busy(took, since) {
             let share = if self.service.guests_share() { SHARE_BESIDE_SHARES } else { SHARE };
-            // The thread has nothing else to do.
-            self.service.background().rest(rest_after(took, share), false);
+            self.rest(rest_after(took, share)).await;
         }
         self.requests = self.service.requests();
         self.began = Instant::now();
@@ -383,11 +395,10 @@ mod tests {
     fn a_signal_that_came_before_is_not_lost() {
         let signal = Signal::default();
         signal.wake();
-        assert!(!signal.rest(Duration::ZERO, false), "that does not count");
-        assert!(signal.rest(Duration::MAX, true));
+        assert!(signal.rest(Duration::MAX));
+        assert!(!signal.rest(Duration::ZERO), "that was it");
         signal.stop();
-        assert!(!signal.rest(Duration::MAX, true));
-        assert!(!signal.rest(Duration::MAX, false));
+        assert!(!signal.rest(Duration::MAX));
         assert!(signal.is_stopped());
     }
 }
