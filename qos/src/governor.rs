@@ -81,10 +81,21 @@ struct State {
     settings: HashMap<NodeId, (Option<NodeId>, Settings)>,
     /// Requests under way at most while anybody shares.
     in_flight_max: usize,
+    /// Whether anybody shares.
+    is_sharing: bool,
     disks: HashMap<NodeId, Arc<Shown>>,
     queues: HashMap<Key, Arc<Mail>>,
     alarm: Option<(Time, Key)>,
     granted: Vec<Flow>,
+}
+
+/// What was changed of what is set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Changed {
+    Nothing,
+    /// A disk has come or gone, or a group that nothing is in has come.
+    One(NodeId),
+    All,
 }
 
 /// A disk's place among the others, until it is dropped.
@@ -139,7 +150,7 @@ impl Seat {
         let node = state.arbiter.add_disk(parent, settings, now);
         state.settings.insert(node, (Some(parent), settings.clone()));
         state.disks.insert(node, Arc::clone(&shown));
-        Governor::settle(state, now);
+        Governor::settle(state, Changed::One(node), now);
         Arc::new(Self { governor, node, shown })
     }
 
@@ -201,7 +212,7 @@ impl Background {
     pub fn set_weight(&self, weight: u32, now: Time) {
         let mut state = self.0.governor.state();
         state.arbiter.change(self.0.node, &background_settings(weight), now);
-        Governor::settle(state, now);
+        Governor::settle(state, Changed::Nothing, now);
     }
 }
 
@@ -212,7 +223,7 @@ fn background_settings(weight: u32) -> Settings {
 
 impl Drop for Seat {
     fn drop(&mut self) {
-        Governor::remove(self.governor.state(), self.node, monotonic_now());
+        Governor::remove(self.governor.state(), self.node, Changed::One(self.node), monotonic_now());
     }
 }
 
@@ -224,6 +235,7 @@ impl Governor {
             arbiter: Arbiter::new(None, now),
             settings: HashMap::from([(Arbiter::ROOT, (None, Settings::default()))]),
             in_flight_max,
+            is_sharing: false,
             disks: HashMap::new(),
             queues: HashMap::new(),
             alarm: None,
@@ -236,7 +248,7 @@ impl Governor {
     pub fn set_in_flight_max(&self, max: usize, now: Time) {
         let mut state = self.state();
         state.in_flight_max = max;
-        Self::settle(state, now);
+        Self::settle(state, Changed::All, now);
     }
 
     /// A place for work in the background.
@@ -247,7 +259,7 @@ impl Governor {
         // No settings are kept of it: its weight alone makes nobody share.
         let node = state.arbiter.add_disk(Arbiter::ROOT, &settings, now);
         state.disks.insert(node, Arc::clone(&shown));
-        Self::settle(state, now);
+        Self::settle(state, Changed::One(node), now);
         Background(Arc::new(Seat { governor: Arc::clone(self), node, shown }))
     }
 
@@ -256,7 +268,7 @@ impl Governor {
         let mut state = self.state();
         let node = state.arbiter.add_group(parent, settings, now);
         state.settings.insert(node, (Some(parent), settings.clone()));
-        Self::settle(state, now);
+        Self::settle(state, Changed::One(node), now);
         node
     }
 
@@ -273,7 +285,7 @@ impl Governor {
         if old_settings != *settings {
             state.arbiter.change(node, settings, now);
         }
-        Self::settle(state, now);
+        Self::settle(state, Changed::All, now);
     }
 
     /// The group in which a disk or group is.
@@ -290,14 +302,14 @@ impl Governor {
             arbiter.move_to(*member, above, now);
             *parent = Some(above);
         }
-        Self::remove(state, node, now);
+        Self::remove(state, node, Changed::All, now);
     }
 
-    fn remove(mut state: MutexGuard<'_, State>, node: NodeId, now: Time) {
+    fn remove(mut state: MutexGuard<'_, State>, node: NodeId, changed: Changed, now: Time) {
         state.arbiter.remove(node);
         state.settings.remove(&node);
         state.disks.remove(&node);
-        Self::settle(state, now);
+        Self::settle(state, changed, now);
     }
 
     /// Requests that were granted and have not ended.
@@ -310,8 +322,8 @@ impl Governor {
     }
 
     /// After a change: who is governed, and what may begin now.
-    fn settle(mut state: MutexGuard<'_, State>, now: Time) {
-        state.find_governed();
+    fn settle(mut state: MutexGuard<'_, State>, changed: Changed, now: Time) {
+        state.find_governed(changed);
         let next = state.dispatch(now);
         let mut delivered = state.deliver(None);
         state.nudge(next, &mut delivered);
@@ -322,21 +334,33 @@ impl Governor {
 
 impl State {
     /// Finds out which disks have to ask.
-    fn find_governed(&mut self) {
+    fn find_governed(&mut self, changed: Changed) {
+        if changed == Changed::Nothing {
+            return;
+        }
         let default = Settings::default();
         let shares = |settings: &Settings| {
             settings.weight != default.weight || settings.reserve_iops != default.reserve_iops
         };
-        let sharing = self.settings.values().any(|(_, settings)| shares(settings));
-        self.arbiter.set_in_flight_max(sharing.then_some(self.in_flight_max));
-        for (node, shown) in &self.disks {
-            let (mut is_governed, mut next) = (sharing, Some(*node));
-            while let Some((parent, settings)) = next.and_then(|node| self.settings.get(&node)) {
-                is_governed |= !settings.limits.is_empty();
-                next = *parent;
+        let is_sharing = self.settings.values().any(|(_, settings)| shares(settings));
+        self.arbiter.set_in_flight_max(is_sharing.then_some(self.in_flight_max));
+        let was_sharing = std::mem::replace(&mut self.is_sharing, is_sharing);
+        match changed {
+            Changed::One(node) if is_sharing == was_sharing => {
+                self.disks.get(&node).into_iter().for_each(|shown| self.govern(node, shown));
             }
-            shown.is_governed.store(is_governed, Ordering::Relaxed);
+            _ => self.disks.iter().for_each(|(node, shown)| self.govern(*node, shown)),
         }
+    }
+
+    /// Finds out whether a disk has to ask.
+    fn govern(&self, disk: NodeId, shown: &Shown) {
+        let (mut is_governed, mut next) = (self.is_sharing, Some(disk));
+        while let Some((parent, settings)) = next.and_then(|node| self.settings.get(&node)) {
+            is_governed |= !settings.limits.is_empty();
+            next = *parent;
+        }
+        shown.is_governed.store(is_governed, Ordering::Relaxed);
     }
 
     /// Has the arbiter grant; when to look again.
@@ -473,6 +497,6 @@ impl Member {
         if state.alarm.is_some_and(|(_, holder)| holder == key) {
             state.alarm = None;
         }
-        Governor::settle(state, now);
+        Governor::settle(state, Changed::Nothing, now);
     }
 }

@@ -271,6 +271,34 @@ fn a_disk_without_limits_asks_nobody() {
     assert!(world.threads.values().all(|thread| thread.ended.iter().all(|ended| *ended > 5000)));
 }
 
+/// Who comes and goes, and what is said of groups, decides for all that it is about.
+#[test]
+fn disks_ask_as_long_as_anything_that_they_are_in_has_a_limit_or_anybody_shares() {
+    let governor = Governor::new(8, Time::ZERO);
+    let seat = |parent, settings: &Settings| Seat::new(&governor, parent, settings, Time::ZERO);
+    let (plain, sharing) = (Settings::default(), Settings { weight: 200, ..Settings::default() });
+    let outer = governor.add_group(Arbiter::ROOT, &iops(10), Time::ZERO);
+    let inner = governor.add_group(outer, &plain, Time::ZERO);
+    let (within, without) = (seat(inner, &plain), seat(Arbiter::ROOT, &plain));
+    let governed = || [within.is_governed(), without.is_governed()];
+    assert_eq!(governed(), [true, false]);
+    let shares = seat(Arbiter::ROOT, &sharing);
+    assert_eq!(governed(), [true, true]);
+    assert!(seat(Arbiter::ROOT, &plain).is_governed(), "who comes while others share");
+    drop(shares);
+    assert_eq!(governed(), [true, false]);
+    governor.change(outer, Arbiter::ROOT, &plain, Time::ZERO);
+    assert_eq!(governed(), [false, false]);
+    governor.change(inner, outer, &iops(10), Time::ZERO);
+    assert_eq!(governed(), [true, false]);
+    governor.remove_group(inner, Time::ZERO);
+    assert_eq!(governed(), [false, false], "what is in it is in the one above");
+    let group = governor.add_group(Arbiter::ROOT, &sharing, Time::ZERO);
+    assert_eq!(governed(), [true, true]);
+    governor.remove_group(group, Time::ZERO);
+    assert_eq!(governed(), [false, false]);
+}
+
 #[test]
 fn a_limit_that_is_lifted_lets_everything_begin_at_once() {
     let mut world = World::new(4);
