@@ -6,7 +6,7 @@
 //!
 //! Disks without limits pass by, without a lock, for as long as nobody shares by weight or reservation (`is_governed`). What is
 //! done in the background ([`Background`]) is one disk more, which counts for nothing as long as no guest shares. It knows whether
-//! guests ask for anything by their [`Pulse`].
+//! guests ask for anything by their [`Pulse`](crate::pulse).
 
 use std::collections::HashMap;
 use std::num::NonZeroU64;
@@ -18,6 +18,7 @@ use sapwood_blockdev::engine::{Time, monotonic_now};
 
 use crate::arbiter::{Arbiter, Flow, NodeId, Settings};
 use crate::limits::{Direction, Limits};
+use crate::pulse::Pulse;
 
 /// Requests under way at most, of all disks, where they share by weight or reservation, if nobody says another number.
 pub const IN_FLIGHT_DEFAULT: usize = 32;
@@ -39,39 +40,6 @@ type Key = (NodeId, u16);
 pub struct Governor {
     state: Mutex<State>,
     pulse: Pulse,
-}
-
-/// How long guests count as busy after a request, when it was looked.
-const BUSY: Time = Time::from_millis(100);
-
-/// Whether guests ask for anything. A request costs a look at what seldom changes: it is marked twice in [`BUSY`], and only while
-/// there is work in the background.
-#[derive(Debug, Default)]
-struct Pulse {
-    is_marked: AtomicBool,
-    /// Until when guests are busy, in nanoseconds, as far as was looked.
-    busy_until: AtomicU64,
-}
-
-impl Pulse {
-    fn mark(&self) {
-        if !self.is_marked.load(Ordering::Relaxed) {
-            self.is_marked.store(true, Ordering::Relaxed);
-        }
-    }
-
-    fn is_busy(&self, now: Time) -> bool {
-        let nanos = |time: Time| time.as_nanos().try_into().unwrap_or(u64::MAX);
-        // Whoever sees no mark sees until when that was taken to last; a mark that is lost between the two is within it.
-        if self.is_marked.load(Ordering::Acquire) {
-            if self.busy_until.load(Ordering::Relaxed) < nanos(now + BUSY / 2) {
-                self.busy_until.store(nanos(now + BUSY), Ordering::Relaxed);
-                self.is_marked.store(false, Ordering::Release);
-            }
-            return true;
-        }
-        nanos(now) < self.busy_until.load(Ordering::Relaxed)
-    }
 }
 
 #[derive(Debug)]

@@ -21,6 +21,7 @@ pub mod governor;
 pub mod limited;
 pub mod limits;
 pub mod names;
+mod pulse;
 #[cfg(test)]
 mod random;
 mod turnstile;

@@ -32,10 +32,9 @@ fn top_shows_the_disks_of_a_server_and_of_a_daemon() {
         (top.join().unwrap(), written)
     });
     let seen = shown[0]["write"]["operations"].as_f64().unwrap();
-    assert!(
-        seen > 0.0 && shown[0]["write"]["bytes"].as_f64().unwrap() >= seen * BLOCK as f64,
-        "{written}: {shown}"
-    );
+    // A number that was read may differ from the one that was written in its last digit.
+    let bytes = shown[0]["write"]["bytes"].as_f64().unwrap();
+    assert!(seen > 0.0 && bytes >= seen * BLOCK as f64 * (1.0 - 1e-12), "{written}: {shown}");
     assert!(shown[0]["write"]["p50-us"].as_f64() <= shown[0]["write"]["p99-us"].as_f64(), "{shown}");
     let section = include_str!("../../../../docs/cli.md").split("\n## sapwood top\n").nth(1).unwrap();
     let said = shown.to_string();
