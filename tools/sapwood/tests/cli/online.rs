@@ -261,9 +261,12 @@ pub fn merges_under_a_guest(base: &str, format: &str, can_grow: bool) {
         assert!(answer.text().starts_with("Merged disk.layer into "));
         model.verify(&mut frontend).unwrap_or_else(|error| panic!("{base}, {round}: {error}"));
     }
-    // Nobody writes any more: the next one leaves nothing.
-    place.sapwood("commit -q --control control").text();
-    assert_eq!(live_bytes(&place, "--control control"), 0);
+    // Nobody writes any more: the next one leaves nothing, but for what the cleaner is at, which has an end.
+    let leaves_nothing = (0..20).any(|_| {
+        place.sapwood("commit -q --control control").text();
+        live_bytes(&place, "--control control") == 0
+    });
+    assert!(leaves_nothing, "{} bytes stay", live_bytes(&place, "--control control"));
     model.verify(&mut frontend).expect("the same");
     if can_grow {
         place.sapwood("resize --control control 9M").text();
