@@ -57,16 +57,6 @@ impl Daemon {
         notes
     }
 
-    /// How its thread of that name is scheduled, if there is one: policy and nice value, fields 41 and 19 of proc_pid_stat(5).
-    fn scheduled(&self, name: &str) -> Option<(String, i32)> {
-        let tasks = std::fs::read_dir(format!("/proc/{}/task", self.0.id())).unwrap();
-        // A thread may have ended meanwhile.
-        let stats = tasks.filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).ok());
-        let stat = stats.into_iter().find(|stat| stat.contains(&format!("({name})")))?;
-        let fields: Vec<&str> = stat[stat.rfind(')').unwrap() + 2..].split(' ').collect();
-        Some((fields[41 - 3].to_owned(), fields[19 - 3].parse().unwrap()))
-    }
-
     /// Ends it without giving it a chance.
     pub fn kill(mut self) {
         self.0.kill().expect("it runs");
@@ -358,28 +348,6 @@ fn whoever_supervises_the_daemon_is_told() {
     assert_eq!(told(), "READY=1");
     daemon.stops();
     assert_eq!(told(), "STOPPING=1");
-}
-
-/// What guests wait for has the priority of all others.
-#[test]
-fn threads_that_nobody_waits_for_give_way() {
-    const BATCH: &str = "3";
-    let place = place();
-    about(&place, "create :web 8M").text();
-    let (daemon, _) = Daemon::start(&place, "--store vms");
-    about(&place, "attach :web --socket socket").text();
-    for name in ["background", "seal-0"] {
-        // They begin after the daemon is ready.
-        let gives_way = (0..500).any(|_| {
-            thread::sleep(Duration::from_millis(10));
-            daemon.scheduled(name).is_some_and(|(policy, nice)| policy == BATCH && nice >= 10)
-        });
-        assert!(gives_way, "{name}: {:?}", daemon.scheduled(name));
-    }
-    for name in ["vq0", "maintenance"] {
-        assert_ne!(daemon.scheduled(name).expect("it is there").0, BATCH, "{name}");
-    }
-    daemon.stops();
 }
 
 #[test]
